@@ -1,0 +1,5 @@
+//! Linux interfaces that the host side needs, each a small safe function over system calls.
+//!
+//! This is one of the two crates that may hold `unsafe` code; every block carries its argument.
+
+pub mod process;
