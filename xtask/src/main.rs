@@ -1,1 +1,112 @@
-fn main() {}
+//! Set-up, builds and checks of this repository: what `make` calls.
+//!
+//! ```text
+//!  setup ──► packages.txt: the Debian packages that are missing
+//!  images ─► kernel ──┐
+//!            envd ────┴► guest bundle (kernel + initramfs)  ─┐
+//!            recipe ───► template (ext4 image)              ─┴► target/images, links into the user's cache
+//!  build ──► target/release/wrenn
+//!  check     format, lints, docs, dependencies, repository rules
+//!  test, demo, dev, up, bench, soak      do what they need of the above, then run
+//! ```
+//!
+//! What costs time is kept in the user's cache directory under a name made of everything it was made from,
+//! so a step either finds its result or makes it, and two clones share results (see [`cache`]).
+
+#![allow(clippy::print_stdout, clippy::print_stderr, reason = "a command line program talks to people")]
+
+mod cache;
+mod check;
+mod cpio;
+mod debian;
+mod demo;
+mod elf;
+mod guest_bundle;
+mod host;
+mod images;
+mod kernel;
+mod packages;
+mod recipe;
+mod repository;
+mod root_tree;
+mod stack;
+mod step;
+mod template;
+mod test;
+mod tidy;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+use crate::repository::Repository;
+
+#[derive(Debug, Parser)]
+#[command(name = "cargo xtask", about = "Set-up, builds and checks of this repository")]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Install the Debian packages of setup/packages.txt that are missing.
+    Setup,
+    /// Make what guests are started from: kernel, initramfs and templates, in target/images.
+    Images {
+        /// Look for a newer kernel and newer packages instead of using what was made before.
+        #[arg(long)]
+        refresh: bool,
+    },
+    /// Build the release `wrenn` program and the images.
+    Build,
+    /// Check format, lints, documentation, dependencies and the rules of this repository.
+    Check,
+    /// Run all tests.
+    Test {
+        /// Passed on to `cargo test`: `-p CRATE`, a part of a test's name, `-- --nocapture`.
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        arguments: Vec<String>,
+    },
+    /// Run a Python program in a microVM through the public API, and show what took how long.
+    Demo,
+    /// Run the stack in the foreground, on 127.0.0.1:8000.
+    Dev(stack::Arguments),
+    /// Run the stack in the background.
+    Up(stack::Arguments),
+    /// Stop the stack that `up` started.
+    Down(stack::Arguments),
+    /// Measure, into bench/RESULTS.md.
+    Bench(stack::Arguments),
+    /// Run the tests with their full counts, into bench/SOAK.md.
+    Soak {
+        /// Passed on to `cargo test`.
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        arguments: Vec<String>,
+    },
+}
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    let repository = Repository::find();
+    let result = match arguments.command {
+        Command::Setup => packages::install_missing(&repository),
+        Command::Images { refresh } => images::make(&repository, refresh).map(drop),
+        Command::Build => stack::build(&repository).map(drop),
+        Command::Check => check::run(&repository),
+        Command::Test { arguments } => test::run(&repository, &arguments),
+        Command::Demo => demo::run(&repository),
+        Command::Dev(arguments) => stack::run(&repository, "dev", &arguments),
+        Command::Up(arguments) => stack::run(&repository, "up", &arguments),
+        Command::Down(arguments) => stack::down(&repository, &arguments),
+        Command::Bench(arguments) => stack::bench(&repository, &arguments),
+        Command::Soak { arguments } => test::soak(&repository, &arguments),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("\nerror: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

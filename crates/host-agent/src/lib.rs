@@ -1,1 +1,41 @@
-//! host-agent
+//! The host agent: it runs the sandboxes of one host.
+//!
+//! ```text
+//!  control plane ── Connect RPC ──► rpc ──► registry ──► one driver task per sandbox
+//!                └─ GET /tunnel ──► tunnel ───────────────────► guest port     │
+//!                                                                              ▼
+//!                                        rootfs (disk) · network (slot) · vmm · guest (/init)
+//!                                                     warm (template snapshots)
+//! ```
+//!
+//! - [`config`], [`agent`]: what an agent is told, and its life from start to stop.
+//! - [`sandbox`]: one sandbox: what is asked of it ([`sandbox::queue`], pure), its bring-up as a chain of
+//!   typestates, the one task that owns it, its record on disk.
+//! - [`registry`]: all of them, and the stream of what happens to them.
+//! - [`warm`]: the snapshot from which every create is restored.
+//! - [`network`], [`rootfs`], [`images`], [`snapshot_store`]: what a sandbox is made of.
+//! - [`collect`]: after a crash, ends what was left, and only what is this instance's own.
+//!
+//! Invariants: an id from the wire is a type before it is part of a path. What is needed to collect a
+//! sandbox is on disk before its VM starts. Only the driver task changes its sandbox. No state of a
+//! sandbox is published before it is true.
+
+// The generated traits ask for less than a handler promises; promising more is the intent.
+#![allow(refining_impl_trait)]
+
+pub mod agent;
+pub mod collect;
+pub mod config;
+pub mod guest;
+pub mod images;
+pub mod network;
+pub mod registry;
+pub mod rootfs;
+pub mod rpc;
+pub mod sandbox;
+pub mod snapshot_store;
+pub mod tunnel;
+pub mod warm;
+
+pub use agent::{Agent, StartError};
+pub use config::Config;

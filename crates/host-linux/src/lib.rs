@@ -2,4 +2,8 @@
 //!
 //! This is one of the two crates that may hold `unsafe` code; every block carries its argument.
 
+pub mod conntrack;
+pub mod lock;
+pub mod netns;
 pub mod process;
+pub mod tap;

@@ -83,7 +83,8 @@ bounded!(
     DiskMib, "disk_size_mb", 512, 1_048_576
 );
 bounded!(
-    /// Seconds without activity until a sandbox is destroyed; 0 means never.
+    /// Seconds without activity until a sandbox is destroyed; 0, the default, means never.
+    #[derive(Default)]
     InactivityTimeout, "timeout_sec", 0, 2_592_000
 );
 
@@ -102,12 +103,6 @@ impl Default for MemoryMib {
 impl Default for DiskMib {
     fn default() -> Self {
         Self(20 * 1024)
-    }
-}
-
-impl Default for InactivityTimeout {
-    fn default() -> Self {
-        Self(0)
     }
 }
 

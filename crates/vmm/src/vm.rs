@@ -61,6 +61,10 @@ pub trait Vm: fmt::Debug + Send + Sync {
     /// Tells the guest that its root disk now has this many bytes. It only grows.
     async fn resize_disk(&mut self, bytes: u64) -> VmmResult<()>;
 
+    /// The end of what the guest printed on its console, bounded; empty when it cannot be had. It is for
+    /// a person to read: a guest writes what it likes there.
+    async fn console(&mut self) -> String;
+
     /// Why the process is gone, once it is. The channel is updated exactly once, within milliseconds of
     /// the exit, whoever caused it.
     fn exit(&self) -> watch::Receiver<Option<ExitReason>>;

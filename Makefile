@@ -1,0 +1,30 @@
+# The commands of this repository. They only name what `cargo xtask` does; see CONTRIBUTING.md.
+
+CACHE := $(if $(XDG_CACHE_HOME),$(XDG_CACHE_HOME),$(HOME)/.cache)/wrenn
+
+# What cargo compiles on the way to an artifact is shared by all clones on a machine. Artifacts stay in target/.
+export CARGO_BUILD_BUILD_DIR ?= $(CACHE)/build
+
+COMMANDS := bench build check demo dev down images setup soak test up
+
+.DEFAULT_GOAL := help
+.PHONY: help toolchain $(COMMANDS)
+
+help:
+	@echo 'make demo    set up what is missing, run a program in a microVM, show what took how long'
+	@echo 'make test    set up what is missing, run all tests'
+	@echo 'make check   format, lints, docs, dependencies, repository rules'
+	@echo 'make dev     the stack in the foreground, on 127.0.0.1:8000'
+	@echo 'make up      the same in the background; make down stops it'
+	@echo 'make bench   measurements, into bench/RESULTS.md'
+	@echo 'make soak    the full counts of the long tests, into bench/SOAK.md'
+	@echo 'make setup   only the Debian packages; make images: also kernel and templates; make build: also programs'
+
+# What must be there before cargo can build xtask, which looks after everything else.
+toolchain:
+	@command -v cargo >/dev/null || { echo 'cargo is missing: install Rust $(shell sed -n "s/^rust-version = //p" Cargo.toml) or newer' >&2; exit 1; }
+	@command -v cc >/dev/null || { echo '==> installing gcc and libc6-dev, to link Rust programs with'; \
+	  { apt-get install -y -q gcc libc6-dev || { apt-get update -q && apt-get install -y -q gcc libc6-dev; }; } </dev/null; }
+
+$(COMMANDS): toolchain
+	@cargo xtask $@ $(ARGS)

@@ -1,0 +1,213 @@
+//! The floor: the least that anyone needs to get a first byte out of a guest that is restored.
+//!
+//! ```text
+//!  made ahead, not timed        timed
+//!  network namespace, disk  ─►  restore the snapshot ─► let it run ─► GET /health, again a millisecond
+//!                                                                     after each refusal ─► first byte
+//! ```
+//!
+//! It restores the same snapshot as the product, with the same VMM and arguments, because it uses the same
+//! driver. It does nothing else: no API, no database, no records, no identity for the guest, no command.
+//! What a create takes on top of it is the price of the product.
+
+use std::{
+    io,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, Result, bail, ensure};
+use camino::{Utf8Path, Utf8PathBuf};
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    time::timeout,
+};
+use wrenn_host_agent::{
+    network::{GuestConnector, Policy, PoolConfig, Slot, SlotPool, Uplink},
+    rootfs::{Qcow2Store, RootfsStore as _},
+    snapshot_store::Manifest,
+};
+use wrenn_types::InstanceId;
+use wrenn_vmm::{DiskSpec, GuestBundle, MachineSpec, NetworkSpec, SnapshotFiles, Vm, Vmm};
+
+/// The port of the guest agent.
+const ENVD_PORT: u16 = 49983;
+/// How long one restore may take.
+const BOUND: Duration = Duration::from_secs(60);
+/// How long one attempt may take: the host sends a lost first packet again only after a second.
+const ATTEMPT: Duration = Duration::from_millis(250);
+/// How long after a refusal the next attempt is made.
+const PAUSE: Duration = Duration::from_millis(1);
+
+const REQUEST: &[u8] = b"GET /health HTTP/1.1\r\nHost: guest\r\nConnection: close\r\n\r\n";
+
+/// Everything that restores share.
+#[derive(Debug)]
+pub struct Floor {
+    vmm: Arc<dyn Vmm>,
+    guest: GuestBundle,
+    snapshot: SnapshotFiles,
+    layer: DiskSpec,
+    manifest: Manifest,
+    slots: SlotPool,
+    /// Marks everything that is made here as ours, and not the stack's.
+    instance: InstanceId,
+    directory: tempfile::TempDir,
+}
+
+/// A machine's namespace and disk, before the machine.
+#[derive(Debug)]
+pub struct Ready {
+    slot: Slot,
+    connector: GuestConnector,
+    spec: MachineSpec,
+    /// The machine's directory; it goes when this is dropped.
+    _directory: tempfile::TempDir,
+}
+
+/// A machine whose guest has answered.
+#[derive(Debug)]
+pub struct Answered {
+    /// From before the restore until the first byte.
+    pub to_first_byte: Duration,
+    vm: Box<dyn Vm>,
+    slot: Slot,
+    _directory: tempfile::TempDir,
+}
+
+impl Floor {
+    /// Gets ready to restore the snapshot in `directory`, up to `at_once` times at once.
+    ///
+    /// # Errors
+    /// The snapshot is of another VMM or guest than these, or the network cannot be had.
+    pub async fn new(
+        vmm: Arc<dyn Vmm>,
+        guest: GuestBundle,
+        directory: &Utf8Path,
+        uplink: Uplink,
+        at_once: usize,
+    ) -> Result<Self> {
+        let manifest =
+            std::fs::read(directory.join("manifest.json")).context("read the snapshot's manifest")?;
+        let manifest: Manifest =
+            serde_json::from_slice(&manifest).context("parse the snapshot's manifest")?;
+        ensure!(manifest.subject.vmm == *vmm.identity(), "the snapshot is of {:?}", manifest.subject.vmm);
+        ensure!(
+            manifest.subject.guest == guest.id,
+            "the snapshot is of the guest {}",
+            manifest.subject.guest
+        );
+        let instance = InstanceId::random();
+        let policy = Policy { internet: false, dns_servers: Vec::new() };
+        let config = PoolConfig { instance: instance.clone(), uplink, ready: at_once, policy };
+        Ok(Self {
+            vmm,
+            guest,
+            snapshot: SnapshotFiles { memory: directory.join("memory"), state: directory.join("state") },
+            layer: DiskSpec { path: directory.join("disk"), format: manifest.subject.disk_format },
+            manifest,
+            slots: SlotPool::start(config).await.context("make network slots")?,
+            instance,
+            // Control sockets need a short path.
+            directory: tempfile::Builder::new().prefix("wrenn-floor-").tempdir_in("/run")?,
+        })
+    }
+
+    /// Makes what is to be there before the clock starts.
+    ///
+    /// # Errors
+    /// The namespace or the disk cannot be made.
+    pub async fn prepare(&self) -> Result<Ready> {
+        let slot = self.slots.take().await.context("take a network slot")?;
+        let directory = tempfile::tempdir_in(self.directory.path())?;
+        let run_dir = Utf8PathBuf::from_path_buf(directory.path().to_owned())
+            .map_err(|path| anyhow::anyhow!("{} is not UTF-8", path.display()))?;
+        let disk = Qcow2Store
+            .clone_disk(&self.layer, &run_dir.join("disk"), self.manifest.subject.disk)
+            .context("clone the disk")?;
+        let spec = MachineSpec {
+            name: format!("wrenn-{}-floor-{}", self.instance, slot.number()),
+            run_dir,
+            shape: self.manifest.subject.shape,
+            guest: self.guest.clone(),
+            disk: Some(disk),
+            network: Some(NetworkSpec {
+                namespace: slot.netns_path().to_owned(),
+                tap: slot.tap().to_owned(),
+            }),
+            kernel_arguments: Vec::new(),
+            keep_open: vec![slot.lock().context("share the slot's lock")?],
+        };
+        Ok(Ready { connector: slot.connector(), slot, spec, _directory: directory })
+    }
+
+    /// Restores and waits for the first byte.
+    ///
+    /// # Errors
+    /// The machine cannot be restored or its guest does not answer within a minute. Nothing is left then.
+    pub async fn restore(&self, ready: Ready) -> Result<Answered> {
+        let Ready { slot, connector, spec, _directory } = ready;
+        let begin = Instant::now();
+        let outcome = timeout(BOUND, async {
+            let mut vm = self.vmm.restore(spec, &self.snapshot).await.context("restore")?;
+            let answered = match vm.resume().await.context("let it run") {
+                Ok(()) => first_byte(&connector).await,
+                Err(error) => Err(error),
+            };
+            let to_first_byte = begin.elapsed();
+            anyhow::Ok((vm, answered.map(|()| to_first_byte)))
+        });
+        match outcome.await {
+            Ok(Ok((vm, Ok(to_first_byte)))) => Ok(Answered { to_first_byte, vm, slot, _directory }),
+            Ok(Ok((mut vm, Err(error)))) => {
+                vm.stop().await.context("stop the machine")?;
+                self.slots.release(slot).await;
+                Err(error)
+            }
+            Ok(Err(error)) => {
+                self.slots.release(slot).await;
+                Err(error)
+            }
+            Err(_) => {
+                // The machine was dropped with the future, and so killed.
+                self.slots.release(slot).await;
+                bail!("no first byte within {BOUND:?}")
+            }
+        }
+    }
+
+    /// Ends a machine and gives back what it had.
+    ///
+    /// # Errors
+    /// The VMM does not end.
+    pub async fn finish(&self, answered: Answered) -> Result<()> {
+        let Answered { mut vm, slot, .. } = answered;
+        let stopped = vm.stop().await.context("stop the machine");
+        self.slots.release(slot).await;
+        stopped.map(drop)
+    }
+
+    /// Removes the slots that are left.
+    pub async fn close(self) {
+        self.slots.shutdown().await;
+    }
+}
+
+/// Asks `GET /health` until the first byte of an answer is there.
+async fn first_byte(connector: &GuestConnector) -> Result<()> {
+    loop {
+        match timeout(ATTEMPT, ask(connector)).await {
+            Ok(Ok(())) => return Ok(()),
+            // Refused: nothing listens yet.
+            Ok(Err(_)) => tokio::time::sleep(PAUSE).await,
+            Err(_) => {}
+        }
+    }
+}
+
+async fn ask(connector: &GuestConnector) -> io::Result<()> {
+    let mut stream = connector.connect(ENVD_PORT).await?;
+    stream.write_all(REQUEST).await?;
+    let mut byte = [0];
+    stream.read_exact(&mut byte).await.map(drop)
+}

@@ -1,0 +1,165 @@
+//! The same through the public API, as a client sees it.
+
+use std::{
+    collections::BTreeMap,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, Result, ensure};
+use bytes::Bytes;
+use serde_json::json;
+use sha2::{Digest as _, Sha256};
+use wrenn_testkit::Client;
+
+/// One create that was measured.
+#[derive(Debug)]
+pub struct Created {
+    /// The sandbox; it still runs.
+    pub id: String,
+    /// From before the request to create it until the first command's result was there.
+    pub to_first_result: Duration,
+    /// What the server says of where the time went, in milliseconds, in its order.
+    pub phases: Vec<(String, f64)>,
+}
+
+/// Creates a sandbox and runs `true` in it. A sandbox whose command fails is deleted again.
+///
+/// # Errors
+/// Anything but a 201 and an exit code of 0.
+pub async fn create_and_run(client: &mut Client) -> Result<Created> {
+    let begin = Instant::now();
+    let answer = client.post("/v1/sandboxes", &json!({ "template": "base" })).await?.expect(201)?;
+    let id = answer.json()["id"].as_str().context("a sandbox has an id")?.to_owned();
+    if let Err(error) = run_true(client, &id).await {
+        delete(client, &id).await?;
+        return Err(error);
+    }
+    let to_first_result = begin.elapsed();
+    let timing =
+        answer.headers.get("server-timing").and_then(|value| value.to_str().ok()).unwrap_or_default();
+    Ok(Created { id, to_first_result, phases: phases(timing) })
+}
+
+/// One command, there and back.
+///
+/// # Errors
+/// Anything but an exit code of 0.
+pub async fn run_true(client: &mut Client, id: &str) -> Result<Duration> {
+    let begin = Instant::now();
+    let answer =
+        client.post(&format!("/v1/sandboxes/{id}/exec"), &json!({ "cmd": "true" })).await?.expect(200)?;
+    ensure!(answer.json()["exit_code"] == 0, "`true` ended otherwise: {}", answer.text());
+    Ok(begin.elapsed())
+}
+
+/// Deletes a sandbox.
+///
+/// # Errors
+/// Anything but a 204.
+pub async fn delete(client: &mut Client, id: &str) -> Result<()> {
+    client.delete(&format!("/v1/sandboxes/{id}")).await?.expect(204)?;
+    Ok(())
+}
+
+/// Writes a file of the guest and reads it back: how long each took. What came back is what was sent.
+///
+/// # Errors
+/// A status other than it should be, or other bytes.
+pub async fn file_there_and_back(
+    client: &mut Client,
+    id: &str,
+    bytes: &Bytes,
+) -> Result<(Duration, Duration)> {
+    let path = format!("/v1/sandboxes/{id}/files?path=/tmp/bench");
+    let begin = Instant::now();
+    let answer = client.put(&path, bytes.clone()).await?;
+    let up = begin.elapsed();
+    ensure!(answer.status.is_success(), "the upload was answered with {}: {}", answer.status, answer.text());
+    let begin = Instant::now();
+    let answer = client.get(&path).await?.expect(200)?;
+    let down = begin.elapsed();
+    ensure!(Sha256::digest(&answer.body) == Sha256::digest(bytes), "other bytes came back");
+    Ok((up, down))
+}
+
+/// Bytes that no layer on the way can make fewer of: a counter, hashed.
+#[must_use]
+pub fn incompressible(length: usize) -> Bytes {
+    let mut bytes = Vec::with_capacity(length);
+    let mut counter = 0_u64;
+    while bytes.len() < length {
+        bytes.extend_from_slice(&Sha256::digest(counter.to_le_bytes()));
+        counter += 1;
+    }
+    bytes.truncate(length);
+    bytes.into()
+}
+
+/// The durations in a `Server-Timing` header: `name;dur=1.5, name;desc="…";dur=2`.
+fn phases(header: &str) -> Vec<(String, f64)> {
+    let phase = |text: &str| {
+        let mut parts = text.split(';').map(str::trim);
+        let name = parts.next()?.to_owned();
+        let milliseconds = parts.find_map(|part| part.strip_prefix("dur=")?.parse().ok())?;
+        Some((name, milliseconds))
+    };
+    header.split(',').filter_map(phase).collect()
+}
+
+/// What phases took, over many creates.
+#[derive(Debug, Default)]
+pub struct Phases {
+    /// In the order in which a create goes through them.
+    order: Vec<String>,
+    milliseconds: BTreeMap<String, Vec<f64>>,
+}
+
+impl Phases {
+    /// Takes one create in.
+    pub fn add(&mut self, phases: Vec<(String, f64)>) {
+        for (name, milliseconds) in phases {
+            if !self.milliseconds.contains_key(&name) {
+                self.order.push(name.clone());
+            }
+            self.milliseconds.entry(name).or_default().push(milliseconds);
+        }
+    }
+
+    /// Each phase with its median and its largest value.
+    #[must_use]
+    pub fn rows(&self) -> Vec<(&str, f64, f64)> {
+        let mut rows = Vec::with_capacity(self.order.len());
+        for name in &self.order {
+            let mut sorted = self.milliseconds.get(name).cloned().unwrap_or_default();
+            sorted.sort_by(f64::total_cmp);
+            if let (Some(median), Some(largest)) =
+                (sorted.get(sorted.len().saturating_sub(1) / 2), sorted.last())
+            {
+                rows.push((name.as_str(), *median, *largest));
+            }
+        }
+        rows
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn phases_are_read_and_summed_up_in_their_order() {
+        let mut all = Phases::default();
+        all.add(phases("slot;dur=1, restore;desc=\"map\";dur=40.5, odd, worse;dur=x"));
+        all.add(phases("slot;dur=3, restore;dur=20"));
+        all.add(phases("slot;dur=2"));
+        assert_eq!(all.rows(), [("slot", 2.0, 3.0), ("restore", 20.0, 40.5)]);
+        assert_eq!(phases(""), []);
+    }
+
+    #[test]
+    fn bytes_are_as_many_as_asked_for_and_not_alike() {
+        let bytes = incompressible(1000);
+        assert_eq!(bytes.len(), 1000);
+        assert_ne!(bytes[..32], bytes[32..64]);
+    }
+}

@@ -1,0 +1,283 @@
+//! The text of `bench/RESULTS.md`. Pure.
+
+use std::{fmt::Write as _, time::Duration};
+
+use crate::{
+    machine::Machine,
+    memory::Memory,
+    product::Phases,
+    statistics::{Samples, Summary, ratio},
+};
+
+/// One load, on the floor and through the API.
+#[derive(Debug, Default)]
+pub struct Load {
+    /// Restore to first byte.
+    pub floor: Samples,
+    /// Create to first result of a command.
+    pub create: Samples,
+    /// Where the server says the creates' time went.
+    pub phases: Phases,
+}
+
+/// What the stack's processes hold at one moment.
+#[derive(Debug)]
+pub struct MemoryRow {
+    /// When, in words.
+    pub when: String,
+    /// The control plane.
+    pub control_plane: Memory,
+    /// The host agent.
+    pub agent: Memory,
+    /// The VMMs of sandboxes.
+    pub machines: Memory,
+}
+
+/// All that was measured.
+#[derive(Debug)]
+pub struct Results {
+    /// Where.
+    pub machine: Machine,
+    /// When, to the day.
+    pub date: String,
+    /// One after the other.
+    pub series: Load,
+    /// Several at once.
+    pub at_once: Load,
+    /// How many are at once.
+    pub width: usize,
+    /// `true` in a sandbox that runs.
+    pub exec: Samples,
+    /// A file into a sandbox.
+    pub upload: Samples,
+    /// The file out of it.
+    pub download: Samples,
+    /// The file's size.
+    pub file_mib: u64,
+    /// Memory at several moments.
+    pub memory: Vec<MemoryRow>,
+    /// Until the template's snapshot was there; none when it was from an earlier run.
+    pub first_snapshot: Option<Duration>,
+}
+
+/// How much longer a create takes than the floor under the same load.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Ratios {
+    /// Median over median.
+    pub p50: f64,
+    /// 99th percentile over 99th percentile.
+    pub p99: f64,
+}
+
+impl Load {
+    /// The ratios; none where nothing succeeded.
+    #[must_use]
+    pub fn ratios(&self) -> Option<Ratios> {
+        let (floor, create) = (self.floor.summary()?, self.create.summary()?);
+        Some(Ratios { p50: ratio(create.p50, floor.p50), p99: ratio(create.p99, floor.p99) })
+    }
+}
+
+impl Results {
+    /// Everything that failed, each with what was being done.
+    pub fn failures(&self) -> impl Iterator<Item = (&'static str, &str)> {
+        let all = [
+            ("floor", &self.series.floor),
+            ("create", &self.series.create),
+            ("floor at once", &self.at_once.floor),
+            ("create at once", &self.at_once.create),
+            ("exec", &self.exec),
+            ("upload", &self.upload),
+            ("download", &self.download),
+        ];
+        all.into_iter()
+            .flat_map(|(what, samples)| samples.failures().iter().map(move |it| (what, it.as_str())))
+    }
+
+    /// The lines for a person who waits: the ratios first.
+    #[must_use]
+    pub fn ratio_lines(&self) -> String {
+        let mut text = String::new();
+        let loads = [("", &self.series), (" at once", &self.at_once)];
+        for (suffix, load) in loads {
+            if let Some(Ratios { p50, p99 }) = load.ratios() {
+                let _ = writeln!(text, "create/floor{suffix} p50 ratio {p50:.2}");
+                let _ = writeln!(text, "create/floor{suffix} p99 ratio {p99:.2}");
+            }
+        }
+        text
+    }
+
+    /// The whole file.
+    #[must_use]
+    pub fn markdown(&self) -> String {
+        let mut text = String::from(
+            "# Results\n\n\
+             Written by `make bench`; nothing is trimmed. The floor restores the same warm snapshot with the same driver and\n\
+             arguments, its namespace and disk ready, until the first byte of `GET /health`. A create is measured from before\n\
+             `POST /v1/sandboxes` until the result of `exec true` is there. Floor and create take turns in one run. On our side\n\
+             nothing is restored ahead of a request; network namespaces come from the pool that the agent keeps.\n\n",
+        );
+        self.write_machine(&mut text);
+        let _ = writeln!(text, "## Times in milliseconds\n");
+        let _ = writeln!(
+            text,
+            "| operation | count | failures | p50 | p99 | max |\n|---|---:|---:|---:|---:|---:|"
+        );
+        let at_once = |what: &str| format!("{what}, {} at once", self.width);
+        for (name, samples) in [
+            ("floor: restore to first byte, in series".to_owned(), &self.series.floor),
+            ("create to first exec result, in series".to_owned(), &self.series.create),
+            (at_once("floor: restore to first byte"), &self.at_once.floor),
+            (at_once("create to first exec result"), &self.at_once.create),
+            ("exec `true`, there and back".to_owned(), &self.exec),
+            (format!("file of {} MiB up", self.file_mib), &self.upload),
+            (format!("file of {} MiB down", self.file_mib), &self.download),
+        ] {
+            write_samples(&mut text, &name, samples);
+        }
+        let _ = writeln!(text, "\n```text\n{}```\n", self.ratio_lines());
+        self.write_throughput(&mut text);
+        if let Some(first) = self.first_snapshot {
+            let _ = writeln!(
+                text,
+                "The first create of a shape makes its snapshot; that took {:.1} s.\n",
+                first.as_secs_f64()
+            );
+        }
+        write_phases(&mut text, "in series", &self.series.phases);
+        write_phases(&mut text, &format!("{} at once", self.width), &self.at_once.phases);
+        self.write_memory(&mut text);
+        text
+    }
+
+    fn write_machine(&self, text: &mut String) {
+        let Machine { cpu, cores, memory_mib, kernel, system, vmm, accelerator, filesystem } = &self.machine;
+        let _ = writeln!(text, "| | |\n|---|---|");
+        for (name, value) in [
+            ("date", self.date.clone()),
+            ("processor", format!("{cores} × {cpu}")),
+            ("memory", format!("{memory_mib} MiB")),
+            ("system", format!("{system}, Linux {kernel}")),
+            ("filesystem of snapshots", filesystem.clone()),
+            ("VMM", vmm.clone()),
+            ("accelerator", accelerator.clone()),
+        ] {
+            let _ = writeln!(text, "| {name} | {value} |");
+        }
+        text.push('\n');
+    }
+
+    fn write_throughput(&self, text: &mut String) {
+        let rate = |summary: Summary| self.file_mib as f64 / summary.p50.as_secs_f64();
+        if let (Some(up), Some(down)) = (self.upload.summary(), self.download.summary()) {
+            let _ = writeln!(text, "Files: {:.0} MiB/s up, {:.0} MiB/s down (p50).\n", rate(up), rate(down));
+        }
+    }
+
+    fn write_memory(&self, text: &mut String) {
+        let _ = writeln!(text, "## Memory in MiB (share of what is shared: PSS; all: RSS)\n");
+        let _ =
+            writeln!(text, "| when | control plane PSS | RSS | agent PSS | RSS | VMMs | each PSS | RSS |");
+        let _ = writeln!(text, "|---|---:|---:|---:|---:|---:|---:|---:|");
+        let mib = |kib: u64| format!("{:.1}", kib as f64 / 1024.0);
+        for MemoryRow { when, control_plane, agent, machines } in &self.memory {
+            let one = machines.each();
+            let cells = [
+                when.clone(),
+                mib(control_plane.pss_kib),
+                mib(control_plane.rss_kib),
+                mib(agent.pss_kib),
+                mib(agent.rss_kib),
+                machines.processes.to_string(),
+                mib(one.pss_kib),
+                mib(one.rss_kib),
+            ];
+            let _ = writeln!(text, "| {} |", cells.join(" | "));
+        }
+    }
+}
+
+fn write_samples(text: &mut String, name: &str, samples: &Samples) {
+    let milliseconds = |duration: Duration| format!("{:.1}", duration.as_secs_f64() * 1000.0);
+    let failures = samples.failures().len();
+    let row = match samples.summary() {
+        Some(Summary { count, p50, p99, max, .. }) => {
+            [count.to_string(), failures.to_string(), milliseconds(p50), milliseconds(p99), milliseconds(max)]
+        }
+        None => ["0".to_owned(), failures.to_string(), "–".to_owned(), "–".to_owned(), "–".to_owned()],
+    };
+    let _ = writeln!(text, "| {name} | {} |", row.join(" | "));
+}
+
+fn write_phases(text: &mut String, load: &str, phases: &Phases) {
+    let rows = phases.rows();
+    if rows.is_empty() {
+        return;
+    }
+    let _ = writeln!(text, "Where the server says the creates' time went, {load}, in milliseconds:\n");
+    let _ = writeln!(text, "| phase | p50 | max |\n|---|---:|---:|");
+    for (name, p50, max) in rows {
+        let _ = writeln!(text, "| {name} | {p50:.1} | {max:.1} |");
+    }
+    text.push('\n');
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn samples(millis: u64) -> Samples {
+        let mut samples = Samples::default();
+        samples.add(Ok::<_, String>(Duration::from_millis(millis)));
+        samples
+    }
+
+    fn results() -> Results {
+        Results {
+            machine: Machine {
+                cpu: "A CPU".to_owned(),
+                cores: 2,
+                memory_mib: 2048,
+                kernel: "6.1".to_owned(),
+                system: "Debian 12".to_owned(),
+                vmm: "qemu 7.2".to_owned(),
+                accelerator: "tcg".to_owned(),
+                filesystem: "ext2/ext3".to_owned(),
+            },
+            date: "2026-11-22".to_owned(),
+            series: Load { floor: samples(100), create: samples(145), phases: Phases::default() },
+            at_once: Load { floor: samples(200), create: samples(500), phases: Phases::default() },
+            width: 8,
+            exec: samples(5),
+            upload: samples(640),
+            download: samples(320),
+            file_mib: 64,
+            memory: Vec::new(),
+            first_snapshot: None,
+        }
+    }
+
+    #[test]
+    fn the_ratio_has_a_line_of_its_own() {
+        let lines = results().ratio_lines();
+        assert!(lines.starts_with("create/floor p50 ratio 1.45\n"), "{lines}");
+        assert!(lines.contains("\ncreate/floor at once p50 ratio 2.50\n"), "{lines}");
+    }
+
+    #[test]
+    fn failures_are_in_the_table_and_named() {
+        let mut results = results();
+        results.exec.add(Err("exit code 1"));
+        assert_eq!(results.failures().collect::<Vec<_>>(), [("exec", "exit code 1")]);
+        assert!(results.markdown().contains("| exec `true`, there and back | 1 | 1 | 5.0 | 5.0 | 5.0 |"));
+        results.series.floor = Samples::default();
+        assert_eq!(results.series.ratios(), None);
+        assert!(results.markdown().contains("in series | 0 | 0 | – |"));
+    }
+
+    #[test]
+    fn throughput_follows_from_the_median() {
+        assert!(results().markdown().contains("Files: 100 MiB/s up, 200 MiB/s down"));
+    }
+}

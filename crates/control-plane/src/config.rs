@@ -1,0 +1,80 @@
+//! What the control plane is told at its start.
+
+use std::{net::SocketAddr, path::PathBuf, time::Duration};
+
+/// The flags of `wrenn control-plane`.
+#[derive(Debug, Clone, clap::Args)]
+pub struct Config {
+    /// The address to serve the public API on; port 0 takes a free one.
+    #[arg(long, default_value = "127.0.0.1:8000")]
+    pub listen: SocketAddr,
+    /// The PostgreSQL database, for example postgres:///wrenn?host=/run/postgresql.
+    #[arg(long)]
+    pub database_url: String,
+    /// The Unix socket of the host agent.
+    #[arg(long)]
+    pub agent_socket: PathBuf,
+    /// Where to write the API key that is made when the database has no team yet (mode 0600).
+    #[arg(long)]
+    pub first_key_file: Option<PathBuf>,
+    /// How long things may take.
+    #[arg(skip)]
+    pub bounds: Bounds,
+}
+
+/// Every wait has a bound, and these are they.
+#[derive(Debug, Clone)]
+pub struct Bounds {
+    /// A database that is still starting, at our own start.
+    pub database_start: Duration,
+    /// One statement of a request.
+    pub database: Duration,
+    /// One statement of a task that nobody waits for, or whose loss would cost more than a wait.
+    pub database_patient: Duration,
+    /// A create or a delete until the answer is 202. Published clients give up after 30 seconds.
+    pub lifecycle_answer: Duration,
+    /// A create in all. The first one of a shape boots the guest's kernel.
+    pub create: Duration,
+    /// A destroy in all.
+    pub destroy: Duration,
+    /// A short question to the host agent.
+    pub host: Duration,
+    /// A tunnel until it is open.
+    pub tunnel: Duration,
+    /// A short question to a guest.
+    pub guest: Duration,
+    /// The next piece of a body, from a caller or from a guest.
+    pub body_piece: Duration,
+    /// Silence of a guest in the middle of a stream that should carry a keepalive more often.
+    pub guest_silence: Duration,
+    /// The age until which a sandbox that its host does not know may be one that is about to be created.
+    pub start_grace: Duration,
+    /// The absence of a host until its sandboxes are called missing.
+    pub host_missing: Duration,
+    /// The time between comparisons of a host with the database, which only repair.
+    pub sweep: Duration,
+    /// Requests in flight when the server stops.
+    pub drain: Duration,
+}
+
+impl Default for Bounds {
+    fn default() -> Self {
+        Self {
+            database_start: Duration::from_secs(30),
+            database: Duration::from_secs(3),
+            database_patient: Duration::from_secs(10),
+            lifecycle_answer: Duration::from_secs(25),
+            create: Duration::from_secs(180),
+            destroy: Duration::from_secs(60),
+            host: Duration::from_secs(5),
+            tunnel: Duration::from_secs(8),
+            guest: Duration::from_secs(30),
+            body_piece: Duration::from_secs(60),
+            guest_silence: Duration::from_secs(90),
+            start_grace: Duration::from_secs(10),
+            host_missing: Duration::from_secs(20),
+            sweep: Duration::from_secs(30),
+            drain: Duration::from_secs(10),
+        }
+    }
+}

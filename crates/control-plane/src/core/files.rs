@@ -1,0 +1,154 @@
+//! Files of a sandbox. Each operation is in the audit log with its paths, never with contents.
+
+use serde_json::json;
+use wrenn_api::FileEntry;
+use wrenn_types::SandboxId;
+
+use super::{Caller, Core, Error, spec};
+use crate::guest::{self, Download, Guest};
+
+/// How many levels of a tree can be listed at once.
+const DEPTH: std::ops::RangeInclusive<i64> = 0..=64;
+
+/// A place in a sandbox, and as whom.
+#[derive(Debug, Clone)]
+pub(crate) struct Place {
+    pub(crate) path: String,
+    pub(crate) user: Option<String>,
+}
+
+impl Place {
+    pub(crate) fn new(path: String, user: Option<String>) -> Result<Self, Error> {
+        spec::check_path("path", &path)?;
+        spec::check_user(user.as_deref())?;
+        Ok(Self { path, user })
+    }
+
+    fn user(&self) -> Option<&str> {
+        self.user.as_deref()
+    }
+}
+
+impl Core {
+    async fn file_operation<T>(
+        &self,
+        caller: &Caller,
+        id: &SandboxId,
+        action: &'static str,
+        paths: serde_json::Value,
+        operation: impl AsyncFnOnce(Guest) -> Result<T, guest::Error>,
+    ) -> Result<T, Error> {
+        let work = async {
+            let guest = self.guest(caller, id).await?;
+            match operation(guest).await {
+                Ok(done) => Ok(done),
+                Err(error) => Err(self.explain(caller, id, error).await),
+            }
+        };
+        let done = self.audited(caller, id, action, paths, work).await?;
+        self.recorder.sandbox_used(id, jiff::Timestamp::now());
+        Ok(done)
+    }
+
+    pub(crate) async fn read_file(
+        &self,
+        caller: &Caller,
+        id: &SandboxId,
+        place: &Place,
+    ) -> Result<Download, Error> {
+        let paths = json!({ "path": place.path });
+        self.file_operation(caller, id, "file_read", paths, async |guest| {
+            guest.download(&place.path, place.user()).await
+        })
+        .await
+    }
+
+    pub(crate) async fn write_file(
+        &self,
+        caller: &Caller,
+        id: &SandboxId,
+        place: &Place,
+        body: connectrpc::client::ClientBody,
+    ) -> Result<(), Error> {
+        let paths = json!({ "path": place.path });
+        self.file_operation(caller, id, "file_write", paths, async |guest| {
+            guest.upload(&place.path, place.user(), body).await
+        })
+        .await
+    }
+
+    pub(crate) async fn stat(
+        &self,
+        caller: &Caller,
+        id: &SandboxId,
+        place: &Place,
+    ) -> Result<FileEntry, Error> {
+        let paths = json!({ "path": place.path });
+        self.file_operation(caller, id, "file_stat", paths, async |guest| {
+            guest.stat(&place.path, place.user()).await
+        })
+        .await
+    }
+
+    pub(crate) async fn list_files(
+        &self,
+        caller: &Caller,
+        id: &SandboxId,
+        place: &Place,
+        depth: i64,
+    ) -> Result<Vec<FileEntry>, Error> {
+        let levels = u32::try_from(depth).ok().filter(|_| DEPTH.contains(&depth)).ok_or_else(|| {
+            Error::Invalid(format!(
+                "depth must be between {} and {}, not {depth}",
+                DEPTH.start(),
+                DEPTH.end()
+            ))
+        })?;
+        let paths = json!({ "path": place.path, "depth": depth });
+        self.file_operation(caller, id, "file_list", paths, async |guest| {
+            guest.list_dir(&place.path, levels.max(1), place.user()).await
+        })
+        .await
+    }
+
+    pub(crate) async fn make_dir(
+        &self,
+        caller: &Caller,
+        id: &SandboxId,
+        place: &Place,
+    ) -> Result<FileEntry, Error> {
+        let paths = json!({ "path": place.path });
+        self.file_operation(caller, id, "file_mkdir", paths, async |guest| {
+            guest.make_dir(&place.path, place.user()).await
+        })
+        .await
+    }
+
+    pub(crate) async fn move_file(
+        &self,
+        caller: &Caller,
+        id: &SandboxId,
+        source: &Place,
+        destination: &str,
+    ) -> Result<FileEntry, Error> {
+        spec::check_path("destination", destination)?;
+        let paths = json!({ "source": source.path, "destination": destination });
+        self.file_operation(caller, id, "file_move", paths, async |guest| {
+            guest.move_entry(&source.path, destination, source.user()).await
+        })
+        .await
+    }
+
+    pub(crate) async fn remove_file(
+        &self,
+        caller: &Caller,
+        id: &SandboxId,
+        place: &Place,
+    ) -> Result<(), Error> {
+        let paths = json!({ "path": place.path });
+        self.file_operation(caller, id, "file_remove", paths, async |guest| {
+            guest.remove(&place.path, place.user()).await
+        })
+        .await
+    }
+}

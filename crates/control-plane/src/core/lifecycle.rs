@@ -1,0 +1,419 @@
+//! Create, list, get, delete, ping.
+//!
+//! ```text
+//! create:  row `starting` ──► host creates ──► row `running` ──► 201
+//!              │                   │ fails          │ cannot be written, or was deleted meanwhile
+//!              │                   ▼                ▼
+//!              └─ row removed ◄────┴─ host destroys ┘
+//!
+//! delete:  row `stopping`, generation + 1 ──► host destroys ──► row `stopped` ──► 204
+//! ```
+//!
+//! Creates and deletes run as tasks of their own: a caller that goes away does not leave half of one
+//! behind. A caller that waits longer than the bound is told the transitional state, and the task goes on.
+
+use std::{
+    collections::BTreeMap,
+    sync::{
+        Arc, OnceLock, PoisonError,
+        atomic::{AtomicU8, Ordering},
+    },
+    time::Duration,
+};
+
+use serde_json::json;
+use tokio::time::timeout;
+use wrenn_api::{Sandbox, Template, TemplateKind};
+use wrenn_types::{AccessToken, EndReason, SandboxId, SandboxState, TeamId};
+
+use super::{Caller, Core, Error, entry, spec::Spec};
+use crate::{
+    host::{self, CreateCommand, Phase},
+    store::{self, Cursor, ListFilter, NewSandbox, SandboxRow, Started},
+};
+
+/// How often a new id may turn out to be taken.
+const ID_ATTEMPTS: usize = 8;
+
+/// What became of a create.
+#[derive(Debug)]
+pub(crate) enum Creation {
+    Running { sandbox: Sandbox, phases: Vec<Phase>, database: Duration },
+    /// It goes on.
+    Starting { sandbox: Sandbox },
+}
+
+/// What became of a delete.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Deletion {
+    Done,
+    /// It goes on.
+    Stopping,
+}
+
+/// Which sandboxes to list.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Listed {
+    pub(crate) states: Vec<SandboxState>,
+    pub(crate) metadata: BTreeMap<String, String>,
+    pub(crate) after: Option<Cursor>,
+    pub(crate) limit: Option<u32>,
+}
+
+/// A part of a list.
+#[derive(Debug)]
+pub(crate) struct Page {
+    pub(crate) sandboxes: Vec<Sandbox>,
+    pub(crate) next: Option<Cursor>,
+}
+
+/// Who decides what becomes of the row of a create that fails: while the caller waits, the error is the
+/// answer and the row goes; once the caller was told `starting`, the row must say it.
+#[derive(Debug, Default)]
+struct Audience(AtomicU8);
+
+impl Audience {
+    const WAITING: u8 = 0;
+    const GONE: u8 = 1;
+    const TOLD: u8 = 2;
+
+    fn claim(&self, by: u8) -> bool {
+        self.0.compare_exchange(Self::WAITING, by, Ordering::AcqRel, Ordering::Acquire).is_ok()
+    }
+
+    /// The caller stops waiting; false when an answer is about to come.
+    fn leave(&self) -> bool {
+        self.claim(Self::GONE)
+    }
+
+    /// The create tells the caller; false when nobody waits any more.
+    fn tell(&self) -> bool {
+        self.claim(Self::TOLD)
+    }
+}
+
+/// Keeps the watch away from a sandbox while this process creates it.
+struct Creating {
+    core: Arc<Core>,
+    id: SandboxId,
+}
+
+impl Creating {
+    fn begin(core: &Arc<Core>, id: SandboxId) -> Self {
+        core.creating.lock().unwrap_or_else(PoisonError::into_inner).insert(id.clone());
+        Self { core: Arc::clone(core), id }
+    }
+}
+
+impl Drop for Creating {
+    fn drop(&mut self) {
+        self.core.creating.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.id);
+    }
+}
+
+struct Created {
+    row: SandboxRow,
+    phases: Vec<Phase>,
+    database: Duration,
+}
+
+impl Core {
+    /// A new sandbox, running or on its way.
+    pub(crate) async fn create(self: &Arc<Self>, caller: &Caller, spec: Spec) -> Result<Creation, Error> {
+        let place = self.recorder.reserve()?;
+        let audience = Arc::new(Audience::default());
+        let written = Arc::new(OnceLock::new());
+        let task = {
+            let (core, caller) = (Arc::clone(self), caller.clone());
+            let (audience, written) = (Arc::clone(&audience), Arc::clone(&written));
+            self.tasks.spawn(async move {
+                let metadata = json!({
+                    "template": spec.template, "vcpus": spec.vcpus.get(), "memory_mb": spec.memory.get(),
+                });
+                let outcome = core.bring_up(caller.team, spec, &audience, &written).await;
+                let status = outcome.as_ref().err().map_or_else(|| "success".to_owned(), crate::http::code_word);
+                let id = written.get().map_or("", |row: &SandboxRow| row.id.as_str());
+                place.send(entry(&caller, id, "create", status, metadata));
+                outcome
+            })
+        };
+        tokio::pin!(task);
+        if let Ok(done) = timeout(self.bounds.lifecycle_answer, &mut task).await {
+            return done.map_err(Error::Task)?.and_then(running);
+        }
+        match written.get() {
+            Some(row) if audience.leave() => Ok(Creation::Starting { sandbox: public(row)? }),
+            // The answer is a moment away: it is known already, or not even the row has been written yet.
+            _ => task.await.map_err(Error::Task)?.and_then(running),
+        }
+    }
+
+    async fn bring_up(
+        self: &Arc<Self>,
+        team: TeamId,
+        spec: Spec,
+        audience: &Audience,
+        written: &OnceLock<SandboxRow>,
+    ) -> Result<Created, Error> {
+        let begin = std::time::Instant::now();
+        let (row, creating) = self.write_start(team, &spec).await?;
+        let before = begin.elapsed();
+        let token = AccessToken::from_stored(row.access_token.clone());
+        let generation = row.generation;
+        let id = creating.id.clone();
+        let _ = written.set(row);
+
+        let command = CreateCommand {
+            id: id.clone(),
+            generation,
+            template: spec.template.to_string(),
+            vcpus: spec.vcpus,
+            memory: spec.memory,
+            disk: spec.disk,
+            timeout: spec.timeout,
+            access_token: token.clone(),
+            environment: spec.environment,
+            allow_internet_access: spec.allow_internet_access,
+        };
+        let (observed, phases) = match self.host.create(command, self.bounds.create).await {
+            Ok(created) => created,
+            Err(error) => {
+                self.undo_start(&id, generation, &error, audience).await;
+                return Err(error.into());
+            }
+        };
+        let begin = std::time::Instant::now();
+        let started = Started { disk_mib: observed.disk_mib, at: observed.started_at };
+        let patient = self.store.with_bound(self.bounds.database_patient);
+        match patient.mark_running(&id, generation, started).await {
+            Ok(Some(row)) => {
+                self.routes.remember(team, id, token);
+                Ok(Created { row, phases, database: before + begin.elapsed() })
+            }
+            Ok(None) => {
+                self.destroy_unwanted(&id, generation + 1).await;
+                Err(Error::DestroyedWhileStarting(id))
+            }
+            Err(error) => {
+                // Nobody would ever find it: it goes, and the row is called an error by a later comparison.
+                self.destroy_unwanted(&id, generation + 1).await;
+                Err(error.into())
+            }
+        }
+    }
+
+    async fn write_start(
+        self: &Arc<Self>,
+        team: TeamId,
+        spec: &Spec,
+    ) -> Result<(SandboxRow, Creating), Error> {
+        let host = self.host_id()?;
+        for _ in 0..ID_ATTEMPTS {
+            let creating = Creating::begin(self, SandboxId::random());
+            let new = NewSandbox {
+                id: creating.id.clone(),
+                team,
+                host: host.clone(),
+                template: spec.template.to_string(),
+                vcpus: spec.vcpus,
+                memory: spec.memory,
+                disk: spec.disk,
+                timeout: spec.timeout,
+                metadata: spec.metadata.clone(),
+                allow_internet_access: spec.allow_internet_access,
+                access_token: AccessToken::random(),
+            };
+            if let Some(row) = self.store.insert_sandbox(&new).await? {
+                return Ok((row, creating));
+            }
+        }
+        Err(Error::TooMany("no free sandbox id was found"))
+    }
+
+    /// After a create that its host did not do.
+    async fn undo_start(
+        self: &Arc<Self>,
+        id: &SandboxId,
+        generation: i64,
+        error: &host::Error,
+        audience: &Audience,
+    ) {
+        // A host that refuses has made nothing. One that has failed or has not answered may have.
+        if !matches!(error, host::Error::Refused { .. }) {
+            self.destroy_unwanted(id, generation + 1).await;
+        }
+        let store = self.store.with_bound(self.bounds.database_patient);
+        let settled = if audience.tell() {
+            store.forget_start(id, generation).await
+        } else {
+            let (state, reason) = (SandboxState::Error, EndReason::StartFailed);
+            store.mark_ended(id, generation, state, reason, &error.to_string()).await.map(drop)
+        };
+        if let Err(error) = settled {
+            tracing::warn!(%id, error = &error as &dyn std::error::Error, "failed create not written");
+        }
+    }
+
+    /// Destroys what has no row to be found by. If the host cannot be reached now, the comparison after the
+    /// next connection finds that nobody knows it.
+    async fn destroy_unwanted(&self, id: &SandboxId, generation: i64) {
+        if let Err(error) = self.host.destroy(id, generation, self.bounds.destroy).await {
+            tracing::warn!(%id, error = &error as &dyn std::error::Error, "unwanted sandbox not destroyed");
+        }
+    }
+
+    /// The sandboxes of a team, newest first.
+    pub(crate) async fn list(&self, caller: &Caller, listed: Listed) -> Result<Page, Error> {
+        let filter = ListFilter {
+            states: listed.states,
+            metadata: listed.metadata,
+            after: listed.after,
+            // One more than asked for tells whether there is a next page.
+            limit: listed.limit.map(|limit| i64::from(limit) + 1),
+        };
+        let mut rows = self.store.sandboxes(caller.team, &filter).await?;
+        let mut next = None;
+        if let Some(limit) = listed.limit
+            && rows.len() > limit as usize
+        {
+            rows.truncate(limit as usize);
+            next = rows.last().map(cursor).transpose()?;
+        }
+        let sandboxes = rows.iter().map(public).collect::<Result<_, _>>()?;
+        Ok(Page { sandboxes, next })
+    }
+
+    /// One sandbox, with what its host knows of it now.
+    pub(crate) async fn get(&self, caller: &Caller, id: &SandboxId) -> Result<Sandbox, Error> {
+        let row = self.store.sandbox(caller.team, id).await?;
+        let row = row.ok_or_else(|| Error::NoSuchSandbox(id.to_string()))?;
+        let mut sandbox = public(&row)?;
+        if row.state() == SandboxState::Running
+            // Without its host's answer the rest is still right.
+            && let Ok(Some(observed)) = self.host.sandbox(id).await
+        {
+            sandbox.disk_used_mb = observed.disk_used_bytes.map(|bytes| bytes.div_ceil(1 << 20));
+            sandbox.last_active_at = observed.last_active_at.max(sandbox.last_active_at);
+        }
+        Ok(sandbox)
+    }
+
+    /// Destroys a sandbox, or finds it gone.
+    pub(crate) async fn delete(
+        self: &Arc<Self>,
+        caller: &Caller,
+        id: &SandboxId,
+    ) -> Result<Deletion, Error> {
+        let task = {
+            let (core, caller, id) = (Arc::clone(self), caller.clone(), id.clone());
+            self.tasks.spawn(async move {
+                core.audited(&caller, &id, "delete", json!({}), core.take_down(caller.team, &id)).await
+            })
+        };
+        match timeout(self.bounds.lifecycle_answer, task).await {
+            Ok(done) => done.map_err(Error::Task)?.map(|()| Deletion::Done),
+            Err(_) => Ok(Deletion::Stopping),
+        }
+    }
+
+    async fn take_down(&self, team: TeamId, id: &SandboxId) -> Result<(), Error> {
+        let row = self.store.mark_stopping(team, id).await?;
+        let row = row.ok_or_else(|| Error::NoSuchSandbox(id.to_string()))?;
+        if row.state().is_final() {
+            return Ok(());
+        }
+        self.routes.forget(id);
+        self.host.destroy(id, row.generation, self.bounds.destroy).await?;
+        let store = self.store.with_bound(self.bounds.database_patient);
+        store
+            .mark_ended(id, row.generation, SandboxState::Stopped, EndReason::Requested, "")
+            .await?;
+        Ok(())
+    }
+
+    /// Moves the inactivity clock of a sandbox to now.
+    pub(crate) async fn ping(&self, caller: &Caller, id: &SandboxId) -> Result<(), Error> {
+        // What is known of it is enough: its host says whether it still runs.
+        self.guest(caller, id).await?;
+        match self.host.ping(id).await {
+            Ok(()) => {
+                self.recorder.sandbox_used(id, jiff::Timestamp::now());
+                Ok(())
+            }
+            Err(host::Error::Refused { message, .. }) => Err(Error::NotRunning {
+                id: id.clone(),
+                state: SandboxState::Stopped,
+                reason: Some(message),
+            }),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// What sandboxes can start from, each name and each other name.
+    pub(crate) async fn templates(&self) -> Result<Vec<Template>, Error> {
+        let mut listed = Vec::new();
+        for template in self.host.templates().await? {
+            let main = Template {
+                name: template.name,
+                kind: TemplateKind::Base,
+                alias_of: None,
+                default_user: Some(template.default_user),
+                default_workdir: Some(template.default_workdir),
+                size_bytes: Some(template.size_bytes),
+                minimum_disk_mb: Some(template.minimum_disk_mib),
+                created_at: None,
+                platform: true,
+            };
+            for alias in template.aliases {
+                // An alias may have a default user of its own, which the host does not tell.
+                listed.push(Template {
+                    name: alias,
+                    alias_of: Some(main.name.clone()),
+                    default_user: None,
+                    default_workdir: None,
+                    ..main.clone()
+                });
+            }
+            listed.push(main);
+        }
+        listed.sort_by(|a, b| a.name.cmp(&b.name));
+        Ok(listed)
+    }
+}
+
+fn running(created: Created) -> Result<Creation, Error> {
+    let Created { row, phases, database } = created;
+    Ok(Creation::Running { sandbox: public(&row)?, phases, database })
+}
+
+fn malformed(error: impl std::error::Error + Send + Sync + 'static) -> Error {
+    // The table's checks and our own writing keep this from happening.
+    Error::Store(store::Error::Malformed(Box::new(error)))
+}
+
+fn cursor(row: &SandboxRow) -> Result<Cursor, Error> {
+    Ok(Cursor { created_at: row.created_at.to_jiff(), id: row.id.parse().map_err(malformed)? })
+}
+
+/// A row as its owner sees it.
+fn public(row: &SandboxRow) -> Result<Sandbox, Error> {
+    let positive = |number: i32| u32::try_from(number).map_err(malformed);
+    Ok(Sandbox {
+        id: row.id.parse().map_err(malformed)?,
+        status: row.state().into(),
+        template: row.template.clone(),
+        vcpus: positive(row.vcpus)?,
+        memory_mb: positive(row.memory_mb)?,
+        disk_size_mb: row.disk_size_mb.map(positive).transpose()?,
+        disk_used_mb: None,
+        timeout_sec: positive(row.timeout_sec)?,
+        allow_internet_access: row.allow_internet_access,
+        metadata: row.metadata.0.clone(),
+        created_at: row.created_at.to_jiff(),
+        started_at: row.started_at.map(jiff_sqlx::Timestamp::to_jiff),
+        last_active_at: row.last_active_at.map(jiff_sqlx::Timestamp::to_jiff),
+        last_updated: row.last_updated.to_jiff(),
+        end_reason: row.end_reason(),
+        end_message: row.end_message.clone(),
+    })
+}

@@ -1,0 +1,38 @@
+//! Which team a sandbox belongs to and what its guest asks of callers: both never change, so they are
+//! remembered, and the database stays off the path of an exec. Whether the sandbox still runs is not
+//! remembered: its host says so each time a tunnel is opened, and breaks the tunnels when it ends.
+
+use std::{
+    collections::HashMap,
+    sync::{PoisonError, RwLock},
+};
+
+use wrenn_types::{AccessToken, SandboxId, TeamId};
+
+/// How many are remembered. With more, all are forgotten and asked for again.
+const ROOM: usize = 65_536;
+
+#[derive(Debug, Default)]
+pub(super) struct Routes {
+    routes: RwLock<HashMap<SandboxId, (TeamId, AccessToken)>>,
+}
+
+impl Routes {
+    pub(super) fn find(&self, team: TeamId, id: &SandboxId) -> Option<AccessToken> {
+        let routes = self.routes.read().unwrap_or_else(PoisonError::into_inner);
+        let (owner, token) = routes.get(id)?;
+        (*owner == team).then(|| token.clone())
+    }
+
+    pub(super) fn remember(&self, team: TeamId, id: SandboxId, token: AccessToken) {
+        let mut routes = self.routes.write().unwrap_or_else(PoisonError::into_inner);
+        if routes.len() >= ROOM {
+            routes.clear();
+        }
+        routes.insert(id, (team, token));
+    }
+
+    pub(super) fn forget(&self, id: &SandboxId) {
+        self.routes.write().unwrap_or_else(PoisonError::into_inner).remove(id);
+    }
+}

@@ -1,0 +1,213 @@
+//! Follows a host: what it pushes is applied as it comes, and what was missed is found by comparison.
+//!
+//! ```text
+//! connect ─► read the database ─► open the watch ─► all there is ─► in sync ─► compare ─► each change
+//!    ▲                                                                             │
+//!    └───────── bounded backoff ◄── the stream ends, or the host does not answer ──┘
+//! ```
+//!
+//! The database is read *before* the host is asked, so that a sandbox that comes up in between is not taken
+//! for one that the host has lost. Every change is a compare-and-set, so several control planes can follow
+//! the same host. Nobody's request waits for any of this.
+
+use std::{
+    collections::HashMap,
+    error::Error as _,
+    sync::Arc,
+    time::Duration,
+};
+
+use jiff::{SignedDuration, Timestamp};
+use tokio::time::{Instant, sleep, timeout};
+use wrenn_types::{SandboxId, SandboxState};
+
+use super::{
+    Core, Error,
+    plan::{Action, Known, compare, settle},
+};
+use crate::{
+    host::{HostEvent, HostWatch, Observed},
+    store::{HostRow, SandboxRow, Started, Store},
+};
+
+const FIRST_PAUSE: Duration = Duration::from_millis(50);
+const LONGEST_PAUSE: Duration = Duration::from_secs(2);
+/// How long a host may take to say all that it has.
+const SNAPSHOT: Duration = Duration::from_secs(15);
+
+/// Follows the host until the control plane stops.
+pub(crate) async fn follow_host(core: Arc<Core>) {
+    let stop = core.stop.clone();
+    let mut pause = FIRST_PAUSE;
+    let mut last_seen = Instant::now();
+    let mut called_missing = false;
+    while !stop.is_cancelled() {
+        let begin = Instant::now();
+        let outcome = stop.run_until_cancelled(follow_once(&core, &mut called_missing)).await;
+        let Some(outcome) = outcome else { break };
+        if begin.elapsed() > LONGEST_PAUSE {
+            // It was connected for a while: that it is away is news.
+            last_seen = Instant::now();
+            pause = FIRST_PAUSE;
+        }
+        match &outcome {
+            Ok(()) => tracing::info!("the host agent ended the watch"),
+            Err(error) => tracing::info!(
+                error = error as &dyn std::error::Error,
+                cause = error.source(),
+                "the host agent is not connected"
+            ),
+        }
+        if !called_missing && last_seen.elapsed() > core.bounds.host_missing {
+            called_missing = call_missing(&core).await;
+        }
+        let _ = stop.run_until_cancelled(sleep(pause)).await;
+        pause = (pause * 2).min(LONGEST_PAUSE);
+    }
+}
+
+async fn call_missing(core: &Core) -> bool {
+    let Ok(host) = core.host_id() else { return false };
+    match core.store.mark_missing(&host).await {
+        Ok(number) => {
+            if number > 0 {
+                tracing::warn!(%host, number, "the host has not been heard of: its sandboxes are missing");
+            }
+            true
+        }
+        Err(_) => false,
+    }
+}
+
+/// One connection to the host, from its beginning to its end.
+async fn follow_once(core: &Core, called_missing: &mut bool) -> Result<(), Error> {
+    let facts = core.host.facts().await?;
+    let host = facts.id.clone();
+    let row = HostRow {
+        id: facts.id,
+        version: facts.version,
+        vmm: facts.vmm,
+        vmm_version: facts.vmm_version,
+        accelerator: facts.accelerator,
+    };
+    core.store.upsert_host(&row).await?;
+
+    let known = read_known(core, &host).await?;
+    let mut watch = core.host.watch().await?;
+    let seen = timeout(SNAPSHOT, snapshot(&mut watch)).await.map_err(|_| {
+        Error::Host(crate::host::Error::Malformed { what: "the watch did not come into sync" })
+    })??;
+    apply_all(core, &known, &seen).await?;
+    core.host_id.send_replace(Some(host.clone()));
+    *called_missing = false;
+    tracing::info!(%host, sandboxes = seen.len(), "following the host");
+
+    let mut sweep = tokio::time::interval_at(Instant::now() + core.bounds.sweep, core.bounds.sweep);
+    sweep.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        tokio::select! {
+            event = watch.next_or(&core.stop) => match event? {
+                Some(HostEvent::Sandbox(observed)) => apply_one(core, &observed).await?,
+                Some(HostEvent::InSync) => {}
+                None => return Ok(()),
+            },
+            _ = sweep.tick() => {
+                let known = read_known(core, &host).await?;
+                let seen = core.host.sandboxes().await?;
+                let seen = seen.into_iter().map(|observed| (observed.id.clone(), observed)).collect();
+                apply_all(core, &known, &seen).await?;
+            }
+        }
+    }
+}
+
+async fn snapshot(watch: &mut HostWatch) -> Result<HashMap<SandboxId, Observed>, Error> {
+    let mut seen = HashMap::new();
+    while let Some(event) = watch.next().await? {
+        match event {
+            HostEvent::Sandbox(observed) => drop(seen.insert(observed.id.clone(), observed)),
+            HostEvent::InSync => return Ok(seen),
+        }
+    }
+    Err(Error::Host(crate::host::Error::Malformed { what: "the watch ended before it was in sync" }))
+}
+
+fn known(row: &SandboxRow) -> Option<Known> {
+    Some(Known {
+        id: row.id.parse().ok()?,
+        state: row.state(),
+        generation: row.generation,
+        created_at: row.created_at.to_jiff(),
+    })
+}
+
+async fn read_known(core: &Core, host: &wrenn_types::HostId) -> Result<Vec<Known>, Error> {
+    Ok(core.store.live_on_host(host).await?.iter().filter_map(known).collect())
+}
+
+async fn apply_all(
+    core: &Core,
+    known: &[Known],
+    seen: &HashMap<SandboxId, Observed>,
+) -> Result<(), Error> {
+    let grace = SignedDuration::try_from(core.bounds.start_grace).unwrap_or(SignedDuration::ZERO);
+    let young_since = Timestamp::now().checked_sub(grace).unwrap_or(Timestamp::MIN);
+    for action in compare(known, seen, &core.creating_now(), young_since) {
+        apply(core, action).await?;
+    }
+    Ok(())
+}
+
+async fn apply_one(core: &Core, observed: &Observed) -> Result<(), Error> {
+    if let Some(at) = observed.last_active_at {
+        core.recorder.sandbox_used(&observed.id, at);
+    }
+    if core.is_creating(&observed.id) {
+        return Ok(());
+    }
+    let row = patient(core).sandbox_of_host(&observed.id).await?;
+    if let Some(row) = row.as_ref().and_then(known)
+        && !row.state.is_final()
+        && let Some(action) = settle(&row, observed)
+    {
+        apply(core, action).await?;
+    }
+    Ok(())
+}
+
+/// What a host says is said once: its writing can wait for a database that is away for a moment, and if it
+/// stays away, the next connection compares everything.
+fn patient(core: &Core) -> Store {
+    core.store.with_bound(core.bounds.database_patient)
+}
+
+async fn apply(core: &Core, action: Action) -> Result<(), Error> {
+    tracing::debug!(?action, "the host and the database disagree");
+    let store = patient(core);
+    match action {
+        Action::Run { id, generation, disk_mib, at } => {
+            store.mark_running(&id, generation, Started { disk_mib, at }).await?;
+        }
+        Action::End { id, generation, state, reason, message } => {
+            core.routes.forget(&id);
+            if store.mark_ended(&id, generation, state, reason, &message).await? {
+                tracing::info!(%id, %state, ?reason, message, "a sandbox has ended by itself");
+            }
+        }
+        Action::Destroy { id, generation } => {
+            core.host.destroy(&id, generation, core.bounds.destroy).await?;
+            let (state, reason) = (SandboxState::Stopped, wrenn_types::EndReason::Requested);
+            store.mark_ended(&id, generation, state, reason, "").await?;
+        }
+        Action::DestroyUnknown { id, generation } => {
+            let row = store.sandbox_of_host(&id).await?;
+            let live = row.as_ref().is_some_and(|row| !row.state().is_final());
+            if !live && !core.is_creating(&id) {
+                tracing::warn!(%id, "the host has a sandbox that nobody knows: it is destroyed");
+                let generation = row.map_or(generation, |row| generation.max(row.generation));
+                core.host.destroy(&id, generation, core.bounds.destroy).await?;
+            }
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,225 @@
+//! The guest's agent, `envd`, in its own protocol through a tunnel: processes and the file system by
+//! Connect RPC, the contents of files by plain HTTP.
+//!
+//! One HTTP client serves all sandboxes; the authority of a request is the sandbox's id, so the client's
+//! pool keeps the tunnels of each sandbox apart and warm.
+
+mod body;
+mod files;
+mod process;
+
+use std::{error::Error as StdError, path::PathBuf, time::Duration};
+
+use base64::{Engine as _, engine::general_purpose::STANDARD};
+use connectrpc::{
+    ConnectError, ErrorCode,
+    client::{CallOptions, ClientBody, ClientConfig, ServiceTransport},
+};
+use http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
+use hyper_util::{
+    client::legacy::{Client, Error as ClientError},
+    rt::{TokioExecutor, TokioTimer},
+};
+use wrenn_types::{AccessToken, SandboxId};
+
+use crate::host::{TunnelConnector, TunnelError};
+
+pub(crate) use body::{Pieces, upload_body};
+pub(crate) use files::Download;
+pub(crate) use process::{End, Input, Launch, ProcessEvent, ProcessStream, Selector, Signal};
+
+/// Where `envd` listens in every guest.
+const PORT: u16 = 49_983;
+const ACCESS_TOKEN: HeaderName = HeaderName::from_static("x-access-token");
+
+type Http = Client<TunnelConnector, ClientBody>;
+type Transport = ServiceTransport<Http>;
+
+/// Why a guest did not do what it was asked.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// There is no way to it.
+    #[error("{message}")]
+    Tunnel {
+        /// What the tunnel's error says.
+        message: String,
+        /// What the sandbox's host thinks of it.
+        reach: Reach,
+    },
+    /// It refused.
+    #[error("{message}")]
+    Refused {
+        /// Why.
+        refusal: Refusal,
+        /// Its sentence.
+        message: String,
+    },
+    /// It did not answer in time.
+    #[error("the guest did not answer in time")]
+    TimedOut,
+    /// The connection broke, or what came over it made no sense.
+    #[error("the connection to the guest was lost")]
+    Lost(#[source] Box<dyn StdError + Send + Sync>),
+}
+
+/// How far towards a guest one gets.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Reach {
+    /// Its host does not answer.
+    NoHost,
+    /// Its host does not know it, or it is not running.
+    NoSandbox,
+    /// It runs, and its agent does not answer.
+    NoAgent,
+}
+
+/// Why a guest refused.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Refusal {
+    /// There is no such path, process or program.
+    NotFound,
+    /// The request cannot be carried out, such as a directory where a file is meant.
+    Invalid,
+    /// It is there already, or what is there is in the way.
+    Conflict,
+    /// The user may not.
+    Forbidden,
+    /// The disk is full, or another resource of the guest.
+    Full,
+    /// The guest's agent failed.
+    Failed,
+}
+
+impl From<ConnectError> for Error {
+    fn from(error: ConnectError) -> Self {
+        if let Some(source) = error.source() {
+            return match TunnelError::beneath(source) {
+                Some(tunnel) => Self::from(tunnel),
+                None => Self::Lost(Box::new(error)),
+            };
+        }
+        let message = error.message.clone().unwrap_or_else(|| error.code.as_str().to_owned());
+        let refusal = match error.code {
+            ErrorCode::NotFound => Refusal::NotFound,
+            // An unknown user is `unauthenticated` in this contract; our own token is always right.
+            ErrorCode::InvalidArgument | ErrorCode::OutOfRange | ErrorCode::Unauthenticated => {
+                Refusal::Invalid
+            }
+            ErrorCode::AlreadyExists | ErrorCode::FailedPrecondition | ErrorCode::Aborted => {
+                Refusal::Conflict
+            }
+            ErrorCode::PermissionDenied => Refusal::Forbidden,
+            ErrorCode::ResourceExhausted => Refusal::Full,
+            ErrorCode::DeadlineExceeded | ErrorCode::Canceled => return Self::TimedOut,
+            // A stream that breaks in the middle is reported as one of these two.
+            ErrorCode::Internal | ErrorCode::Unavailable if is_transport(&message) => {
+                return Self::Lost(Box::new(error));
+            }
+            _ => Refusal::Failed,
+        };
+        Self::Refused { refusal, message }
+    }
+}
+
+/// Whether the RPC library, and not the guest, speaks of a stream that ended too soon.
+fn is_transport(message: &str) -> bool {
+    message.contains("without END_STREAM") || message.contains("failed to read response body")
+}
+
+impl From<&TunnelError> for Error {
+    fn from(error: &TunnelError) -> Self {
+        let reach = match error {
+            TunnelError::Connect(_) | TunnelError::Handshake(_) | TunnelError::TimedOut(_) => Reach::NoHost,
+            TunnelError::Address(_) | TunnelError::NoSandbox { .. } | TunnelError::NotRunning { .. } => {
+                Reach::NoSandbox
+            }
+            TunnelError::Refused { .. } => Reach::NoAgent,
+        };
+        Self::Tunnel { message: error.to_string(), reach }
+    }
+}
+
+impl From<ClientError> for Error {
+    fn from(error: ClientError) -> Self {
+        match TunnelError::beneath(&error) {
+            Some(tunnel) => Self::from(tunnel),
+            None => Self::Lost(Box::new(error)),
+        }
+    }
+}
+
+/// The way to every guest of a host.
+#[derive(Debug, Clone)]
+pub(crate) struct Guests {
+    http: Http,
+    question: Duration,
+}
+
+impl Guests {
+    pub(crate) fn new(socket: PathBuf, tunnel: Duration, question: Duration) -> Self {
+        let http = Client::builder(TokioExecutor::new())
+            .pool_timer(TokioTimer::new())
+            .pool_idle_timeout(Duration::from_secs(60))
+            .pool_max_idle_per_host(4)
+            .build(TunnelConnector::new(socket, tunnel));
+        Self { http, question }
+    }
+
+    /// The guest of one sandbox.
+    pub(crate) fn of(&self, id: SandboxId, token: AccessToken) -> Guest {
+        Guest { id, token, http: self.http.clone(), question: self.question }
+    }
+}
+
+/// One guest.
+#[derive(Debug, Clone)]
+pub(crate) struct Guest {
+    id: SandboxId,
+    token: AccessToken,
+    http: Http,
+    question: Duration,
+}
+
+impl Guest {
+    fn authority(&self) -> String {
+        format!("http://{}:{PORT}", self.id)
+    }
+
+    fn headers(&self, user: Option<&str>) -> Result<HeaderMap, Error> {
+        let mut headers = HeaderMap::new();
+        let mut token = HeaderValue::from_str(self.token.expose())
+            .map_err(|error| Error::Lost(Box::new(error)))?;
+        token.set_sensitive(true);
+        headers.insert(ACCESS_TOKEN, token);
+        if let Some(user) = user {
+            let basic = format!("Basic {}", STANDARD.encode(format!("{user}:")));
+            let basic = HeaderValue::from_str(&basic).map_err(|error| Error::Lost(Box::new(error)))?;
+            headers.insert(header::AUTHORIZATION, basic);
+        }
+        Ok(headers)
+    }
+
+    fn transport(&self, user: Option<&str>) -> Result<(Transport, ClientConfig), Error> {
+        let address = self.authority().parse().map_err(|error: http::uri::InvalidUri| {
+            Error::Lost(Box::new(error))
+        })?;
+        let config = ClientConfig::new(address).proto().with_default_headers(self.headers(user)?);
+        Ok((ServiceTransport::new(self.http.clone()), config))
+    }
+
+    fn question(&self) -> CallOptions {
+        CallOptions::default().with_timeout(self.question)
+    }
+}
+
+/// What a status of the plain HTTP routes means.
+fn refusal_of(status: StatusCode) -> Refusal {
+    match status {
+        StatusCode::NOT_FOUND => Refusal::NotFound,
+        StatusCode::BAD_REQUEST | StatusCode::UNAUTHORIZED => Refusal::Invalid,
+        StatusCode::FORBIDDEN => Refusal::Forbidden,
+        StatusCode::CONFLICT => Refusal::Conflict,
+        StatusCode::INSUFFICIENT_STORAGE => Refusal::Full,
+        _ => Refusal::Failed,
+    }
+}

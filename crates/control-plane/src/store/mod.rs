@@ -1,0 +1,144 @@
+//! The database: the only place that outlives the process.
+//!
+//! Every statement is bounded: it is tried again over a fresh connection while the server is restarting or
+//! its connections have gone stale, and once [`Store::bound`] has passed the caller is told that the
+//! database does not answer. For that to be right, every statement here is safe to repeat: reads,
+//! compare-and-set updates, and inserts that do nothing where the row is there already.
+
+mod audit;
+mod hosts;
+mod keys;
+mod sandboxes;
+
+use std::{collections::BTreeMap, str::FromStr as _, time::Duration};
+
+use sqlx::{
+    PgPool,
+    postgres::{PgConnectOptions, PgPoolOptions},
+};
+use tokio::time::{Instant, sleep, timeout_at};
+
+pub(crate) use audit::AuditEntry;
+pub(crate) use hosts::HostRow;
+pub(crate) use keys::{KeyRow, first_key};
+pub(crate) use sandboxes::{Cursor, ListFilter, NewSandbox, SandboxRow, Started};
+
+/// Names and values that a caller gave a sandbox.
+pub(crate) type Metadata = sqlx::types::Json<BTreeMap<String, String>>;
+
+static MIGRATIONS: sqlx::migrate::Migrator = sqlx::migrate!("../../migrations");
+
+/// How long to wait before a failed statement is tried again.
+const RETRY_PAUSE: Duration = Duration::from_millis(50);
+
+/// Why a statement gave no answer.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The URL of the database is not one.
+    #[error("the database URL cannot be used")]
+    BadUrl(#[source] sqlx::Error),
+    /// Nothing answered within the bound.
+    #[error("the database does not answer ({operation})")]
+    Unavailable {
+        /// What was to be done.
+        operation: &'static str,
+        /// The last failure, if there was one before the time ran out.
+        #[source]
+        source: Option<sqlx::Error>,
+    },
+    /// The database refused the statement.
+    #[error("the database refused to {operation}")]
+    Refused {
+        /// What was to be done.
+        operation: &'static str,
+        /// What it said.
+        #[source]
+        source: sqlx::Error,
+    },
+    /// A row holds what cannot be understood.
+    #[error("a row of the database cannot be understood")]
+    Malformed(#[source] Box<dyn std::error::Error + Send + Sync>),
+    /// The schema could not be brought up to date.
+    #[error("the database could not be migrated")]
+    Migrate(#[source] sqlx::migrate::MigrateError),
+}
+
+/// A pool of connections and the statements that go over it.
+#[derive(Debug, Clone)]
+pub(crate) struct Store {
+    pool: PgPool,
+    bound: Duration,
+}
+
+impl Store {
+    /// Connects, waiting up to `patience` for a database that is still starting, and brings the schema up
+    /// to date.
+    pub(crate) async fn open(url: &str, bound: Duration, patience: Duration) -> Result<Self, Error> {
+        let options = PgConnectOptions::from_str(url)
+            .map_err(Error::BadUrl)?
+            .application_name("wrenn")
+            // The bound of the client ends the wait; this ends the work.
+            .options([("statement_timeout", bound.as_millis().to_string())]);
+        let pool = PgPoolOptions::new()
+            .max_connections(16)
+            .acquire_timeout(bound)
+            .idle_timeout(Duration::from_secs(600))
+            // A check before each use would cost a round trip per statement. A stale connection shows
+            // itself by failing, and the statement is then tried again.
+            .test_before_acquire(false)
+            .connect_lazy_with(options);
+        let store = Self { pool, bound };
+        let patient = Self { pool: store.pool.clone(), bound: patience };
+        patient.run("connect", || sqlx::query("SELECT 1").execute(&store.pool)).await?;
+        MIGRATIONS.run(&store.pool).await.map_err(Error::Migrate)?;
+        Ok(store)
+    }
+
+    /// Waits for the statements in flight and closes the connections.
+    pub(crate) async fn close(&self) {
+        self.pool.close().await;
+    }
+
+    /// The same database with another bound: background work can wait longer than a request.
+    pub(crate) fn with_bound(&self, bound: Duration) -> Self {
+        Self { pool: self.pool.clone(), bound }
+    }
+
+    async fn run<T, Fut>(&self, operation: &'static str, attempt: impl Fn() -> Fut) -> Result<T, Error>
+    where
+        Fut: Future<Output = sqlx::Result<T>>,
+    {
+        let deadline = Instant::now() + self.bound;
+        let mut last = None;
+        loop {
+            match timeout_at(deadline, attempt()).await {
+                Ok(Ok(value)) => return Ok(value),
+                Ok(Err(source)) if is_passing(&source) && Instant::now() + RETRY_PAUSE < deadline => {
+                    last = Some(source);
+                    sleep(RETRY_PAUSE).await;
+                }
+                Ok(Err(source)) if is_passing(&source) => {
+                    return Err(Error::Unavailable { operation, source: Some(source) });
+                }
+                Ok(Err(source)) => return Err(Error::Refused { operation, source }),
+                Err(_) => return Err(Error::Unavailable { operation, source: last }),
+            }
+        }
+    }
+}
+
+/// Whether the same statement may well succeed a moment later.
+fn is_passing(error: &sqlx::Error) -> bool {
+    match error {
+        sqlx::Error::Io(_)
+        | sqlx::Error::PoolTimedOut
+        | sqlx::Error::WorkerCrashed
+        | sqlx::Error::Protocol(_) => true,
+        // Class 57 is the operator's doing (shutdown, crash, still starting), 53 a lack of connections,
+        // 40 a conflict between transactions, 08 a broken connection.
+        sqlx::Error::Database(database) => database
+            .code()
+            .is_some_and(|code| ["57P", "53", "40", "08"].iter().any(|class| code.starts_with(class))),
+        _ => false,
+    }
+}

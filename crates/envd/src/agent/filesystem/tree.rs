@@ -1,0 +1,253 @@
+//! Making, listing and removing trees, however deep they are.
+//!
+//! A tree in a guest is whatever its user made, also one deeper than any stack or path name allows. So nothing here
+//! calls itself, and removal works from open directories instead of path names.
+
+use std::{
+    ffi::{CStr, CString},
+    fs, io,
+    os::{
+        fd::{AsFd, OwnedFd},
+        unix::fs::{MetadataExt, chown},
+    },
+    path::{Path, PathBuf},
+};
+
+use rustix::{
+    fs::{AtFlags, CWD, Dir, Mode, OFlags, openat, renameat, unlinkat},
+    io::Errno,
+};
+
+use crate::agent::users::User;
+
+/// How many directories are open at once while a tree is removed.
+const OPEN_AT_ONCE: usize = 64;
+
+/// Makes a directory and what is missing above it. What is made belongs to `user`.
+pub(crate) fn make_directories(path: &Path, user: &User) -> io::Result<()> {
+    let mut missing: Vec<PathBuf> = Vec::new();
+    for ancestor in path.ancestors() {
+        match fs::metadata(ancestor) {
+            Ok(metadata) if metadata.is_dir() => break,
+            Ok(_) => return Err(io::ErrorKind::NotADirectory.into()),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => missing.push(ancestor.to_owned()),
+            Err(error) => return Err(error),
+        }
+    }
+    for directory in missing.iter().rev() {
+        match fs::create_dir(directory) {
+            Ok(()) => chown(directory, Some(user.uid), Some(user.gid))?,
+            // Somebody else made it at the same moment.
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists && directory.is_dir() => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}
+
+/// The paths below `root`, parents before what they hold, in the order of their names, `depth` levels deep. At most
+/// `limit` of them; `None` means that there are more. Links are not followed.
+pub(crate) fn list(root: &str, depth: u32, limit: usize) -> io::Result<Option<Vec<String>>> {
+    let mut found = Vec::new();
+    let mut waiting: Vec<(String, u32)> = children(root)?.map(|path| (path, 1)).collect();
+    while let Some((path, level)) = waiting.pop() {
+        if found.len() == limit {
+            return Ok(None);
+        }
+        let descend = level < depth && fs::symlink_metadata(&path).is_ok_and(|metadata| metadata.is_dir());
+        if descend {
+            // A directory that goes away or may not be read is listed, without what it holds.
+            waiting.extend(children(&path).into_iter().flatten().map(|path| (path, level + 1)));
+        }
+        found.push(path);
+        if waiting.len() > limit {
+            return Ok(None);
+        }
+    }
+    Ok(Some(found))
+}
+
+/// The paths in a directory, last name first. A name that is no text cannot be sent and is left out.
+fn children(directory: &str) -> io::Result<impl Iterator<Item = String> + use<>> {
+    let mut names: Vec<String> = Vec::new();
+    for entry in fs::read_dir(directory)? {
+        names.extend(entry?.file_name().into_string());
+    }
+    names.sort_unstable_by(|one, other| other.cmp(one));
+    let prefix = directory.trim_end_matches('/').to_owned();
+    Ok(names.into_iter().map(move |name| format!("{prefix}/{name}")))
+}
+
+/// Removes a file, a link, or a directory with all that it holds. What is not there is removed already.
+pub(crate) fn remove(path: &str) -> io::Result<()> {
+    let metadata = match fs::symlink_metadata(path) {
+        Ok(metadata) => metadata,
+        Err(error) if is_absent(&error) => return Ok(()),
+        Err(error) => return Err(error),
+    };
+    let removed = if metadata.is_dir() {
+        let name = CString::new(path)?;
+        empty_directory(&name, metadata.dev()).and_then(|()| unlinkat(CWD, &name, AtFlags::REMOVEDIR))
+    } else {
+        rustix::fs::unlink(path)
+    };
+    match removed {
+        Ok(()) | Err(Errno::NOENT) => Ok(()),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// Whether nothing has this path: a part of it is missing, or is a file.
+pub(crate) fn is_absent(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory)
+}
+
+/// Removes all that a directory holds.
+///
+/// It keeps the way down as open directories. Where that gets too long, the directory it stands in is moved to the
+/// top and dealt with from there.
+fn empty_directory(path: &CStr, device: u64) -> Result<(), Errno> {
+    let top = open_directory(CWD, path)?;
+    let mut way: Vec<(OwnedFd, CString)> = Vec::new();
+    let mut moved = 0_u64;
+    loop {
+        let here = way.last().map_or(top.as_fd(), |(directory, _)| directory.as_fd());
+        let Some(name) = remove_files(here)? else {
+            // Nothing is left here: step up and remove it.
+            let Some((_, name)) = way.pop() else { return Ok(()) };
+            let above = way.last().map_or(top.as_fd(), |(directory, _)| directory.as_fd());
+            unlink(above, &name, AtFlags::REMOVEDIR)?;
+            continue;
+        };
+        let child = match open_directory(here, &name) {
+            Ok(child) => child,
+            Err(Errno::NOENT) => continue,
+            Err(error) => return Err(error),
+        };
+        // Another file system is mounted there: it is not ours to empty.
+        if rustix::fs::fstat(&child)?.st_dev != device {
+            return Err(Errno::BUSY);
+        }
+        if way.len() < OPEN_AT_ONCE {
+            way.push((child, name));
+            continue;
+        }
+        moved += 1;
+        let aside = CString::new(format!(".removing-{moved}")).map_err(|_| Errno::INVAL)?;
+        match renameat(here, &name, &top, &aside) {
+            Ok(()) => {}
+            // The name is taken by something that is removed in its turn; the next number will do.
+            Err(Errno::EXIST | Errno::NOTEMPTY | Errno::ISDIR | Errno::NOTDIR) => continue,
+            Err(error) => return Err(error),
+        }
+    }
+}
+
+/// Removes everything in a directory that is no directory, and names one that is.
+fn remove_files(directory: impl AsFd) -> Result<Option<CString>, Errno> {
+    let directory = directory.as_fd();
+    let mut found = None;
+    for entry in Dir::read_from(directory)? {
+        let entry = entry?;
+        let name = entry.file_name();
+        if name == c"." || name == c".." {
+            continue;
+        }
+        if entry.file_type().is_dir() {
+            found.get_or_insert_with(|| name.to_owned());
+        } else {
+            match unlink(directory, name, AtFlags::empty()) {
+                // The file system does not tell types in its listing.
+                Err(Errno::ISDIR) => {
+                    found.get_or_insert_with(|| name.to_owned());
+                }
+                other => other?,
+            }
+        }
+    }
+    Ok(found)
+}
+
+fn unlink(directory: impl AsFd, name: &CStr, flags: AtFlags) -> Result<(), Errno> {
+    match unlinkat(directory, name, flags) {
+        Ok(()) | Err(Errno::NOENT) => Ok(()),
+        Err(error) => Err(error),
+    }
+}
+
+fn open_directory(directory: impl AsFd, name: &CStr) -> Result<OwnedFd, Errno> {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    openat(directory, name, flags, Mode::empty())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::symlink;
+
+    use super::*;
+
+    #[test]
+    fn a_list_is_in_order_and_as_deep_as_asked() {
+        let directory = tempfile::tempdir().unwrap();
+        let root = directory.path().to_str().unwrap();
+        fs::create_dir_all(format!("{root}/b/d/e")).unwrap();
+        for name in ["a", "c", "b/z", "b/d/x"] {
+            fs::write(format!("{root}/{name}"), "").unwrap();
+        }
+        symlink("b", format!("{root}/link")).unwrap();
+        let names = |depth, limit| {
+            let list = list(root, depth, limit).unwrap()?;
+            Some(list.into_iter().map(|path| path.strip_prefix(root).unwrap().to_owned()).collect::<Vec<_>>())
+        };
+        assert_eq!(names(1, 100).unwrap(), ["/a", "/b", "/c", "/link"]);
+        assert_eq!(names(2, 100).unwrap(), ["/a", "/b", "/b/d", "/b/z", "/c", "/link"]);
+        assert_eq!(names(u32::MAX, 100).unwrap().len(), 8);
+        assert_eq!(names(1, 3), None);
+        assert_eq!(names(1, 4).unwrap().len(), 4);
+        assert!(list(&format!("{root}/a"), 1, 9).is_err());
+    }
+
+    #[test]
+    fn a_tree_deeper_than_any_path_is_removed() {
+        let directory = tempfile::tempdir().unwrap();
+        let root = directory.path().join("deep");
+        fs::create_dir(&root).unwrap();
+        let mut here = open_directory(CWD, &CString::new(root.to_str().unwrap()).unwrap()).unwrap();
+        for level in 0..3000 {
+            rustix::fs::mkdirat(&here, c"directory", Mode::RWXU).unwrap();
+            openat(&here, c"file", OFlags::CREATE | OFlags::WRONLY, Mode::RUSR).unwrap();
+            if level % 7 == 0 {
+                rustix::fs::mkdirat(&here, c".removing-3", Mode::RWXU).unwrap();
+                rustix::fs::symlinkat("/etc", &here, c"link").unwrap();
+            }
+            here = open_directory(&here, c"directory").unwrap();
+        }
+        remove(root.to_str().unwrap()).unwrap();
+        assert!(!root.exists());
+        remove(root.to_str().unwrap()).unwrap();
+        assert!(Path::new("/etc/passwd").exists());
+    }
+
+    #[test]
+    fn directories_above_are_made_for_the_user() {
+        let directory = tempfile::tempdir().unwrap();
+        let user = User {
+            name: "user".to_owned(),
+            uid: 1234,
+            gid: 1235,
+            home: "/".to_owned(),
+            shell: "/bin/sh".to_owned(),
+        };
+        let path = directory.path().join("a/b/c");
+        make_directories(&path, &user).unwrap();
+        make_directories(&path, &user).unwrap();
+        for made in ["a", "a/b", "a/b/c"] {
+            let metadata = fs::metadata(directory.path().join(made)).unwrap();
+            assert_eq!((metadata.uid(), metadata.gid()), (1234, 1235));
+        }
+        assert_eq!(fs::metadata(directory.path()).unwrap().uid(), rustix::process::geteuid().as_raw());
+        fs::write(directory.path().join("file"), "").unwrap();
+        let error = make_directories(&directory.path().join("file/x"), &user).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::NotADirectory);
+    }
+}

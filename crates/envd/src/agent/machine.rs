@@ -1,0 +1,198 @@
+//! What `/init` does to the machine: randomness, clock, names, and the size of the root disk.
+//!
+//! Each step is one function and does no more than it must: this is on the path of every create. Nothing is
+//! synced to the disk, because a crash before the first snapshot loses the sandbox anyway.
+
+use std::{
+    fs, io,
+    net::IpAddr,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use rustix::{
+    io::Errno,
+    system::sethostname,
+    time::{ClockId, Timespec, clock_settime},
+};
+use wrenn_guest_linux::{
+    block::{ResizeError, resize_ext4},
+    entropy::{EntropyError, Random},
+    uevent::Uevents,
+};
+
+/// How long the disk may take to show the size that the host gave it.
+const DISK_LIMIT: Duration = Duration::from_secs(5);
+/// The root disk's size, in sectors of 512 bytes.
+const DISK_SIZE: &str = "/sys/class/block/vda/size";
+/// Marks our line in `/etc/hosts`, so that a new name replaces the old one.
+const HOSTS_MARK: &str = "# this sandbox";
+
+/// Which step failed, and why.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum MachineError {
+    #[error("cannot make the randomness fresh")]
+    Entropy(#[source] EntropyError),
+    #[error("cannot set the clock")]
+    Clock(#[source] Errno),
+    #[error("cannot set the host name")]
+    Hostname(#[source] Errno),
+    #[error("cannot write {path}")]
+    Write {
+        path: PathBuf,
+        #[source]
+        source: io::Error,
+    },
+    #[error("cannot listen for changes of the disk")]
+    Uevents(#[source] Errno),
+    #[error("the disk did not show {wanted} bytes within {DISK_LIMIT:?}")]
+    DiskSize { wanted: u64 },
+    #[error("cannot grow the root file system")]
+    Resize(#[source] ResizeError),
+}
+
+/// Mixes fresh bytes into the kernel's generator and makes it use them at once.
+pub(crate) fn renew_randomness(bytes: &[u8]) -> Result<(), MachineError> {
+    let renew = || {
+        let random = Random::open(Path::new("/dev/urandom"))?;
+        random.add(bytes)?;
+        random.reseed()
+    };
+    renew().map_err(MachineError::Entropy)
+}
+
+/// Sets the clock: at once, not by degrees, because a restored guest may be hours behind.
+pub(crate) fn set_clock(seconds: i64, nanoseconds: i32) -> Result<(), MachineError> {
+    let time = Timespec { tv_sec: seconds, tv_nsec: nanoseconds.into() };
+    clock_settime(ClockId::Realtime, time).map_err(MachineError::Clock)
+}
+
+/// Names the machine, in the kernel and in `/etc`.
+pub(crate) fn set_hostname(root: &Path, hostname: &str) -> Result<(), MachineError> {
+    sethostname(hostname.as_bytes()).map_err(MachineError::Hostname)?;
+    write_hostname(root, hostname)
+}
+
+fn write_hostname(root: &Path, hostname: &str) -> Result<(), MachineError> {
+    write(&root.join("etc/hostname"), &format!("{hostname}\n"))?;
+    let hosts = root.join("etc/hosts");
+    // Bytes that are no text are somebody's comment in another encoding; they do not survive.
+    let current = fs::read(&hosts).map(|bytes| String::from_utf8_lossy(&bytes).into_owned());
+    write(&hosts, &hosts_with(&current.unwrap_or_default(), hostname))
+}
+
+/// The host table with our name in it: everything else is kept, our earlier line is replaced.
+fn hosts_with(current: &str, hostname: &str) -> String {
+    let mut lines: Vec<&str> = current.lines().filter(|line| !line.ends_with(HOSTS_MARK)).collect();
+    let names_localhost = |line: &&str| line.split_whitespace().skip(1).any(|name| name == "localhost");
+    if !lines.iter().any(names_localhost) {
+        lines.push("127.0.0.1\tlocalhost");
+    }
+    let ours = format!("127.0.1.1\t{hostname}\t{HOSTS_MARK}");
+    lines.push(&ours);
+    lines.join("\n") + "\n"
+}
+
+/// Gives the machine its id.
+pub(crate) fn set_machine_id(root: &Path, id: &str) -> Result<(), MachineError> {
+    write(&root.join("etc/machine-id"), &format!("{id}\n"))
+}
+
+/// Names the servers that answer for names.
+pub(crate) fn set_dns_servers(root: &Path, servers: &[IpAddr]) -> Result<(), MachineError> {
+    let text: String = servers.iter().map(|server| format!("nameserver {server}\n")).collect();
+    write(&root.join("etc/resolv.conf"), &text)
+}
+
+/// Waits until the root disk shows `bytes`, then grows its file system to them.
+pub(crate) fn grow_root(bytes: u64) -> Result<(), MachineError> {
+    let shows_it = || disk_bytes().is_some_and(|size| size >= bytes);
+    if !shows_it() {
+        let events = Uevents::open().map_err(MachineError::Uevents)?;
+        if !events.wait_until(DISK_LIMIT, shows_it).map_err(MachineError::Uevents)? {
+            return Err(MachineError::DiskSize { wanted: bytes });
+        }
+    }
+    resize_ext4(Path::new("/"), bytes).map_err(MachineError::Resize)
+}
+
+fn disk_bytes() -> Option<u64> {
+    fs::read_to_string(DISK_SIZE).ok()?.trim().parse::<u64>().ok()?.checked_mul(512)
+}
+
+/// Writes a small file, unless it holds this text already. A symbolic link is replaced and not followed: in many
+/// images `/etc/resolv.conf` points to what a service that does not run here would have made.
+fn write(path: &Path, text: &str) -> Result<(), MachineError> {
+    use std::{io::Write, os::unix::fs::OpenOptionsExt};
+    let open = || {
+        let no_follow = rustix::fs::OFlags::NOFOLLOW.bits().cast_signed();
+        fs::OpenOptions::new()
+            .write(true)
+            .create(true)
+            .truncate(true)
+            .mode(0o644)
+            .custom_flags(no_follow)
+            .open(path)
+    };
+    let attempt = || {
+        let link = fs::symlink_metadata(path).is_ok_and(|metadata| metadata.is_symlink());
+        if link {
+            fs::remove_file(path)?;
+        } else if fs::read(path).is_ok_and(|current| current == text.as_bytes()) {
+            return Ok(());
+        }
+        let mut file = match open() {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                fs::create_dir_all(path.parent().unwrap_or(Path::new("/")))?;
+                open()?
+            }
+            other => other?,
+        };
+        file.write_all(text.as_bytes())
+    };
+    attempt().map_err(|source| MachineError::Write { path: path.to_owned(), source })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_host_table_keeps_what_others_wrote() {
+        let first = hosts_with("", "sb-1");
+        assert_eq!(first, "127.0.0.1\tlocalhost\n127.0.1.1\tsb-1\t# this sandbox\n");
+        let theirs = "127.0.0.1 localhost box\n10.0.0.1\tdatabase\n";
+        let second = hosts_with(&hosts_with(theirs, "sb-1"), "sb-2");
+        assert_eq!(second, format!("{theirs}127.0.1.1\tsb-2\t# this sandbox\n"));
+    }
+
+    #[test]
+    fn names_are_written_also_where_there_is_no_etc_and_over_links() {
+        let root = tempfile::tempdir().unwrap();
+        write_hostname(root.path(), "sb-1").unwrap();
+        set_machine_id(root.path(), "00112233445566778899aabbccddeeff").unwrap();
+        let read = |name: &str| fs::read_to_string(root.path().join("etc").join(name)).unwrap();
+        assert_eq!(read("hostname"), "sb-1\n");
+        assert_eq!(read("machine-id"), "00112233445566778899aabbccddeeff\n");
+        let link = root.path().join("etc/resolv.conf");
+        std::os::unix::fs::symlink("../run/not/there", &link).unwrap();
+        set_dns_servers(root.path(), &["10.0.0.1".parse().unwrap(), "::1".parse().unwrap()]).unwrap();
+        assert_eq!(read("resolv.conf"), "nameserver 10.0.0.1\nnameserver ::1\n");
+        assert!(!fs::symlink_metadata(&link).unwrap().is_symlink());
+    }
+
+    #[test]
+    fn a_file_that_holds_the_text_is_left_alone() {
+        let root = tempfile::tempdir().unwrap();
+        let path = root.path().join("file");
+        write(&path, "text").unwrap();
+        let mut permissions = fs::metadata(&path).unwrap().permissions();
+        std::os::unix::fs::PermissionsExt::set_mode(&mut permissions, 0o600);
+        fs::set_permissions(&path, permissions).unwrap();
+        let before = fs::metadata(&path).unwrap().modified().unwrap();
+        write(&path, "text").unwrap();
+        assert_eq!(fs::metadata(&path).unwrap().modified().unwrap(), before);
+        write(&path, "other").unwrap();
+        assert_eq!(fs::read_to_string(&path).unwrap(), "other");
+    }
+}

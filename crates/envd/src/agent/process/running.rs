@@ -1,0 +1,389 @@
+//! A process that was started: its output, its input, its end.
+//!
+//! ```text
+//!  stdout ──► pump ──┐                       ┌──► subscriber (bounded queue) ──► stream of one client
+//!                    ├──► every subscriber ──┤
+//!  stderr ──► pump ──┘                       └──► subscriber …
+//!                ▲ "it exited"
+//!  pidfd ──► supervisor: waits, kills at the deadline, reaps, waits for the pumps, publishes the end
+//! ```
+//!
+//! - **Nothing is lost.** The first subscriber is there before the program is. A subscriber's queue is bounded, and
+//!   a pump waits for room in it: a slow client slows the program, as a full pipe would.
+//! - **Nobody listens.** Then output is read and dropped, so that a program never stops for want of a reader.
+//! - **One end, after all output.** The end is not sent; the queues are closed, and whoever finds its queue closed
+//!   reads the end from [`Process::end`], which was set before.
+//! - **A grandchild keeps the output open.** What was in the pipe when the program exited is always delivered.
+//!   What comes later is delivered for [`GRACE`] at most, then the end is published, and what a grandchild writes
+//!   after that is read and dropped, so that a server left in the background does not die of a broken pipe.
+
+use std::{
+    io,
+    os::fd::{AsFd, OwnedFd},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use bytes::Bytes;
+use rustix::{
+    io::Errno,
+    process::{Pid, Signal, WaitId, WaitIdOptions, kill_process_group, waitid},
+};
+use tokio::{
+    io::{Interest, unix::AsyncFd},
+    sync::{mpsc, watch},
+    task::JoinSet,
+    time::{Instant, timeout_at},
+};
+use wrenn_guest_linux::terminal::{self, Size};
+use wrenn_proto::process::{ProcessConfig, ProcessInfo};
+
+use super::{
+    channel::Channel,
+    end::{End, Outcome},
+    registry::Registry,
+};
+
+/// How long after the program's exit the output of what it left behind still counts as its own.
+pub(crate) const GRACE: Duration = Duration::from_millis(100);
+/// How many pieces of output wait for a slow subscriber before the program is made to wait.
+const QUEUE: usize = 8;
+/// The most that one piece of output holds.
+const PIPE_PIECE: usize = 32 * 1024;
+const TERMINAL_PIECE: usize = 16 * 1024;
+
+/// Where a piece of output came from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Origin {
+    Stdout,
+    Stderr,
+    Terminal,
+}
+
+/// A piece of output.
+#[derive(Debug, Clone)]
+pub(crate) struct Output {
+    pub(crate) origin: Origin,
+    pub(crate) bytes: Bytes,
+}
+
+/// One client's queue of output. When it is closed, the process has ended.
+pub(crate) type Subscription = mpsc::Receiver<Output>;
+
+/// The input of a process.
+#[derive(Debug)]
+pub(crate) enum Input {
+    Pipe(Channel),
+    Terminal(Arc<Channel>),
+    Closed,
+}
+
+/// Why input could not be given.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum InputError {
+    #[error("stdin not enabled or closed")]
+    Closed,
+    #[error("the process has a terminal: send its input as pty")]
+    WantsTerminal,
+    #[error("the process has no terminal")]
+    NoTerminal,
+    #[error("cannot write to the process: {0}")]
+    Write(io::Error),
+}
+
+/// What kind of input a client sends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum InputKind {
+    Stdin,
+    Terminal,
+}
+
+/// What is known of a process before it has a number.
+#[derive(Debug)]
+pub(crate) struct Description {
+    pub(crate) config: ProcessConfig,
+    pub(crate) tag: Option<String>,
+}
+
+/// A process.
+#[derive(Debug)]
+pub(crate) struct Process {
+    description: Description,
+    pid: Pid,
+    started: Instant,
+    /// The agent's side of the terminal; given up at the end, which hangs up whoever still has the other side.
+    terminal: Mutex<Option<Arc<Channel>>>,
+    input: tokio::sync::Mutex<Input>,
+    exited: watch::Sender<bool>,
+    /// Guards the process number: a signal is sent, and the process is reaped, only under this lock. So a signal
+    /// never reaches a process that got the number of one that is gone.
+    alive: Mutex<bool>,
+    listeners: Mutex<Listeners>,
+}
+
+#[derive(Debug, Default)]
+struct Listeners {
+    queues: Vec<mpsc::Sender<Output>>,
+    end: Option<End>,
+}
+
+/// What a start leaves to be looked after.
+#[derive(Debug)]
+pub(crate) struct Started {
+    pub(crate) pid: Pid,
+    pub(crate) pidfd: OwnedFd,
+    pub(crate) input: Input,
+    pub(crate) terminal: Option<Arc<Channel>>,
+    pub(crate) outputs: Vec<(Origin, Arc<Channel>)>,
+}
+
+impl Process {
+    /// Takes over a process that was started and looks after it until its end.
+    ///
+    /// The queue of the first subscriber is made here, before anything is read.
+    pub(crate) fn adopt(
+        registry: &Arc<Registry>,
+        description: Description,
+        started: Started,
+        deadline: Option<Instant>,
+    ) -> io::Result<(Arc<Self>, Subscription)> {
+        let (sender, subscription) = mpsc::channel(QUEUE);
+        let pidfd = AsyncFd::with_interest(started.pidfd, Interest::READABLE)?;
+        let process = Arc::new(Self {
+            description,
+            pid: started.pid,
+            started: Instant::now(),
+            terminal: Mutex::new(started.terminal),
+            exited: watch::Sender::new(false),
+            input: tokio::sync::Mutex::new(started.input),
+            alive: Mutex::new(true),
+            listeners: Mutex::new(Listeners { queues: vec![sender], end: None }),
+        });
+        registry.add(&process);
+        let supervisor =
+            supervise(Arc::clone(registry), Arc::clone(&process), pidfd, started.outputs, deadline);
+        tokio::spawn(supervisor);
+        Ok((process, subscription))
+    }
+
+    pub(crate) fn pid(&self) -> u32 {
+        self.pid.as_raw_nonzero().get().unsigned_abs()
+    }
+
+    pub(crate) fn tag(&self) -> Option<&String> {
+        self.description.tag.as_ref()
+    }
+
+    pub(crate) fn started(&self) -> Instant {
+        self.started
+    }
+
+    /// How it ended, once its output is complete.
+    pub(crate) fn end(&self) -> Option<End> {
+        self.listeners().end
+    }
+
+    pub(crate) fn info(&self) -> ProcessInfo {
+        ProcessInfo {
+            config: self.description.config.clone().into(),
+            pid: self.pid(),
+            tag: self.description.tag.clone(),
+            ..ProcessInfo::default()
+        }
+    }
+
+    /// Adds a subscriber, which gets the output from now on.
+    pub(crate) fn subscribe(&self) -> Subscription {
+        let (sender, subscription) = mpsc::channel(QUEUE);
+        let mut listeners = self.listeners();
+        if listeners.end.is_none() {
+            listeners.queues.push(sender);
+        }
+        subscription
+    }
+
+    /// Signals the process and everything in its group. False means that it is gone.
+    pub(crate) fn signal(&self, signal: Signal) -> Result<bool, Errno> {
+        let alive = self.alive.lock().unwrap_or_else(PoisonError::into_inner);
+        if !*alive {
+            return Ok(false);
+        }
+        match kill_process_group(self.pid, signal) {
+            Ok(()) => Ok(true),
+            Err(Errno::SRCH) => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Gives the process input, in the order of the calls. Waits while the process does not read.
+    pub(crate) async fn write(&self, kind: InputKind, bytes: &[u8]) -> Result<(), InputError> {
+        let mut exited = self.exited.subscribe();
+        let input = self.input.lock().await;
+        let channel = match (&*input, kind) {
+            (Input::Pipe(channel), InputKind::Stdin) => channel,
+            (Input::Terminal(channel), InputKind::Terminal) => channel.as_ref(),
+            (Input::Terminal(_), InputKind::Stdin) => return Err(InputError::WantsTerminal),
+            (Input::Closed, InputKind::Stdin) => return Err(InputError::Closed),
+            (Input::Pipe(_) | Input::Closed, InputKind::Terminal) => return Err(InputError::NoTerminal),
+        };
+        tokio::select! {
+            biased;
+            written = channel.write_all(bytes) => written.map_err(InputError::Write),
+            // A grandchild may hold the other end open without ever reading.
+            _ = exited.wait_for(|exited| *exited) => Err(InputError::Closed),
+        }
+    }
+
+    /// Closes standard input, after what was written before.
+    pub(crate) async fn close_input(&self) -> Result<(), InputError> {
+        let mut input = self.input.lock().await;
+        match &*input {
+            Input::Terminal(_) => Err(InputError::WantsTerminal),
+            Input::Pipe(_) | Input::Closed => {
+                *input = Input::Closed;
+                Ok(())
+            }
+        }
+    }
+
+    /// Changes the size of the terminal.
+    pub(crate) fn resize(&self, size: Size) -> Result<(), InputError> {
+        let terminal = self.terminal.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let terminal = terminal.ok_or(InputError::NoTerminal)?;
+        terminal::resize(terminal.descriptor(), size).map_err(|error| InputError::Write(error.into()))
+    }
+
+    /// Hands a piece of output to every subscriber, and waits for the slowest.
+    async fn publish(&self, output: Output) {
+        let queues = self.listeners().queues.clone();
+        let mut gone = false;
+        for queue in &queues {
+            gone |= queue.send(output.clone()).await.is_err();
+        }
+        if gone {
+            self.listeners().queues.retain(|queue| !queue.is_closed());
+        }
+    }
+
+    /// Sets the end, closes every queue, and then the input, once whoever is writing has noticed.
+    async fn finish(&self, end: End) {
+        self.publish_end(end);
+        *self.input.lock().await = Input::Closed;
+        self.terminal.lock().unwrap_or_else(PoisonError::into_inner).take();
+    }
+
+    fn publish_end(&self, end: End) {
+        let mut listeners = self.listeners();
+        listeners.end = Some(end);
+        listeners.queues.clear();
+    }
+
+    fn listeners(&self) -> MutexGuard<'_, Listeners> {
+        self.listeners.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes the exit status if there is one. From then on the process number is no longer ours.
+    fn reap(&self, pidfd: &OwnedFd) -> Option<Outcome> {
+        let mut alive = self.alive.lock().unwrap_or_else(PoisonError::into_inner);
+        let outcome =
+            match waitid(WaitId::PidFd(pidfd.as_fd()), WaitIdOptions::EXITED | WaitIdOptions::NOHANG) {
+                Ok(None) | Err(Errno::INTR) => return None,
+                Ok(Some(status)) => Outcome::from_status(&status),
+                Err(_) => Outcome::Lost,
+            };
+        *alive = false;
+        Some(outcome)
+    }
+}
+
+/// Looks after a process from its start to its end.
+async fn supervise(
+    registry: Arc<Registry>,
+    process: Arc<Process>,
+    pidfd: AsyncFd<OwnedFd>,
+    outputs: Vec<(Origin, Arc<Channel>)>,
+    deadline: Option<Instant>,
+) {
+    let mut pumps = JoinSet::new();
+    for (origin, channel) in outputs {
+        pumps.spawn(pump(Arc::clone(&process), origin, channel));
+    }
+    let mut timed_out = false;
+    let wait = wait_for_exit(&process, &pidfd);
+    tokio::pin!(wait);
+    let outcome = match deadline {
+        None => wait.await,
+        Some(deadline) => match timeout_at(deadline, &mut wait).await {
+            Ok(outcome) => outcome,
+            Err(_) => {
+                timed_out = true;
+                // An error would mean that it is gone, which is what is wanted.
+                let _ = process.signal(Signal::KILL);
+                wait.await
+            }
+        },
+    };
+    registry.end(&process);
+    process.exited.send_replace(true);
+    while pumps.join_next().await.is_some() {}
+    process.finish(End { outcome, timed_out }).await;
+}
+
+async fn wait_for_exit(process: &Process, pidfd: &AsyncFd<OwnedFd>) -> Outcome {
+    loop {
+        if let Some(outcome) = process.reap(pidfd.get_ref()) {
+            return outcome;
+        }
+        match pidfd.readable().await {
+            Ok(mut ready) => ready.clear_ready(),
+            Err(_) => return Outcome::Lost,
+        }
+    }
+}
+
+/// Reads one output until its end, or until the process has exited and what counts as its own was read.
+async fn pump(process: Arc<Process>, origin: Origin, channel: Arc<Channel>) {
+    let piece = if origin == Origin::Terminal { TERMINAL_PIECE } else { PIPE_PIECE };
+    let mut buffer = Vec::with_capacity(piece);
+    let mut exited = process.exited.subscribe();
+    while !*exited.borrow() {
+        buffer.clear();
+        tokio::select! {
+            biased;
+            read = channel.read(&mut buffer) => match read {
+                Ok(0) | Err(_) => return,
+                Ok(_) => process.publish(Output { origin, bytes: Bytes::copy_from_slice(&buffer) }).await,
+            },
+            _ = exited.wait_for(|exited| *exited) => {}
+        }
+    }
+    // What is in the pipe now holds all that was written before the exit.
+    let mut owed = channel.available();
+    let grace = Instant::now() + GRACE;
+    while owed > 0 || Instant::now() < grace {
+        buffer.clear();
+        match timeout_at(grace, channel.read(&mut buffer)).await {
+            Ok(Ok(0) | Err(_)) => return,
+            Ok(Ok(read)) => {
+                owed = owed.saturating_sub(read);
+                process.publish(Output { origin, bytes: Bytes::copy_from_slice(&buffer) }).await;
+            }
+            Err(_) => {
+                // The runtime may let the timer win although there is something to read: look again.
+                owed = owed.min(channel.available());
+                tokio::task::yield_now().await;
+            }
+        }
+    }
+    if origin != Origin::Terminal {
+        tokio::spawn(discard(channel));
+    }
+}
+
+/// Reads and drops what a grandchild still writes.
+async fn discard(channel: Arc<Channel>) {
+    let mut buffer = Vec::with_capacity(PIPE_PIECE);
+    while let Ok(1..) = channel.read(&mut buffer).await {
+        buffer.clear();
+    }
+}

@@ -1,0 +1,4 @@
+//! init
+pub(crate) fn run() -> std::process::ExitCode {
+    std::process::ExitCode::FAILURE
+}

@@ -1,0 +1,278 @@
+//! The life of an agent: collect what an earlier one left, serve, and on the stop end every sandbox.
+//!
+//! ```text
+//!  instance id, directories ─► find the VMM ─► collect ─► fill the slot pool ─► serve ─► ready
+//!                                                                                  │ stop
+//!                              remove the slots ◄─ destroy every sandbox ◄─ close the socket
+//! ```
+
+use std::{
+    fs::{self, DirBuilder},
+    io::{self, Write as _},
+    os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _, PermissionsExt as _},
+    sync::Arc,
+    time::Duration,
+};
+
+use camino::{Utf8Path, Utf8PathBuf};
+use tokio::net::UnixListener;
+use tokio_util::sync::CancellationToken;
+use wrenn_proto::hostagent::v1::HostAgentServiceExt as _;
+use wrenn_types::{DiskMib, HostId, InstanceId, ResourceError};
+use wrenn_vmm::VmmError;
+
+use crate::{
+    collect::{self, CollectError},
+    config::{Config, DiskDriver},
+    images::{Images, ImagesError},
+    network::{Policy, PoolConfig, SlotError, SlotPool, Uplink},
+    registry::Registry,
+    rootfs::{FileStore, Qcow2Store, RootfsStore},
+    rpc::Service,
+    sandbox::bring_up::Host,
+    snapshot_store::{SnapshotStore, SnapshotStoreError},
+    tunnel,
+    warm::Warm,
+};
+
+/// How long open calls may take to end once the agent is to stop.
+const DRAIN_BOUND: Duration = Duration::from_secs(5);
+/// How long the bring-downs may take.
+const CLOSE_BOUND: Duration = Duration::from_secs(60);
+
+/// Why an agent did not start.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// A file or directory of the stack cannot be used.
+    #[error("could not {operation} {path}")]
+    File {
+        /// What was to be done.
+        operation: &'static str,
+        /// The file.
+        path: Utf8PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// A file holds an id that is none.
+    #[error("{path} does not hold {what}; remove it, and a new one is made")]
+    Id {
+        /// The file.
+        path: Utf8PathBuf,
+        /// What should be in it.
+        what: &'static str,
+    },
+    /// The default size of disks is out of bounds.
+    #[error("the default disk size cannot be used")]
+    DefaultDisk(#[source] ResourceError),
+    /// The images are not there.
+    #[error("the guest images cannot be used")]
+    Images(#[source] ImagesError),
+    /// The VMM is not there.
+    #[error("no virtual machine monitor can be used")]
+    Vmm(#[source] VmmError),
+    /// What was left behind could not be removed.
+    #[error("what an earlier agent left could not be collected")]
+    Collect(#[source] CollectError),
+    /// The directory of snapshots cannot be used.
+    #[error("the template snapshots cannot be used")]
+    Snapshots(#[source] SnapshotStoreError),
+    /// The network is not there.
+    #[error("the network slots could not be prepared")]
+    Network(#[source] SlotError),
+}
+
+/// What is told of a host beside its sandboxes.
+#[derive(Debug)]
+pub struct HostFacts {
+    /// Its id, kept in the stack's directory.
+    pub host_id: HostId,
+    /// Why guests run on what they run on.
+    pub accelerator_reason: String,
+}
+
+/// A running agent.
+#[derive(Debug)]
+pub struct Agent {
+    socket: Utf8PathBuf,
+    registry: Arc<Registry>,
+    slots: SlotPool,
+    stopping: CancellationToken,
+    server: tokio::task::JoinHandle<io::Result<()>>,
+}
+
+fn failed(operation: &'static str, path: &Utf8Path) -> impl FnOnce(io::Error) -> StartError {
+    let path = path.to_owned();
+    move |source| StartError::File { operation, path, source }
+}
+
+fn private_dir(path: &Utf8Path) -> Result<(), StartError> {
+    DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(failed("make", path))
+}
+
+/// Reads an id from its file, or makes the file with a new one.
+fn kept_id<T>(path: &Utf8Path, what: &'static str, new: impl FnOnce() -> T) -> Result<T, StartError>
+where
+    T: std::str::FromStr + std::fmt::Display,
+{
+    match fs::read_to_string(path) {
+        Ok(text) => text.trim().parse().map_err(|_| StartError::Id { path: path.to_owned(), what }),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            let id = new();
+            let mut file = fs::OpenOptions::new()
+                .write(true)
+                .create_new(true)
+                .mode(0o600)
+                .open(path)
+                .map_err(failed("make", path))?;
+            writeln!(file, "{id}").map_err(failed("write", path))?;
+            file.sync_all().map_err(failed("sync", path))?;
+            Ok(id)
+        }
+        Err(error) => Err(failed("read", path)(error)),
+    }
+}
+
+/// The directory of the short-pathed files of an instance.
+#[must_use]
+pub fn run_dir(instance: &InstanceId) -> Utf8PathBuf {
+    Utf8PathBuf::from(format!("/run/wrenn/{instance}"))
+}
+
+impl Agent {
+    /// Starts an agent and serves its socket.
+    ///
+    /// # Errors
+    /// What is missing, and nothing is left running.
+    pub async fn start(config: Config) -> Result<Self, StartError> {
+        fs::create_dir_all(&config.dir).map_err(failed("make", &config.dir))?;
+        let dir = config.dir.canonicalize_utf8().map_err(failed("find", &config.dir))?;
+        let instance: InstanceId = kept_id(&dir.join("instance"), "an instance id", InstanceId::random)?;
+        let run_dir = run_dir(&instance);
+        let sandboxes_dir = dir.join("agent/sandboxes");
+        let machines_dir = run_dir.join("vm");
+        private_dir(&sandboxes_dir)?;
+        // The stack's other parts have sockets in the run directory too, and PostgreSQL another user.
+        fs::create_dir_all(&run_dir).map_err(failed("make", &run_dir))?;
+        private_dir(&machines_dir)?;
+        let host_id = kept_id(&dir.join("agent/host"), "a host id", HostId::random)?;
+        let default_disk = DiskMib::new(config.default_disk_mib.into()).map_err(StartError::DefaultDisk)?;
+
+        let images = Images::load(&config.images).map_err(StartError::Images)?;
+        let uplink = config.uplink_netns.clone().map_or(Uplink::Host, Uplink::Named);
+        let collected = collect::collect(&instance, &sandboxes_dir, &machines_dir, &uplink)
+            .await
+            .map_err(StartError::Collect)?;
+        if collected.machines > 0 || !collected.sandboxes.is_empty() {
+            tracing::warn!(
+                machines = collected.machines,
+                sandboxes = ?collected.sandboxes,
+                "collected what an earlier agent left"
+            );
+        }
+        let (vmm, accelerator_reason) =
+            find_vmm(&config, &images, &dir, &machines_dir).await.map_err(StartError::Vmm)?;
+        tracing::info!(vmm = ?vmm.identity(), reason = accelerator_reason, "virtual machine monitor found");
+
+        let pool = PoolConfig {
+            instance: instance.clone(),
+            uplink,
+            ready: config.ready_slots,
+            policy: Policy { internet: true, dns_servers: config.dns_servers.clone() },
+        };
+        let slots = SlotPool::start(pool).await.map_err(StartError::Network)?;
+        let disks: Arc<dyn RootfsStore> = match config.disks {
+            DiskDriver::Qcow2 => Arc::new(Qcow2Store),
+            DiskDriver::File => Arc::new(FileStore),
+        };
+        let store = SnapshotStore::new(&config.snapshots, &run_dir).map_err(StartError::Snapshots)?;
+        let warm = Warm::new(crate::warm::Parts {
+            instance: instance.clone(),
+            vmm: Arc::clone(&vmm),
+            guest: images.guest().bundle.clone(),
+            disks: Arc::clone(&disks),
+            slots: slots.clone(),
+            store,
+            machines_dir: machines_dir.clone(),
+        });
+        let host = Arc::new(Host {
+            instance,
+            vmm,
+            images,
+            disks,
+            slots: slots.clone(),
+            warm,
+            sandboxes_dir,
+            machines_dir,
+            dns_servers: config.dns_servers,
+            default_disk,
+        });
+        let registry = Arc::new(Registry::new(host));
+        let facts = Arc::new(HostFacts { host_id, accelerator_reason });
+        let socket = config.socket.unwrap_or_else(|| run_dir.join("agent.sock"));
+        let stopping = CancellationToken::new();
+        let server = serve(&socket, Arc::clone(&registry), facts, stopping.clone())?;
+        Ok(Self { socket, registry, slots, stopping, server })
+    }
+
+    /// Where it listens.
+    #[must_use]
+    pub fn socket(&self) -> &Utf8Path {
+        &self.socket
+    }
+
+    /// Ends every sandbox, then the agent. Bounded.
+    pub async fn stop(self) {
+        self.stopping.cancel();
+        if tokio::time::timeout(CLOSE_BOUND, self.registry.close()).await.is_err() {
+            tracing::error!("some sandboxes did not end within {CLOSE_BOUND:?}; the next start collects them");
+        }
+        // Open streams end with their sandboxes; what is left is watchers.
+        self.server.abort();
+        let _ = self.server.await;
+        let _ = fs::remove_file(&self.socket);
+        self.slots.shutdown().await;
+    }
+}
+
+/// Binds the socket, readable by its owner only from the first moment on, and serves it.
+fn serve(
+    socket: &Utf8Path,
+    registry: Arc<Registry>,
+    facts: Arc<HostFacts>,
+    stopping: CancellationToken,
+) -> Result<tokio::task::JoinHandle<io::Result<()>>, StartError> {
+    // Bound under another name, narrowed, then moved into place: nobody can connect in between, and the
+    // socket of an agent that was killed is replaced in one step.
+    let fresh = Utf8PathBuf::from(format!("{socket}.new"));
+    match fs::remove_file(&fresh) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(failed("remove", &fresh)(error)),
+        _ => {}
+    }
+    let listener = UnixListener::bind(&fresh).map_err(failed("listen on", &fresh))?;
+    fs::set_permissions(&fresh, fs::Permissions::from_mode(0o600)).map_err(failed("narrow", &fresh))?;
+    fs::rename(&fresh, socket).map_err(failed("put into place", socket))?;
+
+    let service = Arc::new(Service::new(Arc::clone(&registry), facts));
+    let connect = service.register(connectrpc::Router::new());
+    let router = axum::Router::new()
+        .merge(tunnel::routes(registry))
+        .fallback_service(connect.into_axum_service());
+    Ok(tokio::spawn(async move {
+        let serving = axum::serve(listener, router).with_graceful_shutdown(stopping.clone().cancelled_owned());
+        tokio::select! {
+            outcome = serving.into_future() => outcome,
+            () = async { stopping.cancelled().await; tokio::time::sleep(DRAIN_BOUND).await } => Ok(()),
+        }
+    }))
+}
+
+/// Finds the VMM, and says why it runs guests as it does.
+async fn find_vmm(
+    _config: &Config,
+    _images: &Images,
+    _dir: &Utf8Path,
+    _machines_dir: &Utf8Path,
+) -> Result<(Arc<dyn wrenn_vmm::Vmm>, String), VmmError> {
+    Err(VmmError::Unavailable { program: "qemu".to_owned(), problem: String::new(), remedy: "" })
+}

@@ -1,0 +1,64 @@
+//! What an agent is told at its start. One struct, from flags and environment.
+
+use std::net::Ipv4Addr;
+
+use camino::Utf8PathBuf;
+
+use crate::network::NamespaceName;
+
+/// Flags of `wrenn agent`.
+#[derive(Debug, Clone, clap::Args)]
+pub struct Config {
+    /// Directory of this stack: records, disks and the instance id are in it.
+    #[arg(long, env = "WRENN_DIR", default_value = "/var/lib/wrenn")]
+    pub dir: Utf8PathBuf,
+
+    /// Directory with the guest bundle and the templates (`make images` builds one).
+    #[arg(long, env = "WRENN_IMAGES", default_value = "/var/lib/wrenn/images")]
+    pub images: Utf8PathBuf,
+
+    /// Directory of the warm template snapshots; several stacks may share it.
+    #[arg(long, env = "WRENN_SNAPSHOTS", default_value = "/var/cache/wrenn/snapshots")]
+    pub snapshots: Utf8PathBuf,
+
+    /// Unix socket to serve; `/run/wrenn/INSTANCE/agent.sock` when not given.
+    #[arg(long)]
+    pub socket: Option<Utf8PathBuf>,
+
+    /// Network namespaces to keep ready.
+    #[arg(long, default_value_t = 8)]
+    pub ready_slots: usize,
+
+    /// Named network namespace that sandboxes reach the outside through, instead of the host's own.
+    #[arg(long)]
+    pub uplink_netns: Option<NamespaceName>,
+
+    /// Name servers of the guests; nothing else is asked for names.
+    #[arg(long, value_delimiter = ',', default_value = "1.1.1.1,8.8.8.8")]
+    pub dns_servers: Vec<Ipv4Addr>,
+
+    /// Size of a root disk when a create names none, in MiB.
+    #[arg(long, default_value_t = wrenn_types::DiskMib::default().get())]
+    pub default_disk_mib: u32,
+
+    /// What runs guests: `auto` takes KVM where a guest comes up on it, else TCG.
+    #[arg(long, env = "WRENN_ACCEL", default_value = "auto")]
+    pub accelerator: String,
+
+    /// The QEMU to run instead of the one on the PATH.
+    #[arg(long, env = "WRENN_QEMU")]
+    pub qemu: Option<Utf8PathBuf>,
+
+    /// How root disks are kept.
+    #[arg(long, value_enum, default_value_t = DiskDriver::Qcow2)]
+    pub disks: DiskDriver,
+}
+
+/// How root disks are kept.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum DiskDriver {
+    /// A qcow2 overlay per sandbox.
+    Qcow2,
+    /// A plain file per sandbox: shared blocks where the file system can, a sparse copy elsewhere.
+    File,
+}

@@ -1,0 +1,201 @@
+//! The agent's own two questions to a guest: is envd there, and may it become itself.
+//!
+//! Everything else that is said to a guest goes through the tunnel and is none of the agent's business.
+//! Nothing that the guest answers is trusted: the status is looked at, the body is bounded and only ever
+//! shown to a person.
+
+use std::{collections::BTreeMap, io, time::Duration};
+
+use base64::Engine as _;
+use http::{Request, StatusCode, header};
+use http_body_util::{BodyExt as _, Full, Limited};
+use hyper::client::conn::http1;
+use hyper_util::rt::TokioIo;
+use serde::Serialize;
+use tokio::{
+    net::TcpStream,
+    time::{Instant, timeout, timeout_at},
+};
+use wrenn_types::AccessToken;
+
+use crate::network::GuestConnector;
+
+/// The port of the guest agent.
+pub const ENVD_PORT: u16 = 49983;
+
+/// How long one attempt to connect waits before the next is made. A lost first packet would otherwise
+/// be sent again only after a whole second.
+const CONNECT_ATTEMPT: Duration = Duration::from_millis(250);
+/// How much of an answer is read.
+const ANSWER_LIMIT: usize = 16 * 1024;
+
+/// A guest that did not do what was asked of it.
+#[derive(Debug, thiserror::Error)]
+pub enum GuestError {
+    /// Nothing answered in time.
+    #[error("the guest agent did not answer within {bound:?}")]
+    Silent {
+        /// How long it was waited for.
+        bound: Duration,
+        /// What the last attempt met.
+        #[source]
+        last: Option<io::Error>,
+    },
+    /// The conversation broke.
+    #[error("the conversation with the guest agent broke")]
+    Broken(#[source] Box<dyn std::error::Error + Send + Sync>),
+    /// It answered with an error.
+    #[error("the guest agent refused {call}: {status}: {message}")]
+    Refused {
+        /// What was asked.
+        call: &'static str,
+        /// What it answered with.
+        status: StatusCode,
+        /// The beginning of what it said.
+        message: String,
+    },
+}
+
+/// What a restored guest is told, so that it is itself: the body of `POST /init`.
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Identity<'a> {
+    /// Its name.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub hostname: Option<&'a str>,
+    /// Now, as RFC 3339.
+    pub timestamp: String,
+    /// Fresh randomness, as base64.
+    pub entropy: String,
+    /// 32 hexadecimal digits.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub machine_id: Option<String>,
+    /// What it asks of every caller from now on.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub access_token: Option<&'a str>,
+    /// Environment of every process.
+    pub env_vars: &'a BTreeMap<String, String>,
+    /// Who runs what has no user of its own.
+    pub default_user: &'a str,
+    /// Where.
+    pub default_workdir: &'a str,
+    /// Name servers.
+    pub dns_servers: &'a [std::net::Ipv4Addr],
+    /// The size of the root disk, where it is not that of the snapshot.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub disk_bytes: Option<u64>,
+}
+
+impl Identity<'_> {
+    /// 64 bytes of the host's randomness as they travel.
+    #[must_use]
+    pub fn fresh_entropy() -> String {
+        let mut bytes = [0_u8; 64];
+        getrandom::fill(&mut bytes).expect("the kernel's random generator answers");
+        base64::engine::general_purpose::STANDARD.encode(bytes)
+    }
+
+    /// A machine id that nobody had before.
+    #[must_use]
+    pub fn fresh_machine_id() -> String {
+        let mut bytes = [0_u8; 16];
+        getrandom::fill(&mut bytes).expect("the kernel's random generator answers");
+        bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+    }
+}
+
+/// A connection to the guest agent. Attempts are repeated until `bound` is over: a machine that boots
+/// refuses or swallows the first ones.
+async fn connect(connector: &GuestConnector, bound: Duration) -> Result<TcpStream, GuestError> {
+    let end = Instant::now() + bound;
+    let mut last = None;
+    loop {
+        let attempt = timeout_at(end.min(Instant::now() + CONNECT_ATTEMPT), connector.connect(ENVD_PORT)).await;
+        match attempt {
+            Ok(Ok(stream)) => return Ok(stream),
+            Ok(Err(error)) => {
+                last = Some(error);
+                // A refusal comes at once, so the next attempt waits for the rest of this one's time.
+                let pause = Instant::now() + Duration::from_millis(10);
+                tokio::time::sleep_until(pause.min(end)).await;
+            }
+            Err(_) => {}
+        }
+        if Instant::now() >= end {
+            return Err(GuestError::Silent { bound, last });
+        }
+    }
+}
+
+async fn ask(
+    connector: &GuestConnector,
+    call: &'static str,
+    request: Request<Full<bytes::Bytes>>,
+    bound: Duration,
+) -> Result<(), GuestError> {
+    let end = Instant::now() + bound;
+    let stream = connect(connector, bound).await?;
+    let exchange = async {
+        let broken = |error: hyper::Error| GuestError::Broken(Box::new(error));
+        let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await.map_err(broken)?;
+        let conversation = async {
+            let answer = sender.send_request(request).await.map_err(broken)?;
+            let status = answer.status();
+            if status.is_success() {
+                return Ok(());
+            }
+            let body = Limited::new(answer.into_body(), ANSWER_LIMIT).collect().await;
+            let message = body.map(|body| String::from_utf8_lossy(&body.to_bytes()).into_owned());
+            Err(GuestError::Refused { call, status, message: message.unwrap_or_default() })
+        };
+        tokio::pin!(conversation);
+        tokio::select! {
+            biased;
+            outcome = &mut conversation => outcome,
+            // The connection may end first when the guest closes it with its answer.
+            _ = connection => conversation.await,
+        }
+    };
+    timeout_at(end, exchange).await.unwrap_or(Err(GuestError::Silent { bound, last: None }))
+}
+
+fn request(method: &str, path: &str) -> http::request::Builder {
+    Request::builder().method(method).uri(path).header(header::HOST, "guest").header(header::CONNECTION, "close")
+}
+
+/// Waits until the guest agent answers.
+///
+/// # Errors
+/// [`GuestError::Silent`] when it has not within `bound`.
+pub async fn wait_until_healthy(connector: &GuestConnector, bound: Duration) -> Result<(), GuestError> {
+    let end = Instant::now() + bound;
+    loop {
+        let left = end.saturating_duration_since(Instant::now());
+        let request = request("GET", "/health").body(Full::default()).expect("a constant request is valid");
+        match timeout(left, ask(connector, "GET /health", request, left)).await {
+            Ok(Err(GuestError::Broken(_))) if Instant::now() < end => {}
+            Ok(outcome) => return outcome,
+            Err(_) => return Err(GuestError::Silent { bound, last: None }),
+        }
+    }
+}
+
+/// Gives a guest its identity. When it answers well, the guest is itself: clock set, generator reseeded,
+/// token in force.
+///
+/// # Errors
+/// [`GuestError::Refused`] when the guest could not become itself: it must not be used then.
+pub async fn initialise(
+    connector: &GuestConnector,
+    identity: &Identity<'_>,
+    token: Option<&AccessToken>,
+    bound: Duration,
+) -> Result<(), GuestError> {
+    let body = serde_json::to_vec(identity).map_err(|error| GuestError::Broken(Box::new(error)))?;
+    let mut request = request("POST", "/init").header(header::CONTENT_TYPE, "application/json");
+    if let Some(token) = token {
+        request = request.header("x-access-token", token.expose());
+    }
+    let request = request.body(Full::from(body)).map_err(|error| GuestError::Broken(Box::new(error)))?;
+    ask(connector, "POST /init", request, bound).await
+}

@@ -1,0 +1,100 @@
+//! Finds what an earlier life left behind, and removes it.
+//!
+//! A slot belongs to whoever holds the lock on its lease: an agent while it has the slot, and its VMM as
+//! long as that lives. So every lease that can be locked is nobody's, whichever stack made it, and every
+//! lease that cannot be locked is somebody's, whatever is written in it.
+
+use std::{collections::BTreeSet, fs, io, sync::Arc};
+
+use futures::StreamExt as _;
+use wrenn_host_linux::{lock::FileLock, netns};
+use wrenn_types::InstanceId;
+
+use super::{
+    addresses::{NAMESPACE_PREFIX, OUTER_PREFIX, SLOTS_DIR, SlotNumber},
+    error::SlotError,
+    making,
+    uplink::{OpenUplink, Uplink},
+};
+
+/// How many slots are looked at at the same time.
+const AT_ONCE: usize = 8;
+
+/// What a collection found.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Collected {
+    /// Slots that nobody held any more. Nothing of them is left.
+    pub removed: Vec<SlotNumber>,
+    /// Slots of this instance that are still held: by a VMM of it that lives. They are as they were.
+    pub held: Vec<SlotNumber>,
+}
+
+enum Found {
+    Removed(SlotNumber),
+    Ours(SlotNumber),
+    Others,
+}
+
+/// Removes every slot that nobody holds, and the uplink's rules of `instance` if it holds none. Called at
+/// the start of an agent, after it has ended the VMMs that are left of it and before `SlotPool::start`.
+///
+/// # Errors
+/// Something could not be listed or removed. What could be removed is.
+pub async fn collect(instance: &InstanceId, uplink: &Uplink) -> Result<Collected, SlotError> {
+    let uplink = Arc::new(OpenUplink::open(instance, uplink).await.map_err(SlotError::Uplink)?);
+    let mut numbers = list(SLOTS_DIR, "")?;
+    numbers.extend(list(netns::NAMES, NAMESPACE_PREFIX)?);
+    let links = uplink.netlink.list(OUTER_PREFIX).await.map_err(SlotError::Links)?;
+    numbers.extend(links.iter().filter_map(|name| number_in(name, OUTER_PREFIX)));
+
+    let mut outcomes = futures::stream::iter(numbers)
+        .map(|number| look_at(Arc::clone(&uplink), number))
+        .buffered(AT_ONCE);
+    let mut collected = Collected::default();
+    let mut first_error = None;
+    while let Some(outcome) = outcomes.next().await {
+        match outcome {
+            Ok(Found::Removed(number)) => collected.removed.push(number),
+            Ok(Found::Ours(number)) => collected.held.push(number),
+            Ok(Found::Others) => {}
+            Err(error) => {
+                first_error.get_or_insert(error);
+            }
+        }
+    }
+    if collected.held.is_empty() {
+        uplink.withdraw().await.map_err(SlotError::Uplink)?;
+    }
+    first_error.map_or(Ok(collected), Err)
+}
+
+async fn look_at(uplink: Arc<OpenUplink>, number: SlotNumber) -> Result<Found, SlotError> {
+    let path = number.lease();
+    let lease = |source| SlotError::Lease { number, source };
+    if let Some(lock) = FileLock::try_acquire(path.as_std_path()).map_err(lease)? {
+        making::dismantle(&uplink, number, lock).await?;
+        return Ok(Found::Removed(number));
+    }
+    match fs::read_to_string(&path) {
+        Ok(owner) if owner == uplink.instance.as_str() => Ok(Found::Ours(number)),
+        Ok(_) => Ok(Found::Others),
+        // Released in the meantime.
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Found::Others),
+        Err(error) => Err(lease(error)),
+    }
+}
+
+fn list(path: &'static str, prefix: &str) -> Result<BTreeSet<SlotNumber>, SlotError> {
+    let error = |source| SlotError::List { path, source };
+    let mut numbers = BTreeSet::new();
+    for entry in fs::read_dir(path).map_err(error)? {
+        let name = entry.map_err(error)?.file_name();
+        // What has no such name is not ours to look at.
+        numbers.extend(name.to_str().and_then(|name| number_in(name, prefix)));
+    }
+    Ok(numbers)
+}
+
+fn number_in(name: &str, prefix: &str) -> Option<SlotNumber> {
+    name.strip_prefix(prefix)?.parse().ok()
+}

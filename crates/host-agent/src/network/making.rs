@@ -1,0 +1,175 @@
+//! Makes one slot, and takes one apart. Both begin with the lease in hand.
+//!
+//! ```text
+//!  lease ─► namespace, settings, tap0 ─► its rules ─► veth pair ─► links up: prepared
+//!                                         └── nothing is up before they are there
+//!
+//!  prepared ─► links deleted ─► connections forgotten ─► name removed ─► lease removed
+//! ```
+//!
+//! A slot is never used twice. What a sandbox could have left in a namespace goes with the namespace, and
+//! a new one is cheaper than the proof that an old one is clean. The links go first and by name, so that
+//! nothing can pass even where a process still holds the namespace.
+
+use std::{fs, io, sync::Arc};
+
+use wrenn_host_linux::{conntrack, lock::FileLock, netns, netns::NetworkNamespace, tap};
+
+use super::{
+    addresses::{
+        GATEWAY, GUEST, GUEST_MAC, GUEST_PREFIX, INNER, SlotNumber, TAP, TAP_MAC, VETH_PREFIX,
+    },
+    error::SlotError,
+    netlink::Netlink,
+    nft,
+    policy::Policy,
+    ruleset,
+    uplink::OpenUplink,
+};
+
+/// A slot that is leased and made, with a policy in force.
+#[derive(Debug)]
+pub(super) struct Prepared {
+    /// Which one.
+    pub(super) number: SlotNumber,
+    /// The right to use the number. It is kept as long as anything of the slot exists.
+    pub(super) lease: FileLock,
+    /// Its namespace.
+    pub(super) namespace: NetworkNamespace,
+    /// The policy in force; none while it is unknown, because a change was broken off.
+    pub(super) policy: Option<Policy>,
+    /// Where it ends.
+    pub(super) uplink: Arc<OpenUplink>,
+}
+
+/// Settings of a namespace. They are there before its links, which take theirs from `default`.
+const SETTINGS: [(&str, &str); 9] = [
+    ("net/ipv4/ip_forward", "1"),
+    ("net/ipv4/conf/all/accept_redirects", "0"),
+    ("net/ipv4/conf/default/accept_redirects", "0"),
+    ("net/ipv4/conf/all/send_redirects", "0"),
+    ("net/ipv4/conf/default/send_redirects", "0"),
+    // Reverse path: an answer comes from where the question went, or it is dropped.
+    ("net/ipv4/conf/all/rp_filter", "1"),
+    // An ARP question is answered for the address of the link that it came in by, and for no other.
+    ("net/ipv4/conf/all/arp_ignore", "1"),
+    ("net/ipv6/conf/all/disable_ipv6", "1"),
+    ("net/ipv6/conf/default/disable_ipv6", "1"),
+];
+
+/// Takes the first lease that is free, beginning with `from`.
+pub(super) fn lease(from: SlotNumber) -> Result<(SlotNumber, FileLock), SlotError> {
+    let mut number = from;
+    loop {
+        let acquired = FileLock::try_acquire(number.lease().as_std_path());
+        if let Some(lock) = acquired.map_err(|source| SlotError::Lease { number, source })? {
+            return Ok((number, lock));
+        }
+        number = number.next();
+        if number == from {
+            return Err(SlotError::Exhausted);
+        }
+    }
+}
+
+/// Makes a slot with the first number that is free, beginning with `from`. When that fails, nothing is left.
+pub(super) async fn make(uplink: Arc<OpenUplink>, from: SlotNumber, policy: Policy) -> Result<Prepared, SlotError> {
+    let (number, mut lease) = lease(from)?;
+    lease.write(uplink.instance.as_str()).map_err(|source| SlotError::Lease { number, source })?;
+    if number.namespace().exists() {
+        // Its owner died: the lease was free. Whoever holds the lease clears what is left.
+        clear(&uplink, number).await?;
+    }
+    match build(&uplink, number, &policy).await {
+        Ok(namespace) => Ok(Prepared { number, lease, namespace, policy: Some(policy), uplink }),
+        Err(error) => {
+            if let Err(left) = dismantle(&uplink, number, lease).await {
+                let left = &left as &dyn std::error::Error;
+                tracing::warn!(slot = %number, error = left, "what was made of a slot stays until its number is used");
+            }
+            Err(error)
+        }
+    }
+}
+
+async fn build(uplink: &OpenUplink, number: SlotNumber, policy: &Policy) -> Result<NetworkNamespace, SlotError> {
+    let link = |source| SlotError::Link { number, source };
+    let path = number.namespace();
+    let (namespace, ()) = NetworkNamespace::create(path.as_std_path(), make_inside).await?;
+
+    let rules = ruleset::slot(&uplink.instance, number, policy);
+    let outer = number.outer();
+    let (loaded, paired) = tokio::join!(
+        nft::load(&namespace, rules),
+        uplink.netlink.add_veth(&outer, uplink.group, INNER, &namespace),
+    );
+    loaded.map_err(|source| SlotError::Rules { number, source })?;
+    paired.map_err(link)?;
+
+    let owner = format!("wrenn {} slot {number}", uplink.instance);
+    let inside = Netlink::open(&namespace).await.map_err(link)?;
+    let tap = inside.index(TAP).await.map_err(link)?;
+    inside.set_mac(tap, TAP_MAC).await.map_err(link)?;
+    inside.add_address(tap, GATEWAY, GUEST_PREFIX).await.map_err(link)?;
+    inside.up(tap, &owner).await.map_err(link)?;
+    inside.add_neighbour(tap, GUEST, GUEST_MAC).await.map_err(link)?;
+
+    let quiet = {
+        let outer = outer.clone();
+        uplink.namespace.run(move || setting(&format!("net/ipv6/conf/{outer}/disable_ipv6"), "1"))
+    };
+    quiet.await.map_err(|source| SlotError::Namespace { number, source })??;
+    let end = uplink.netlink.index(&outer).await.map_err(link)?;
+    uplink.netlink.add_address(end, number.outer_address(), VETH_PREFIX).await.map_err(link)?;
+    uplink.netlink.up(end, &owner).await.map_err(link)?;
+
+    let inner = inside.index(INNER).await.map_err(link)?;
+    inside.add_address(inner, number.inner_address(), VETH_PREFIX).await.map_err(link)?;
+    inside.up(inner, &owner).await.map_err(link)?;
+    inside.add_default_route(inner, number.outer_address()).await.map_err(link)?;
+    Ok(namespace)
+}
+
+/// Runs in the new namespace, before anybody else knows of it.
+fn make_inside() -> Result<(), SlotError> {
+    for (name, value) in SETTINGS {
+        setting(name, value)?;
+    }
+    tap::create_persistent(TAP, None).map_err(SlotError::Tap)
+}
+
+fn setting(name: &str, value: &str) -> Result<(), SlotError> {
+    match fs::write(format!("/proc/sys/{name}"), value) {
+        // A kernel without IPv6 has nothing to turn off.
+        Err(error) if error.kind() == io::ErrorKind::NotFound && name.contains("/ipv6/") => Ok(()),
+        other => other.map_err(|source| SlotError::Setting { name: name.to_owned(), source }),
+    }
+}
+
+/// Removes everything that a number stands for, the lease last.
+pub(super) async fn dismantle(uplink: &OpenUplink, number: SlotNumber, lease: FileLock) -> Result<(), SlotError> {
+    clear(uplink, number).await?;
+    lease.remove().map_err(|source| SlotError::Lease { number, source })
+}
+
+/// Removes everything but the lease. What is not there is no error.
+async fn clear(uplink: &OpenUplink, number: SlotNumber) -> Result<(), SlotError> {
+    let link = |source| SlotError::Link { number, source };
+    let namespace_error = |source| SlotError::Namespace { number, source };
+    uplink.netlink.delete(&number.outer()).await.map_err(link)?;
+    let path = number.namespace();
+    match NetworkNamespace::open(path.as_std_path()) {
+        Ok(namespace) => {
+            let inside = Netlink::open(&namespace).await.map_err(link)?;
+            // It is still there when the pair ends in an uplink other than this one.
+            inside.delete(INNER).await.map_err(link)?;
+            inside.delete(TAP).await.map_err(link)?;
+        }
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+        Err(source) => return Err(namespace_error(source)),
+    }
+    let address = number.inner_address();
+    let forgotten = uplink.namespace.run(move || conntrack::forget(address)).await.and_then(|done| done);
+    forgotten.map_err(|source| SlotError::Connections { number, source })?;
+    netns::remove_name(path.as_std_path()).map_err(namespace_error)
+}

@@ -1,0 +1,54 @@
+//! The network of the sandboxes: a numbered *slot* for each, made ahead of need.
+//!
+//! A slot is a network namespace with a TAP device for the VMM, a veth pair that leads out of it, and rules
+//! that are in force before anything is up. Its inside is the same for every slot, so that one snapshot
+//! fits all; its outside follows from its number ([`addresses`]).
+//!
+//! ```text
+//!   ┌ namespace wrenn-ns-N ───────────────────┐      ┌ uplink: the host's namespace, or a named one ┐
+//!   │  VMM ═ tap0 ─ rules ─ NAT ─ eth0 ═══════╪══════╪═ wrenn-v-N ─ rules ─ NAT ─ … outside          │
+//!   │         ▲                               │      └──────────────────────────────────────────────┘
+//!   └─────────┼───────────────────────────────┘
+//!             └ sockets of the agent, made in here ([`GuestConnector`])
+//! ```
+//!
+//! - **Nothing leads in.** There is no route and no translation from outside to a guest. The agent reaches it
+//!   with sockets that it makes inside of the namespace.
+//! - **What a guest reaches** is the internet or nothing, as its [`Policy`] says, and the name servers that
+//!   the policy names. This host, other sandboxes, private, link-local and metadata addresses and IPv6 are
+//!   never reached ([`policy::UNREACHABLE`], [`ruleset`]).
+//! - **Whose it is.** Numbers are the machine's, and several stacks share it. The lease of a number is an
+//!   flock on `/run/wrenn/slots/N`; the VMM inherits it, so that it outlives the agent. The links of a stack
+//!   carry its instance id as their group, and its rules match only that group.
+//! - **A slot is used once.** Then it is dismantled, and another one is made ([`pool`]).
+//!
+//! What is on the path of a create: taking a slot from the queue, and for a sandbox without internet one
+//! run of `nft`. Everything else happens before or after.
+//!
+//! What a host must offer: root, `/dev/net/tun`, nftables. In the uplink `net.ipv4.ip_forward` is turned on
+//! if it was off, and stays on. Rules of others that forbid forwarding (a default of Docker's, for one) are
+//! not overruled: where they drop what sandboxes send, an exception for `wrenn-v-*` has to be made there.
+
+pub mod addresses;
+mod collect;
+mod error;
+mod making;
+mod netlink;
+mod nft;
+pub mod policy;
+mod pool;
+pub mod ruleset;
+mod slot;
+mod stock;
+#[cfg(test)]
+mod tests;
+mod uplink;
+
+pub use collect::{Collected, collect};
+pub use error::SlotError;
+pub use netlink::NetlinkError;
+pub use nft::NftError;
+pub use policy::{Policy, PolicyError};
+pub use pool::{PoolConfig, SlotPool};
+pub use slot::{GuestConnector, Slot};
+pub use uplink::{NamespaceName, Uplink, UplinkError};

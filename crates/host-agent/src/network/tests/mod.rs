@@ -1,0 +1,6 @@
+//! The network as it is: real namespaces, real rules, real packets.
+#![allow(clippy::print_stdout, reason = "a skipped test says so, and a measurement its numbers")]
+
+mod isolation;
+mod life;
+mod world;

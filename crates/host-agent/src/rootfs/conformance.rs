@@ -1,0 +1,252 @@
+//! What every store of root disks must do. Disks are read and written by QEMU's own tools, as a virtual
+//! machine would, so that no driver can agree only with itself.
+
+use std::{
+    fs,
+    os::unix::fs::{MetadataExt, PermissionsExt},
+    process::Command,
+};
+
+use camino::{Utf8Path, Utf8PathBuf};
+use serde_json::Value;
+use wrenn_types::DiskMib;
+use wrenn_vmm::{DiskFormat, DiskSpec};
+
+use super::{
+    RootfsError, RootfsStore,
+    own_filesystem::{self, Kind},
+};
+
+const MIB: u64 = 1 << 20;
+
+/// Runs the whole suite against one store.
+pub(super) fn run(store: &dyn RootfsStore) {
+    for case in [
+        a_clone_is_its_base_and_then_zeros,
+        clones_do_not_see_each_other,
+        a_frozen_disk_is_the_base_of_others,
+        a_disk_can_be_frozen_where_it_is,
+        a_disk_is_never_smaller_than_its_base,
+        nothing_that_exists_is_touched,
+        a_base_that_is_no_file_is_named,
+        removing_is_idempotent,
+        only_blocks_in_use_are_counted,
+        a_full_disk_is_named_and_nothing_is_left,
+    ] {
+        case(store);
+    }
+}
+
+pub(super) fn directory() -> (tempfile::TempDir, Utf8PathBuf) {
+    let directory = tempfile::tempdir().unwrap();
+    let path = Utf8PathBuf::from_path_buf(directory.path().canonicalize().unwrap()).unwrap();
+    (directory, path)
+}
+
+fn tool(program: &str, arguments: &[&str]) -> String {
+    let output = Command::new(program)
+        .args(arguments)
+        .output()
+        .unwrap_or_else(|error| panic!("{program} of the package qemu-utils cannot be run: {error}"));
+    let said = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(
+        output.status.success(),
+        "{program} {arguments:?}: {said}{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    said
+}
+
+/// Runs `qemu-img`, which must succeed.
+pub(super) fn qemu_img(arguments: &[&str]) -> String {
+    tool("qemu-img", arguments)
+}
+
+fn format_name(disk: &DiskSpec) -> &'static str {
+    match disk.format {
+        DiskFormat::Raw => "raw",
+        DiskFormat::Qcow2 => "qcow2",
+    }
+}
+
+fn qemu_io(disk: &DiskSpec, read_only: bool, command: &str) -> String {
+    let mut arguments = vec!["-f", format_name(disk), "-c", command, disk.path.as_str()];
+    if read_only {
+        arguments.insert(0, "-r");
+    }
+    tool("qemu-io", &arguments)
+}
+
+/// Every byte in the range is `byte`, as a guest reads it.
+pub(super) fn assert_pattern(disk: &DiskSpec, offset: u64, length: u64, byte: u8) {
+    let said = qemu_io(disk, true, &format!("read -P {byte} {offset} {length}"));
+    assert!(!said.contains("verification failed"), "{} at {offset}: {said}", disk.path);
+}
+
+/// Writes as a guest does.
+fn write(disk: &DiskSpec, offset: u64, length: u64, byte: u8) {
+    qemu_io(disk, false, &format!("write -P {byte} {offset} {length}"));
+}
+
+fn virtual_size(disk: &DiskSpec) -> u64 {
+    let info = qemu_img(&["info", "--output=json", "-f", format_name(disk), disk.path.as_str()]);
+    serde_json::from_str::<Value>(&info).unwrap()["virtual-size"].as_u64().unwrap()
+}
+
+fn size(mib: i64) -> DiskMib {
+    DiskMib::new(mib).unwrap()
+}
+
+/// An image of 600 MiB, mostly holes: 1 at its start and 2 at its very end.
+fn image(at: &Utf8Path) -> DiskSpec {
+    let disk = DiskSpec { path: at.join("image"), format: DiskFormat::Raw };
+    fs::File::create_new(&disk.path).unwrap().set_len(600 * MIB).unwrap();
+    write(&disk, 0, 8192, 1);
+    write(&disk, 600 * MIB - 4096, 4096, 2);
+    disk
+}
+
+fn files_of(at: &Utf8Path) -> Vec<String> {
+    let mut names: Vec<String> =
+        at.read_dir_utf8().unwrap().map(|entry| entry.unwrap().file_name().to_owned()).collect();
+    names.sort();
+    names
+}
+
+fn a_clone_is_its_base_and_then_zeros(store: &dyn RootfsStore) {
+    let (_guard, at) = directory();
+    let base = image(&at);
+    for mib in [600, 601, 2048] {
+        let disk = store.clone_disk(&base, &at.join(format!("disk-{mib}")), size(mib)).unwrap();
+        assert_eq!(disk.format, store.format());
+        assert_eq!(virtual_size(&disk), size(mib).bytes());
+        assert_pattern(&disk, 0, 8192, 1);
+        assert_pattern(&disk, 8192, MIB, 0);
+        assert_pattern(&disk, 600 * MIB - 4096, 4096, 2);
+        if mib > 600 {
+            assert_pattern(&disk, 600 * MIB, MIB, 0);
+            write(&disk, size(mib).bytes() - 4096, 4096, 9);
+            assert_pattern(&disk, size(mib).bytes() - 4096, 4096, 9);
+        }
+        assert_eq!(fs::metadata(&disk.path).unwrap().mode() & 0o777, 0o600);
+    }
+}
+
+fn clones_do_not_see_each_other(store: &dyn RootfsStore) {
+    let (_guard, at) = directory();
+    let base = image(&at);
+    let one = store.clone_disk(&base, &at.join("one"), size(1024)).unwrap();
+    let two = store.clone_disk(&base, &at.join("two"), size(1024)).unwrap();
+    write(&one, 0, 4096, 3);
+    assert_pattern(&one, 0, 4096, 3);
+    assert_pattern(&one, 4096, 4096, 1);
+    assert_pattern(&two, 0, 8192, 1);
+    assert_pattern(&base, 0, 8192, 1);
+}
+
+fn a_frozen_disk_is_the_base_of_others(store: &dyn RootfsStore) {
+    let (_guard, at) = directory();
+    let template = store.clone_disk(&image(&at), &at.join("template"), size(1024)).unwrap();
+    write(&template, 4096, 4096, 4);
+    fs::create_dir(at.join("snapshot")).unwrap();
+    let layer = store.freeze(&template, &at.join("snapshot/disk")).unwrap();
+    assert!(!template.path.exists());
+    assert_eq!(layer.path, at.join("snapshot/disk"));
+    assert_eq!(fs::metadata(&layer.path).unwrap().permissions().mode() & 0o777, 0o444);
+
+    // The directory of a snapshot is renamed when it is whole; clones are made of what it is then.
+    fs::rename(at.join("snapshot"), at.join("kept")).unwrap();
+    let layer = DiskSpec { path: at.join("kept/disk"), ..layer };
+    let one = store.clone_disk(&layer, &at.join("one"), size(1024)).unwrap();
+    let two = store.clone_disk(&layer, &at.join("two"), size(4096)).unwrap();
+    for disk in [&one, &two] {
+        assert_pattern(disk, 0, 4096, 1);
+        assert_pattern(disk, 4096, 4096, 4);
+        assert_pattern(disk, 600 * MIB - 4096, 4096, 2);
+        assert_pattern(disk, 1023 * MIB, MIB, 0);
+    }
+    assert_pattern(&two, 4095 * MIB, MIB, 0);
+    write(&one, 4096, 4096, 5);
+    assert_pattern(&two, 4096, 4096, 4);
+    assert_pattern(&layer, 4096, 4096, 4);
+    let error = store.clone_disk(&layer, &at.join("small"), size(1023)).unwrap_err();
+    assert!(matches!(error, RootfsError::TooSmall { .. }), "{error:?}");
+}
+
+fn a_disk_can_be_frozen_where_it_is(store: &dyn RootfsStore) {
+    let (_guard, at) = directory();
+    let template = store.clone_disk(&image(&at), &at.join("disk"), size(1024)).unwrap();
+    let layer = store.freeze(&template, &template.path).unwrap();
+    assert_eq!(layer, template);
+    assert_pattern(&layer, 0, 8192, 1);
+    let other = store.clone_disk(&image_again(&at), &at.join("other"), size(1024)).unwrap();
+    let error = store.freeze(&other, &layer.path).unwrap_err();
+    assert!(matches!(error, RootfsError::Exists { .. }), "{error:?}");
+    assert!(other.path.exists());
+}
+
+fn image_again(at: &Utf8Path) -> DiskSpec {
+    DiskSpec { path: at.join("image"), format: DiskFormat::Raw }
+}
+
+fn a_disk_is_never_smaller_than_its_base(store: &dyn RootfsStore) {
+    let (_guard, at) = directory();
+    let error = store.clone_disk(&image(&at), &at.join("disk"), size(599)).unwrap_err();
+    match error {
+        RootfsError::TooSmall { base_bytes, wanted_bytes, .. } => {
+            assert_eq!((base_bytes, wanted_bytes), (600 * MIB, 599 * MIB));
+        }
+        other => panic!("{other:?}"),
+    }
+    assert_eq!(files_of(&at), ["image"]);
+}
+
+fn nothing_that_exists_is_touched(store: &dyn RootfsStore) {
+    let (_guard, at) = directory();
+    fs::write(at.join("disk"), "another's").unwrap();
+    let error = store.clone_disk(&image(&at), &at.join("disk"), size(1024)).unwrap_err();
+    assert!(matches!(&error, RootfsError::Exists { path } if *path == at.join("disk")), "{error:?}");
+    assert_eq!(fs::read_to_string(at.join("disk")).unwrap(), "another's");
+}
+
+fn a_base_that_is_no_file_is_named(store: &dyn RootfsStore) {
+    let (_guard, at) = directory();
+    let missing = DiskSpec { path: at.join("missing"), format: DiskFormat::Raw };
+    let error = store.clone_disk(&missing, &at.join("disk"), size(1024)).unwrap_err();
+    assert!(error.to_string().contains("missing"), "{error}");
+    let folder = DiskSpec { path: at.clone(), format: DiskFormat::Raw };
+    let error = store.clone_disk(&folder, &at.join("disk"), size(1024)).unwrap_err();
+    assert!(matches!(error, RootfsError::Base { .. }), "{error:?}");
+    assert_eq!(files_of(&at), Vec::<String>::new());
+}
+
+fn removing_is_idempotent(store: &dyn RootfsStore) {
+    let (_guard, at) = directory();
+    let disk = store.clone_disk(&image(&at), &at.join("disk"), size(1024)).unwrap();
+    store.remove(&disk.path).unwrap();
+    store.remove(&disk.path).unwrap();
+    assert_eq!(files_of(&at), ["image"]);
+    assert!(matches!(store.used_bytes(&disk.path), Err(RootfsError::File { .. })));
+}
+
+fn only_blocks_in_use_are_counted(store: &dyn RootfsStore) {
+    let (_guard, at) = directory();
+    let disk = store.clone_disk(&image(&at), &at.join("disk"), size(20 * 1024)).unwrap();
+    let before = store.used_bytes(&disk.path).unwrap();
+    assert!(before <= MIB, "{before} bytes in use by an unused disk");
+    write(&disk, 10 * MIB, 8 * MIB, 6);
+    let after = store.used_bytes(&disk.path).unwrap();
+    assert!((8 * MIB..10 * MIB).contains(&(after - before)), "{before}, then {after}");
+}
+
+fn a_full_disk_is_named_and_nothing_is_left(store: &dyn RootfsStore) {
+    let (_guard, at) = directory();
+    let base = image(&at);
+    // One page: less than either format needs for its first bytes.
+    let tried = own_filesystem::with(Kind::Tmpfs, 4096, |full| {
+        let error = store.clone_disk(&base, &full.join("disk"), size(1024)).unwrap_err();
+        assert!(matches!(error, RootfsError::NoSpace { .. }), "{error:?}");
+        assert_eq!(files_of(full), Vec::<String>::new());
+    });
+    tried.or_say_skipped("a full disk");
+}

@@ -1,0 +1,136 @@
+//! Root disks: how a sandbox gets one, and how a disk becomes the base of others.
+//!
+//! ```text
+//!   template image ──clone──► disk of the template machine ──freeze──► layer in the warm snapshot
+//!   (immutable)               (one writer)                             (immutable)
+//!                                                                        │
+//!                                           clone, clone, clone …  ◄─────┘
+//!                                           disks of sandboxes (one writer each) ──remove──► gone
+//! ```
+//!
+//! A *base* is a file that never changes again: a template's image, or a layer that was frozen. A *disk*
+//! has exactly one writer, its virtual machine. Both are named by a [`DiskSpec`], which is what a VMM
+//! driver takes, so nothing has to be translated on the way.
+//!
+//! Drivers:
+//! - [`Qcow2Store`]: a disk is an empty overlay of 256 KiB, of which 12 KiB are written, whatever the size
+//!   of the base. Needs QEMU as the VMM, and nothing of the kernel.
+//! - [`FileStore`]: a disk is the bytes themselves; shared with the base where the filesystem can
+//!   (reflink), else copied without its holes, and then the time depends on the base. For every VMM.
+//!
+//! Both pass the one suite in `conformance`. Calls block on the disk and nothing else; where a copy may
+//! be made, call them on a thread that may block. Nothing here takes a name from the wire: the caller
+//! builds paths from parsed ids.
+
+mod copy;
+mod error;
+mod file;
+mod qcow2;
+mod qcow2_header;
+
+#[cfg(test)]
+mod conformance;
+#[cfg(test)]
+pub(crate) mod own_filesystem;
+
+use std::{
+    fmt, fs, io,
+    os::unix::fs::{MetadataExt, PermissionsExt},
+};
+
+use camino::{Utf8Path, Utf8PathBuf};
+use wrenn_types::DiskMib;
+use wrenn_vmm::{DiskFormat, DiskSpec};
+
+pub use error::{RootfsError, RootfsResult};
+pub use file::FileStore;
+pub use qcow2::Qcow2Store;
+pub use qcow2_header::HeaderError;
+
+/// Makes root disks, and bases of root disks.
+pub trait RootfsStore: fmt::Debug + Send + Sync {
+    /// The format of every disk that this store makes.
+    fn format(&self) -> DiskFormat;
+
+    /// Makes the disk `disk`, which must not exist, with the content of `base` and the size `size`; what
+    /// lies beyond the end of the base reads as zeros. The base is only read, now and for as long as the
+    /// disk exists, and must stay where it is. Symbolic links on the way to it are followed once, now: a
+    /// link that is turned to another image later does not change a disk under its guest.
+    ///
+    /// # Errors
+    /// No file is left behind, and a file that was there before is not touched.
+    /// [`RootfsError::TooSmall`] when `size` is less than the base has.
+    fn clone_disk(&self, base: &DiskSpec, disk: &Utf8Path, size: DiskMib) -> RootfsResult<DiskSpec>;
+
+    /// Makes an immutable base of a disk whose machine is gone, moves it to `layer`, which must not
+    /// exist unless it is the disk itself, and waits until it is durable. The disk is then no longer a
+    /// disk: only clones of the layer may be written.
+    ///
+    /// # Errors
+    /// The disk is where it was, or at `layer`, and its bytes are unchanged.
+    fn freeze(&self, disk: &DiskSpec, layer: &Utf8Path) -> RootfsResult<DiskSpec>;
+
+    /// Removes a disk or a layer that nothing uses. Idempotent.
+    ///
+    /// # Errors
+    /// [`RootfsError::File`] when it is still there.
+    fn remove(&self, disk: &Utf8Path) -> RootfsResult<()> {
+        match fs::remove_file(disk) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                Err(RootfsError::file("remove", disk, error))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// How many bytes of the host's disk it takes itself: blocks in use, not the apparent size, and
+    /// nothing of its base.
+    ///
+    /// # Errors
+    /// [`RootfsError::File`] when it is not there.
+    fn used_bytes(&self, disk: &Utf8Path) -> RootfsResult<u64> {
+        let metadata = fs::metadata(disk).map_err(|error| RootfsError::file("examine", disk, error))?;
+        // The unit of `st_blocks` is 512 bytes on every filesystem.
+        Ok(metadata.blocks() * 512)
+    }
+}
+
+/// The path of a base with every symbolic link followed: absolute, and a regular file.
+fn resolve_base(base: &Utf8Path) -> RootfsResult<Utf8PathBuf> {
+    let resolved =
+        base.canonicalize_utf8().map_err(|error| RootfsError::file("find the base", base, error))?;
+    let metadata =
+        fs::metadata(&resolved).map_err(|error| RootfsError::file("examine the base", base, error))?;
+    if metadata.is_file() {
+        Ok(resolved)
+    } else {
+        Err(RootfsError::Base { path: resolved, problem: "it is not a regular file" })
+    }
+}
+
+/// Refuses a disk that would cut off the end of its base.
+fn check_size(base: &Utf8Path, base_bytes: u64, size: DiskMib) -> RootfsResult<()> {
+    if size.bytes() < base_bytes {
+        return Err(RootfsError::TooSmall { base: base.to_owned(), base_bytes, wanted_bytes: size.bytes() });
+    }
+    Ok(())
+}
+
+/// The part of [`RootfsStore::freeze`] that is the same for every format.
+fn freeze_file(disk: &Utf8Path, layer: &Utf8Path) -> RootfsResult<()> {
+    let file = fs::File::open(disk).map_err(|error| RootfsError::file("open", disk, error))?;
+    file.set_permissions(fs::Permissions::from_mode(0o444))
+        .map_err(|error| RootfsError::file("make read-only", disk, error))?;
+    file.sync_all().map_err(|error| RootfsError::file("write to disk", disk, error))?;
+    if disk != layer {
+        copy::move_file(disk, layer)?;
+    }
+    // The name is durable only when its directory is.
+    let directory = match layer.parent() {
+        Some(parent) if !parent.as_str().is_empty() => parent,
+        _ => Utf8Path::new("."),
+    };
+    fs::File::open(directory)
+        .and_then(|directory| directory.sync_all())
+        .map_err(|error| RootfsError::file("write to disk", directory, error))
+}

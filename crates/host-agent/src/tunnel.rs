@@ -1,0 +1,145 @@
+//! `GET /tunnel/{sandbox_id}/{port}`: a byte stream to a port of a guest.
+//!
+//! The caller asks for the upgrade `wrenn-tunnel`; after the 101 both directions are copied until either
+//! side ends. Every byte moves the sandbox's inactivity clock. What the bytes mean is none of the agent's
+//! business: it neither parses nor buffers what a guest sends.
+//!
+//! | answer | when |
+//! |---|---|
+//! | 101 | the guest's port took the connection |
+//! | 400 | the id or the port is not one, or no upgrade was asked for |
+//! | 404 | no such sandbox |
+//! | 409 | it is not running |
+//! | 502 | nothing listens on the port, or the guest did not answer in time |
+
+use std::{io, sync::Arc, time::Duration};
+
+use axum::{
+    Json, Router,
+    extract::{Path, Request, State},
+    response::{IntoResponse, Response},
+    routing::get,
+};
+use http::{HeaderMap, StatusCode, header};
+use hyper_util::rt::TokioIo;
+use serde_json::json;
+use tokio::{
+    io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _},
+    time::timeout,
+};
+use wrenn_types::SandboxId;
+
+use crate::{
+    registry::Registry,
+    sandbox::{Handle, Stage},
+};
+
+/// The name of the protocol in the `Upgrade` header.
+pub const PROTOCOL: &str = "wrenn-tunnel";
+/// How long a guest may take to accept a connection.
+const CONNECT_BOUND: Duration = Duration::from_secs(5);
+/// Bytes carried at once in each direction.
+const BUFFER: usize = 64 * 1024;
+
+/// The route, to be merged into the agent's router.
+pub fn routes(registry: Arc<Registry>) -> Router {
+    Router::new().route("/tunnel/{sandbox_id}/{port}", get(open)).with_state(registry)
+}
+
+fn refuse(status: StatusCode, code: &str, message: String) -> Response {
+    (status, Json(json!({ "code": code, "message": message }))).into_response()
+}
+
+fn asks_for_tunnel(headers: &HeaderMap) -> bool {
+    let value = headers.get(header::UPGRADE).and_then(|value| value.to_str().ok());
+    value.is_some_and(|value| value.eq_ignore_ascii_case(PROTOCOL))
+}
+
+async fn open(
+    State(registry): State<Arc<Registry>>,
+    Path((id, port)): Path<(String, String)>,
+    mut request: Request,
+) -> Response {
+    let id = match id.parse::<SandboxId>() {
+        Ok(id) => id,
+        Err(error) => return refuse(StatusCode::BAD_REQUEST, "invalid_argument", error.to_string()),
+    };
+    let Some(port) = port.parse::<u16>().ok().filter(|port| *port > 0) else {
+        let message = "a port is a number from 1 to 65535".to_owned();
+        return refuse(StatusCode::BAD_REQUEST, "invalid_argument", message);
+    };
+    if !asks_for_tunnel(request.headers()) {
+        let message = format!("ask for the upgrade {PROTOCOL}");
+        return refuse(StatusCode::BAD_REQUEST, "invalid_argument", message);
+    }
+    let Some(handle) = registry.get(&id) else {
+        return refuse(StatusCode::NOT_FOUND, "not_found", format!("there is no sandbox {id} here"));
+    };
+    let Some(connector) = handle.connector().cloned() else {
+        let message = format!("sandbox {id} is {}", stage_word(handle.status().stage));
+        return refuse(StatusCode::CONFLICT, "failed_precondition", message);
+    };
+    let guest = match timeout(CONNECT_BOUND, connector.connect(port)).await {
+        Ok(Ok(stream)) => stream,
+        Ok(Err(error)) => {
+            let message = format!("port {port} of sandbox {id} cannot be reached: {error}");
+            return refuse(StatusCode::BAD_GATEWAY, "unavailable", message);
+        }
+        Err(_) => {
+            let message = format!("port {port} of sandbox {id} did not answer within {CONNECT_BOUND:?}");
+            return refuse(StatusCode::BAD_GATEWAY, "unavailable", message);
+        }
+    };
+    handle.activity().touch();
+    let upgrade = hyper::upgrade::on(&mut request);
+    tokio::spawn(async move {
+        match upgrade.await {
+            Ok(caller) => carry(TokioIo::new(caller), guest, handle).await,
+            Err(error) => tracing::debug!(%id, error = &error as &dyn std::error::Error, "tunnel not taken up"),
+        }
+    });
+    let headers = [(header::CONNECTION, "upgrade"), (header::UPGRADE, PROTOCOL)];
+    (StatusCode::SWITCHING_PROTOCOLS, headers).into_response()
+}
+
+fn stage_word(stage: Stage) -> &'static str {
+    match stage {
+        Stage::Starting => "starting",
+        Stage::Running => "running",
+        Stage::Stopping => "stopping",
+        Stage::Stopped => "stopped",
+    }
+}
+
+/// Copies both directions until both have ended, one has failed, or the sandbox is no longer running.
+async fn carry(caller: impl AsyncRead + AsyncWrite, guest: tokio::net::TcpStream, handle: Handle) {
+    let (caller_read, caller_write) = tokio::io::split(caller);
+    let (guest_read, guest_write) = guest.into_split();
+    let mut watch = handle.watch();
+    let both = async {
+        tokio::try_join!(
+            copy(caller_read, guest_write, &handle),
+            // The guest closing its side for good ends the tunnel: nobody would read what still comes in.
+            copy(guest_read, caller_write, &handle),
+        )
+    };
+    tokio::select! {
+        // A broken stream is the normal end of a tunnel whose caller has gone: there is nobody to tell.
+        _ = both => {}
+        // Dropping the streams here breaks them without a proper end, so that a caller cannot take the end
+        // of the sandbox for the end of its answer.
+        _ = watch.wait_for(|status| matches!(status.stage, Stage::Stopping | Stage::Stopped)) => {}
+    }
+}
+
+async fn copy(mut from: impl AsyncRead + Unpin, mut to: impl AsyncWrite + Unpin, handle: &Handle) -> io::Result<()> {
+    let mut buffer = vec![0; BUFFER];
+    loop {
+        let length = from.read(&mut buffer).await?;
+        handle.activity().touch();
+        if length == 0 {
+            return to.shutdown().await;
+        }
+        to.write_all(&buffer[..length]).await?;
+    }
+}

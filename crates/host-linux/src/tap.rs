@@ -1,0 +1,134 @@
+//! TAP devices: an Ethernet interface whose other end is a file descriptor.
+//!
+//! A device is made in the network namespace of the thread that opens it, so these functions are called
+//! inside of `NetworkNamespace::run`. A persistent device stays until it is deleted as a link, or its
+//! namespace goes.
+
+use std::{
+    fs::{File, OpenOptions},
+    io,
+    os::fd::OwnedFd,
+};
+
+use rustix::ioctl::{IntegerSetter, Opcode, Updater, ioctl};
+
+const TUNSETIFF: Opcode = 0x4004_54ca;
+const TUNSETPERSIST: Opcode = 0x4004_54cb;
+const TUNSETOWNER: Opcode = 0x4004_54cc;
+
+const IFF_TAP: u16 = 0x0002;
+const IFF_NO_PI: u16 = 0x1000;
+const IFF_TUN_EXCL: u16 = 0x8000;
+
+const NAME_BYTES: usize = 16;
+
+/// `struct ifreq`, as far as TUNSETIFF looks at it.
+#[repr(C)]
+struct InterfaceRequest {
+    name: [u8; NAME_BYTES],
+    flags: u16,
+    rest: [u8; 22],
+}
+
+impl InterfaceRequest {
+    fn new(name: &str, flags: u16) -> io::Result<Self> {
+        let mut bytes = [0_u8; NAME_BYTES];
+        // The last byte stays the terminator.
+        if name.is_empty() || name.len() >= NAME_BYTES {
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, "an interface name has 1 to 15 bytes"));
+        }
+        bytes[..name.len()].copy_from_slice(name.as_bytes());
+        Ok(Self { name: bytes, flags, rest: [0; 22] })
+    }
+}
+
+/// Makes a TAP device that stays. Only root and `owner` can attach to it.
+///
+/// # Errors
+/// `NotFound` where the machine has no /dev/net/tun, `ResourceBusy` where the name is taken.
+pub fn create_persistent(name: &str, owner: Option<u32>) -> io::Result<()> {
+    let device = open_control()?;
+    configure(&device, name, IFF_TAP | IFF_NO_PI | IFF_TUN_EXCL)?;
+    if let Some(owner) = owner {
+        // SAFETY: TUNSETOWNER takes the user id by value and touches no memory of ours.
+        #[allow(unsafe_code)]
+        unsafe {
+            ioctl(&device, IntegerSetter::<TUNSETOWNER>::new_usize(owner as usize))?;
+        }
+    }
+    // SAFETY: TUNSETPERSIST takes a flag by value and touches no memory of ours.
+    #[allow(unsafe_code)]
+    unsafe {
+        ioctl(&device, IntegerSetter::<TUNSETPERSIST>::new_usize(1))?;
+    }
+    Ok(())
+}
+
+/// Attaches to a TAP device, which is made when it is not there and then goes with the descriptor. Each
+/// read and each write is one Ethernet frame.
+///
+/// # Errors
+/// `NotFound` where the machine has no /dev/net/tun, `ResourceBusy` where another is attached.
+pub fn attach(name: &str) -> io::Result<OwnedFd> {
+    let device = open_control()?;
+    configure(&device, name, IFF_TAP | IFF_NO_PI)?;
+    Ok(device.into())
+}
+
+fn open_control() -> io::Result<File> {
+    OpenOptions::new().read(true).write(true).open("/dev/net/tun")
+}
+
+fn configure(device: &File, name: &str, flags: u16) -> io::Result<()> {
+    let mut request = InterfaceRequest::new(name, flags)?;
+    // SAFETY: TUNSETIFF reads and writes one `struct ifreq`, of which `InterfaceRequest` has the size and
+    // the layout, and keeps no pointer to it.
+    #[allow(unsafe_code)]
+    unsafe {
+        ioctl(device, Updater::<TUNSETIFF, InterfaceRequest>::new(&mut request))?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+#[allow(clippy::print_stdout, reason = "a skipped test says so")]
+mod tests {
+    use super::*;
+    use crate::netns::NetworkNamespace;
+
+    #[test]
+    fn the_request_has_the_size_of_an_ifreq() {
+        assert_eq!(size_of::<InterfaceRequest>(), 40);
+    }
+
+    #[test]
+    fn names_are_checked() {
+        for bad in ["", "sixteen-letters-"] {
+            assert_eq!(InterfaceRequest::new(bad, 0).err().unwrap().kind(), io::ErrorKind::InvalidInput);
+        }
+        assert!(InterfaceRequest::new("fifteen-letters", 0).is_ok());
+    }
+
+    #[tokio::test]
+    async fn a_persistent_device_stays_and_takes_one_at_a_time() {
+        if !rustix::process::geteuid().is_root() {
+            println!("skipped: TAP devices need root");
+            return;
+        }
+        let path = std::path::PathBuf::from(format!("/run/netns/wrenn-unit-tap-{}", std::process::id()));
+        crate::netns::prepare_names().unwrap();
+        let (namespace, ()) =
+            NetworkNamespace::create(&path, || create_persistent("tap0", None)).await.unwrap();
+        crate::netns::remove_name(&path).unwrap();
+        namespace
+            .run(|| {
+                assert_eq!(create_persistent("tap0", None).unwrap_err().kind(), io::ErrorKind::ResourceBusy);
+                let first = attach("tap0").unwrap();
+                assert_eq!(attach("tap0").unwrap_err().kind(), io::ErrorKind::ResourceBusy);
+                drop(first);
+                attach("tap0").unwrap();
+            })
+            .await
+            .unwrap();
+    }
+}

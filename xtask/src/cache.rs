@@ -1,0 +1,236 @@
+//! The user's cache: results that cost time, each in a directory named by everything it was made from.
+//!
+//! ```text
+//!  $XDG_CACHE_HOME/wrenn        (~/.cache/wrenn)
+//!   ├── kernels/<package>-<digest>/       vmlinuz, modules and their load order
+//!   ├── guests/<content digest>/          vmlinuz, initramfs.img, manifest.json
+//!   ├── templates/<name>-<digest>/        image.ext4, template.json
+//!   ├── tools/<tool>-<version>/           programs of the checks
+//!   ├── tmp/<kind>-<name>/                one of the above while it is being made
+//!   └── locks/<kind>-<name>               held by its maker
+//! ```
+//!
+//! **A directory that is there is complete**: it is made below `tmp/`, synced, then renamed. Its maker holds
+//! its lock, so of two clones that want the same thing one makes it and the other waits and finds it. What
+//! is found in `tmp/` with a free lock was left by a maker that died, and is removed.
+
+use std::{
+    env,
+    fs::{self, File, TryLockError},
+    io::{ErrorKind, Write as _},
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+};
+
+use anyhow::{Context as _, Result, bail};
+
+use crate::step;
+
+/// How many hexadecimal digits of a SHA-256 name a content.
+const DIGITS: usize = 16;
+
+/// The cache directory.
+#[derive(Debug)]
+pub(crate) struct Cache {
+    root: PathBuf,
+}
+
+impl Cache {
+    /// Opens the user's cache and removes what dead makers left.
+    pub(crate) fn open() -> Result<Self> {
+        let home = |variable, below: &str| {
+            env::var_os(variable).map(|home| Path::new(&home).join(below)).filter(|path| path.is_absolute())
+        };
+        let Some(root) = home("XDG_CACHE_HOME", "wrenn").or_else(|| home("HOME", ".cache/wrenn")) else {
+            bail!("neither XDG_CACHE_HOME nor HOME is set: there is no place to keep downloads and images");
+        };
+        Self::at(root)
+    }
+
+    fn at(root: PathBuf) -> Result<Self> {
+        for directory in ["tmp", "locks"] {
+            let directory = root.join(directory);
+            fs::create_dir_all(&directory).with_context(|| format!("making {}", directory.display()))?;
+        }
+        let cache = Self { root };
+        cache.collect()?;
+        Ok(cache)
+    }
+
+    /// A file that remembers a choice, such as which kernel is used until a newer one is asked for.
+    pub(crate) fn note(&self, name: &str) -> PathBuf {
+        self.root.join(name)
+    }
+
+    /// The directory `kind/name`, made by `make` if it is not there. `make` gets an empty directory to fill.
+    pub(crate) fn get_or_make(
+        &self,
+        kind: &str,
+        name: &str,
+        make: impl FnOnce(&Path) -> Result<()>,
+    ) -> Result<PathBuf> {
+        let place = self.root.join(kind).join(name);
+        if place.is_dir() {
+            return Ok(place);
+        }
+        let lock_name = format!("{kind}-{name}");
+        let _lock = self.lock(&lock_name)?;
+        if place.is_dir() {
+            return Ok(place);
+        }
+        let temporary = self.root.join("tmp").join(&lock_name);
+        remove(&temporary)?;
+        fs::create_dir(&temporary).with_context(|| format!("making {}", temporary.display()))?;
+        if let Err(error) = make(&temporary) {
+            remove(&temporary)?;
+            return Err(error);
+        }
+        publish(&temporary, &place)?;
+        Ok(place)
+    }
+
+    /// Waits for the lock of that name. The kernel frees it with its holder, so a dead maker blocks nobody.
+    fn lock(&self, name: &str) -> Result<File> {
+        let path = self.root.join("locks").join(name);
+        let file = File::create(&path).with_context(|| format!("making {}", path.display()))?;
+        match file.try_lock() {
+            Ok(()) => {}
+            Err(TryLockError::WouldBlock) => {
+                step::announce(&format!("waiting: another process is making {name}"));
+                file.lock().with_context(|| format!("locking {}", path.display()))?;
+            }
+            Err(TryLockError::Error(error)) => {
+                return Err(error).with_context(|| format!("locking {}", path.display()));
+            }
+        }
+        Ok(file)
+    }
+
+    fn collect(&self) -> Result<()> {
+        let directory = self.root.join("tmp");
+        for entry in fs::read_dir(&directory).with_context(|| format!("reading {}", directory.display()))? {
+            let entry = entry?;
+            let lock = File::create(self.root.join("locks").join(entry.file_name()))?;
+            if lock.try_lock().is_ok() {
+                remove(&entry.path())?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Syncs a finished directory and moves it to its place.
+fn publish(temporary: &Path, place: &Path) -> Result<()> {
+    let mut directories = vec![temporary.to_owned()];
+    while let Some(directory) = directories.pop() {
+        for entry in fs::read_dir(&directory)? {
+            let entry = entry?;
+            let kind = entry.file_type()?;
+            if kind.is_dir() {
+                directories.push(entry.path());
+            } else if kind.is_file() {
+                File::open(entry.path())?
+                    .sync_all()
+                    .with_context(|| format!("syncing {}", entry.path().display()))?;
+            }
+        }
+        File::open(&directory)?.sync_all()?;
+    }
+    let Some(parent) = place.parent() else { bail!("{} has no parent", place.display()) };
+    fs::create_dir_all(parent).with_context(|| format!("making {}", parent.display()))?;
+    fs::rename(temporary, place).with_context(|| format!("moving a result to {}", place.display()))?;
+    File::open(parent)?.sync_all()?;
+    Ok(())
+}
+
+/// Removes a file, or a directory and everything in it; it may be absent.
+pub(crate) fn remove(path: &Path) -> Result<()> {
+    let result = match fs::symlink_metadata(path) {
+        Ok(metadata) if metadata.is_dir() => fs::remove_dir_all(path),
+        Ok(_) => fs::remove_file(path),
+        Err(error) => Err(error),
+    };
+    match result {
+        Err(error) if error.kind() != ErrorKind::NotFound => {
+            Err(error).with_context(|| format!("removing {}", path.display()))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// The name of a file's content.
+pub(crate) fn digest_of_file(path: &Path) -> Result<String> {
+    let file = File::open(path).with_context(|| format!("opening {}", path.display()))?;
+    // The system's own program, because xtask is built unoptimized and images are large.
+    let output = Command::new("sha256sum").stdin(file).output().context("starting sha256sum")?;
+    first_digits(&output.stdout).with_context(|| format!("hashing {}", path.display()))
+}
+
+/// The name of a content in memory.
+pub(crate) fn digest_of(content: &[u8]) -> Result<String> {
+    let mut child = Command::new("sha256sum")
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .context("starting sha256sum")?;
+    if let Some(mut stdin) = child.stdin.take() {
+        stdin.write_all(content).context("writing to sha256sum")?;
+    }
+    first_digits(&child.wait_with_output()?.stdout)
+}
+
+fn first_digits(output: &[u8]) -> Result<String> {
+    match output.get(..DIGITS).map(str::from_utf8) {
+        Some(Ok(digits)) if digits.bytes().all(|b| b.is_ascii_hexdigit()) => Ok(digits.to_owned()),
+        _ => bail!("sha256sum did not print a digest"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn makes_once_and_then_finds() {
+        let home = tempfile::tempdir().unwrap();
+        let cache = Cache::at(home.path().join("wrenn")).unwrap();
+        let make = |directory: &Path| Ok(fs::write(directory.join("result"), "1")?);
+        let made = cache.get_or_make("things", "one", make).unwrap();
+        assert_eq!(fs::read_to_string(made.join("result")).unwrap(), "1");
+        let found = cache.get_or_make("things", "one", |_| bail!("made twice")).unwrap();
+        assert_eq!(found, made);
+    }
+
+    #[test]
+    fn a_failed_maker_leaves_nothing() {
+        let home = tempfile::tempdir().unwrap();
+        let cache = Cache::at(home.path().join("wrenn")).unwrap();
+        let result = cache.get_or_make("things", "one", |directory| {
+            fs::write(directory.join("half"), "")?;
+            bail!("no more")
+        });
+        assert!(result.is_err());
+        assert_eq!(fs::read_dir(home.path().join("wrenn/tmp")).unwrap().count(), 0);
+        assert!(!home.path().join("wrenn/things").exists());
+    }
+
+    #[test]
+    fn what_a_dead_maker_left_is_collected_and_what_a_living_one_makes_is_not() {
+        let home = tempfile::tempdir().unwrap();
+        let root = home.path().join("wrenn");
+        let cache = Cache::at(root.clone()).unwrap();
+        fs::create_dir_all(root.join("tmp/things-dead/sub")).unwrap();
+        fs::create_dir_all(root.join("tmp/things-living")).unwrap();
+        let _lock = cache.lock("things-living").unwrap();
+        Cache::at(root.clone()).unwrap();
+        assert!(!root.join("tmp/things-dead").exists());
+        assert!(root.join("tmp/things-living").exists());
+    }
+
+    #[test]
+    fn names_contents() {
+        // The well-known digests of nothing and of "abc".
+        assert_eq!(digest_of(b"").unwrap(), "e3b0c44298fc1c14");
+        assert_eq!(digest_of(b"abc").unwrap(), "ba7816bf8f01cfea");
+    }
+}

@@ -1,0 +1,97 @@
+//! The guest bundle: kernel and initramfs, with envd as its `/init`.
+//!
+//! ```text
+//!  /init            envd, static
+//!  /modules/*.ko    kernel modules
+//!  /modules/order   their names, one a line, in load order
+//!  /dev/console     so that init can speak before it has mounted anything
+//!  /proc /sys /run /tmp /newroot     empty, to mount on
+//! ```
+//!
+//! The bundle is named by its content. Putting it together takes a moment, so it is done each time.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
+
+use anyhow::{Context as _, Result, ensure};
+use serde_json::json;
+
+use crate::{
+    cache::{self, Cache},
+    cpio::Archive,
+    elf::Elf,
+    kernel::Kernel,
+    repository::Repository,
+    step,
+};
+
+const TARGET: &str = "x86_64-unknown-linux-gnu";
+/// What envd may weigh: it is in the memory of every sandbox.
+const ENVD_MAX_BYTES: usize = 5_000_000;
+
+/// Builds the static envd. Nothing but the kernel is needed to run it.
+pub(crate) fn build_envd(repository: &Repository) -> Result<PathBuf> {
+    // A target directory of its own and an explicit target: the flags reach envd and what it links, and
+    // neither build scripts nor any other crate of the workspace.
+    let directory = repository.target().join("guest");
+    let mut command = repository.cargo();
+    command
+        .args(["build", "--profile", "guest", "--target", TARGET, "--package", "envd", "--target-dir"])
+        .arg(&directory)
+        .env("RUSTFLAGS", "-C target-feature=+crt-static");
+    step::loud("building envd, the guest agent", &mut command)?;
+    let envd = directory.join(TARGET).join("guest/envd");
+    let content = fs::read(&envd).with_context(|| format!("reading {}", envd.display()))?;
+    Elf::parse(&content)
+        .and_then(|elf| elf.assert_static())
+        .with_context(|| format!("{} is not a static program", envd.display()))?;
+    ensure!(
+        content.len() < ENVD_MAX_BYTES,
+        "{} has {} bytes; it must stay below {ENVD_MAX_BYTES}",
+        envd.display(),
+        content.len()
+    );
+    Ok(envd)
+}
+
+/// Puts the bundle together and gives its directory.
+pub(crate) fn make(cache: &Cache, kernel: &Kernel, envd: &Path) -> Result<PathBuf> {
+    let envd_content = fs::read(envd).with_context(|| format!("reading {}", envd.display()))?;
+    let archive = initramfs(kernel, &envd_content)?;
+    let parts = format!("1\n{}\n{}\n", cache::digest_of_file(&kernel.image)?, cache::digest_of(&archive)?);
+    let id = cache::digest_of(parts.as_bytes())?;
+    cache.get_or_make("guests", &id, |directory| {
+        fs::copy(&kernel.image, directory.join("vmlinuz"))?;
+        fs::write(directory.join("initramfs.img"), &archive)?;
+        let manifest = json!({
+            "format": 1,
+            "id": id,
+            "kernel_version": kernel.version,
+            "envd_version": env!("CARGO_PKG_VERSION"),
+            "kernel": "vmlinuz",
+            "initramfs": "initramfs.img",
+        });
+        fs::write(directory.join("manifest.json"), format!("{manifest:#}\n"))?;
+        step::announce(&format!("guest bundle {id}: kernel {}, envd {} kB", kernel.version, envd_content.len() / 1000));
+        Ok(())
+    })
+}
+
+fn initramfs(kernel: &Kernel, envd: &[u8]) -> Result<Vec<u8>> {
+    let mut archive = Archive::default();
+    for directory in ["dev", "modules", "newroot", "proc", "run", "sys", "tmp"] {
+        archive.directory(directory, 0o755)?;
+    }
+    archive.character_device("dev/console", 0o600, 5, 1)?;
+    archive.file("init", 0o755, envd)?;
+    let mut order = String::new();
+    for (name, content) in &kernel.modules {
+        archive.file(&format!("modules/{name}"), 0o644, content)?;
+        order.push_str(name);
+        order.push('\n');
+    }
+    archive.file("modules/order", 0o644, order.as_bytes())?;
+    archive.finish()
+}
