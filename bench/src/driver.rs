@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use anyhow::{Result, bail};
+use anyhow::Result;
 use camino::Utf8Path;
 use wrenn_vmm::Vmm;
 
@@ -10,6 +10,6 @@ use wrenn_vmm::Vmm;
 ///
 /// # Errors
 /// There is none like it here.
-pub async fn same_as(directory: &Utf8Path) -> Result<Arc<dyn Vmm>> {
-    bail!("no driver for {directory}")
+pub(crate) async fn same_as(_directory: &Utf8Path) -> Result<Arc<dyn Vmm>> {
+    Ok(Arc::new(wrenn_vmm::quick::Quick::new()))
 }

@@ -43,7 +43,7 @@ const REQUEST: &[u8] = b"GET /health HTTP/1.1\r\nHost: guest\r\nConnection: clos
 
 /// Everything that restores share.
 #[derive(Debug)]
-pub struct Floor {
+pub(crate) struct Floor {
     vmm: Arc<dyn Vmm>,
     guest: GuestBundle,
     snapshot: SnapshotFiles,
@@ -57,7 +57,7 @@ pub struct Floor {
 
 /// A machine's namespace and disk, before the machine.
 #[derive(Debug)]
-pub struct Ready {
+pub(crate) struct Ready {
     slot: Slot,
     connector: GuestConnector,
     spec: MachineSpec,
@@ -67,9 +67,9 @@ pub struct Ready {
 
 /// A machine whose guest has answered.
 #[derive(Debug)]
-pub struct Answered {
+pub(crate) struct Answered {
     /// From before the restore until the first byte.
-    pub to_first_byte: Duration,
+    pub(crate) to_first_byte: Duration,
     vm: Box<dyn Vm>,
     slot: Slot,
     _directory: tempfile::TempDir,
@@ -80,7 +80,7 @@ impl Floor {
     ///
     /// # Errors
     /// The snapshot is of another VMM or guest than these, or the network cannot be had.
-    pub async fn new(
+    pub(crate) async fn new(
         vmm: Arc<dyn Vmm>,
         guest: GuestBundle,
         directory: &Utf8Path,
@@ -117,7 +117,7 @@ impl Floor {
     ///
     /// # Errors
     /// The namespace or the disk cannot be made.
-    pub async fn prepare(&self) -> Result<Ready> {
+    pub(crate) async fn prepare(&self) -> Result<Ready> {
         let slot = self.slots.take().await.context("take a network slot")?;
         let directory = tempfile::tempdir_in(self.directory.path())?;
         let run_dir = Utf8PathBuf::from_path_buf(directory.path().to_owned())
@@ -145,7 +145,7 @@ impl Floor {
     ///
     /// # Errors
     /// The machine cannot be restored or its guest does not answer within a minute. Nothing is left then.
-    pub async fn restore(&self, ready: Ready) -> Result<Answered> {
+    pub(crate) async fn restore(&self, ready: Ready) -> Result<Answered> {
         let Ready { slot, connector, spec, _directory } = ready;
         let begin = Instant::now();
         let outcome = timeout(BOUND, async {
@@ -180,7 +180,7 @@ impl Floor {
     ///
     /// # Errors
     /// The VMM does not end.
-    pub async fn finish(&self, answered: Answered) -> Result<()> {
+    pub(crate) async fn finish(&self, answered: Answered) -> Result<()> {
         let Answered { mut vm, slot, .. } = answered;
         let stopped = vm.stop().await.context("stop the machine");
         self.slots.release(slot).await;
@@ -188,7 +188,7 @@ impl Floor {
     }
 
     /// Removes the slots that are left.
-    pub async fn close(self) {
+    pub(crate) async fn close(self) {
         self.slots.shutdown().await;
     }
 }

@@ -4,29 +4,29 @@ use std::{fs, process::Command};
 
 /// What a reader has to know to compare.
 #[derive(Debug, Clone)]
-pub struct Machine {
+pub(crate) struct Machine {
     /// The processor.
-    pub cpu: String,
+    pub(crate) cpu: String,
     /// How many of it.
-    pub cores: usize,
+    pub(crate) cores: usize,
     /// Memory in MiB.
-    pub memory_mib: u64,
+    pub(crate) memory_mib: u64,
     /// The kernel.
-    pub kernel: String,
+    pub(crate) kernel: String,
     /// The distribution.
-    pub system: String,
+    pub(crate) system: String,
     /// The VMM as it calls itself.
-    pub vmm: String,
+    pub(crate) vmm: String,
     /// What runs the guest's instructions.
-    pub accelerator: String,
+    pub(crate) accelerator: String,
     /// Kind of the filesystem that holds snapshots and disks.
-    pub filesystem: String,
+    pub(crate) filesystem: String,
 }
 
 impl Machine {
     /// Looks at this one.
     #[must_use]
-    pub fn here(vmm: String, accelerator: String, snapshots: &camino::Utf8Path) -> Self {
+    pub(crate) fn here(vmm: String, accelerator: String, snapshots: &camino::Utf8Path) -> Self {
         let read = |path: &str| fs::read_to_string(path).unwrap_or_default();
         let uname = rustix::system::uname();
         Self {

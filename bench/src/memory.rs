@@ -6,13 +6,13 @@ use anyhow::{Context as _, Result};
 
 /// Memory of one or more processes.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Memory {
+pub(crate) struct Memory {
     /// How many processes.
-    pub processes: usize,
+    pub(crate) processes: usize,
     /// Proportional set size in KiB.
-    pub pss_kib: u64,
+    pub(crate) pss_kib: u64,
     /// Resident set size in KiB.
-    pub rss_kib: u64,
+    pub(crate) rss_kib: u64,
 }
 
 impl Memory {
@@ -20,7 +20,7 @@ impl Memory {
     ///
     /// # Errors
     /// /proc cannot be read. A process that ended meanwhile counts as none.
-    pub fn of(is_one: impl Fn(&[&str]) -> bool) -> Result<Self> {
+    pub(crate) fn of(is_one: impl Fn(&[&str]) -> bool) -> Result<Self> {
         let mut sum = Self::default();
         for entry in fs::read_dir("/proc").context("list processes")? {
             let path = entry.context("list processes")?.path();
@@ -42,7 +42,7 @@ impl Memory {
 
     /// One process out of several that are alike.
     #[must_use]
-    pub fn each(self) -> Self {
+    pub(crate) fn each(self) -> Self {
         let processes = self.processes.max(1) as u64;
         Self { processes: 1, pss_kib: self.pss_kib / processes, rss_kib: self.rss_kib / processes }
     }

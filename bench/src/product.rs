@@ -13,20 +13,20 @@ use wrenn_testkit::Client;
 
 /// One create that was measured.
 #[derive(Debug)]
-pub struct Created {
+pub(crate) struct Created {
     /// The sandbox; it still runs.
-    pub id: String,
+    pub(crate) id: String,
     /// From before the request to create it until the first command's result was there.
-    pub to_first_result: Duration,
+    pub(crate) to_first_result: Duration,
     /// What the server says of where the time went, in milliseconds, in its order.
-    pub phases: Vec<(String, f64)>,
+    pub(crate) phases: Vec<(String, f64)>,
 }
 
 /// Creates a sandbox and runs `true` in it. A sandbox whose command fails is deleted again.
 ///
 /// # Errors
 /// Anything but a 201 and an exit code of 0.
-pub async fn create_and_run(client: &mut Client) -> Result<Created> {
+pub(crate) async fn create_and_run(client: &mut Client) -> Result<Created> {
     let begin = Instant::now();
     let answer = client.post("/v1/sandboxes", &json!({ "template": "base" })).await?.expect(201)?;
     let id = answer.json()["id"].as_str().context("a sandbox has an id")?.to_owned();
@@ -44,7 +44,7 @@ pub async fn create_and_run(client: &mut Client) -> Result<Created> {
 ///
 /// # Errors
 /// Anything but an exit code of 0.
-pub async fn run_true(client: &mut Client, id: &str) -> Result<Duration> {
+pub(crate) async fn run_true(client: &mut Client, id: &str) -> Result<Duration> {
     let begin = Instant::now();
     let answer =
         client.post(&format!("/v1/sandboxes/{id}/exec"), &json!({ "cmd": "true" })).await?.expect(200)?;
@@ -56,7 +56,7 @@ pub async fn run_true(client: &mut Client, id: &str) -> Result<Duration> {
 ///
 /// # Errors
 /// Anything but a 204.
-pub async fn delete(client: &mut Client, id: &str) -> Result<()> {
+pub(crate) async fn delete(client: &mut Client, id: &str) -> Result<()> {
     client.delete(&format!("/v1/sandboxes/{id}")).await?.expect(204)?;
     Ok(())
 }
@@ -65,7 +65,7 @@ pub async fn delete(client: &mut Client, id: &str) -> Result<()> {
 ///
 /// # Errors
 /// A status other than it should be, or other bytes.
-pub async fn file_there_and_back(
+pub(crate) async fn file_there_and_back(
     client: &mut Client,
     id: &str,
     bytes: &Bytes,
@@ -84,7 +84,7 @@ pub async fn file_there_and_back(
 
 /// Bytes that no layer on the way can make fewer of: a counter, hashed.
 #[must_use]
-pub fn incompressible(length: usize) -> Bytes {
+pub(crate) fn incompressible(length: usize) -> Bytes {
     let mut bytes = Vec::with_capacity(length);
     let mut counter = 0_u64;
     while bytes.len() < length {
@@ -108,7 +108,7 @@ fn phases(header: &str) -> Vec<(String, f64)> {
 
 /// What phases took, over many creates.
 #[derive(Debug, Default)]
-pub struct Phases {
+pub(crate) struct Phases {
     /// In the order in which a create goes through them.
     order: Vec<String>,
     milliseconds: BTreeMap<String, Vec<f64>>,
@@ -116,7 +116,7 @@ pub struct Phases {
 
 impl Phases {
     /// Takes one create in.
-    pub fn add(&mut self, phases: Vec<(String, f64)>) {
+    pub(crate) fn add(&mut self, phases: Vec<(String, f64)>) {
         for (name, milliseconds) in phases {
             if !self.milliseconds.contains_key(&name) {
                 self.order.push(name.clone());
@@ -127,7 +127,7 @@ impl Phases {
 
     /// Each phase with its median and its largest value.
     #[must_use]
-    pub fn rows(&self) -> Vec<(&str, f64, f64)> {
+    pub(crate) fn rows(&self) -> Vec<(&str, f64, f64)> {
         let mut rows = Vec::with_capacity(self.order.len());
         for name in &self.order {
             let mut sorted = self.milliseconds.get(name).cloned().unwrap_or_default();

@@ -11,68 +11,68 @@ use crate::{
 
 /// One load, on the floor and through the API.
 #[derive(Debug, Default)]
-pub struct Load {
+pub(crate) struct Load {
     /// Restore to first byte.
-    pub floor: Samples,
+    pub(crate) floor: Samples,
     /// Create to first result of a command.
-    pub create: Samples,
+    pub(crate) create: Samples,
     /// Where the server says the creates' time went.
-    pub phases: Phases,
+    pub(crate) phases: Phases,
 }
 
 /// What the stack's processes hold at one moment.
 #[derive(Debug)]
-pub struct MemoryRow {
+pub(crate) struct MemoryRow {
     /// When, in words.
-    pub when: String,
+    pub(crate) when: String,
     /// The control plane.
-    pub control_plane: Memory,
+    pub(crate) control_plane: Memory,
     /// The host agent.
-    pub agent: Memory,
+    pub(crate) agent: Memory,
     /// The VMMs of sandboxes.
-    pub machines: Memory,
+    pub(crate) machines: Memory,
 }
 
 /// All that was measured.
 #[derive(Debug)]
-pub struct Results {
+pub(crate) struct Results {
     /// Where.
-    pub machine: Machine,
+    pub(crate) machine: Machine,
     /// When, to the day.
-    pub date: String,
+    pub(crate) date: String,
     /// One after the other.
-    pub series: Load,
+    pub(crate) series: Load,
     /// Several at once.
-    pub at_once: Load,
+    pub(crate) at_once: Load,
     /// How many are at once.
-    pub width: usize,
+    pub(crate) width: usize,
     /// `true` in a sandbox that runs.
-    pub exec: Samples,
+    pub(crate) exec: Samples,
     /// A file into a sandbox.
-    pub upload: Samples,
+    pub(crate) upload: Samples,
     /// The file out of it.
-    pub download: Samples,
+    pub(crate) download: Samples,
     /// The file's size.
-    pub file_mib: u64,
+    pub(crate) file_mib: u64,
     /// Memory at several moments.
-    pub memory: Vec<MemoryRow>,
+    pub(crate) memory: Vec<MemoryRow>,
     /// Until the template's snapshot was there; none when it was from an earlier run.
-    pub first_snapshot: Option<Duration>,
+    pub(crate) first_snapshot: Option<Duration>,
 }
 
 /// How much longer a create takes than the floor under the same load.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Ratios {
+pub(crate) struct Ratios {
     /// Median over median.
-    pub p50: f64,
+    pub(crate) p50: f64,
     /// 99th percentile over 99th percentile.
-    pub p99: f64,
+    pub(crate) p99: f64,
 }
 
 impl Load {
     /// The ratios; none where nothing succeeded.
     #[must_use]
-    pub fn ratios(&self) -> Option<Ratios> {
+    pub(crate) fn ratios(&self) -> Option<Ratios> {
         let (floor, create) = (self.floor.summary()?, self.create.summary()?);
         Some(Ratios { p50: ratio(create.p50, floor.p50), p99: ratio(create.p99, floor.p99) })
     }
@@ -80,7 +80,7 @@ impl Load {
 
 impl Results {
     /// Everything that failed, each with what was being done.
-    pub fn failures(&self) -> impl Iterator<Item = (&'static str, &str)> {
+    pub(crate) fn failures(&self) -> impl Iterator<Item = (&'static str, &str)> {
         let all = [
             ("floor", &self.series.floor),
             ("create", &self.series.create),
@@ -96,7 +96,7 @@ impl Results {
 
     /// The lines for a person who waits: the ratios first.
     #[must_use]
-    pub fn ratio_lines(&self) -> String {
+    pub(crate) fn ratio_lines(&self) -> String {
         let mut text = String::new();
         let loads = [("", &self.series), (" at once", &self.at_once)];
         for (suffix, load) in loads {
@@ -110,7 +110,7 @@ impl Results {
 
     /// The whole file.
     #[must_use]
-    pub fn markdown(&self) -> String {
+    pub(crate) fn markdown(&self) -> String {
         let mut text = String::from(
             "# Results\n\n\
              Written by `make bench`; nothing is trimmed. The floor restores the same warm snapshot with the same driver and\n\

@@ -38,14 +38,17 @@ pub(crate) fn run(repository: &Repository) -> Result<()> {
 /// The program on the PATH, else one in the cache, which is built the first time.
 fn cargo_deny(repository: &Repository) -> Result<PathBuf> {
     let on_path = env::var_os("PATH").and_then(|path| {
-        env::split_paths(&path).map(|directory| directory.join("cargo-deny")).find(|program| program.is_file())
+        env::split_paths(&path)
+            .map(|directory| directory.join("cargo-deny"))
+            .find(|program| program.is_file())
     });
     if let Some(program) = on_path {
         return Ok(program);
     }
-    let directory = Cache::open()?.get_or_make("tools", &format!("cargo-deny-{CARGO_DENY}"), |directory| {
-        install(repository, directory)
-    })?;
+    let directory =
+        Cache::open()?.get_or_make("tools", &format!("cargo-deny-{CARGO_DENY}"), |directory| {
+            install(repository, directory)
+        })?;
     Ok(directory.join("bin/cargo-deny"))
 }
 

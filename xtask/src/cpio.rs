@@ -62,8 +62,9 @@ impl Archive {
         let name_size = u32::try_from(name.len() + 1)?;
         let inode = if mode == 0 { 0 } else { self.entries };
         // Owner, group, time, and the device that the archive was on are zero.
-        let fields =
-            [inode, mode, 0, 0, links, 0, size, 0, 0, device.0, device.1, name_size, 0 /* no checksum */];
+        let fields = [
+            inode, mode, 0, 0, links, 0, size, 0, 0, device.0, device.1, name_size, 0, /* no checksum */
+        ];
         self.bytes.extend_from_slice(b"070701");
         for field in fields {
             self.bytes.extend_from_slice(format!("{field:08x}").as_bytes());
@@ -83,13 +84,18 @@ impl Archive {
 mod tests {
     use super::*;
 
-    /// The kernel's reading of the format, as far as we use it: (name, mode, data, device).
-    fn read(mut bytes: &[u8]) -> Vec<(String, u32, Vec<u8>, (u32, u32))> {
+    /// Name, mode, data and device.
+    type Read = (String, u32, Vec<u8>, (u32, u32));
+
+    /// The kernel's reading of the format, as far as we use it.
+    fn read(mut bytes: &[u8]) -> Vec<Read> {
         let mut entries = Vec::new();
         let whole = bytes.len();
         loop {
             assert_eq!(&bytes[..6], b"070701");
-            let field = |n: usize| u32::from_str_radix(str::from_utf8(&bytes[6 + 8 * n..][..8]).unwrap(), 16).unwrap();
+            let field = |n: usize| {
+                u32::from_str_radix(str::from_utf8(&bytes[6 + 8 * n..][..8]).unwrap(), 16).unwrap()
+            };
             let (mode, size, name_size) = (field(1), field(6) as usize, field(11) as usize);
             let device = (field(9), field(10));
             let name = str::from_utf8(&bytes[110..110 + name_size - 1]).unwrap().to_owned();

@@ -9,16 +9,23 @@ use crate::{repository::Repository, step};
 /// `apt-get` that asks nothing and does not change to a user who cannot enter our directories.
 pub(crate) fn apt_get() -> Command {
     let mut command = Command::new("apt-get");
-    command
-        .env("DEBIAN_FRONTEND", "noninteractive")
-        .env("LC_ALL", "C.UTF-8")
-        .args(["--quiet", "--option", "APT::Sandbox::User=root", "--option", "Acquire::Retries=3"]);
+    command.env("DEBIAN_FRONTEND", "noninteractive").env("LC_ALL", "C.UTF-8").args([
+        "--quiet",
+        "--option",
+        "APT::Sandbox::User=root",
+        "--option",
+        "Acquire::Retries=3",
+    ]);
     command
 }
 
 /// Fetches the package lists.
 pub(crate) fn update(repository: &Repository) -> Result<()> {
-    step::quiet("updating the lists of Debian packages", &repository.log("apt-update"), apt_get().arg("update"))
+    step::quiet(
+        "updating the lists of Debian packages",
+        &repository.log("apt-update"),
+        apt_get().arg("update"),
+    )
 }
 
 /// Whether the package lists were ever fetched.
@@ -30,8 +37,13 @@ pub(crate) fn has_lists() -> bool {
 /// The machine's own sources of a Debian release, as lines of a sources.list: for an image of the same release.
 pub(crate) fn sources(suite: &str) -> Result<Vec<String>> {
     let format = "$(ORIGIN)|$(REPO_URI)|$(RELEASE)|$(COMPONENT)";
-    let targets =
-        step::output(apt_get().args(["indextargets", "--format", format, "Created-By: Packages", "Origin: Debian"]))?;
+    let targets = step::output(apt_get().args([
+        "indextargets",
+        "--format",
+        format,
+        "Created-By: Packages",
+        "Origin: Debian",
+    ]))?;
     let sources = source_lines(&targets, suite);
     if sources.is_empty() {
         bail!("this machine has no apt source of Debian's {suite}, from which images are made");
@@ -54,9 +66,13 @@ fn source_lines(targets: &str, suite: &str) -> Vec<String> {
 
 /// The hosts that this machine takes packages from. None where nobody can say.
 pub(crate) fn source_hosts() -> Vec<String> {
-    let targets = step::output(apt_get().args(["indextargets", "--format", "$(REPO_URI)"])).unwrap_or_default();
-    let hosts: BTreeSet<&str> =
-        targets.lines().filter_map(|uri| uri.split_once("://")?.1.split('/').next()).filter(|host| host.contains('.')).collect();
+    let targets =
+        step::output(apt_get().args(["indextargets", "--format", "$(REPO_URI)"])).unwrap_or_default();
+    let hosts: BTreeSet<&str> = targets
+        .lines()
+        .filter_map(|uri| uri.split_once("://")?.1.split('/').next())
+        .filter(|host| host.contains('.'))
+        .collect();
     hosts.into_iter().map(str::to_owned).collect()
 }
 
@@ -146,7 +162,8 @@ mod tests {
     #[test]
     fn finds_the_package_behind_a_metapackage() {
         let record = "Package: linux-image-cloud-amd64\nDepends: linux-base, linux-image-6.1.0-9-cloud-amd64 (= 6.1.90-1)\n";
-        let expected = Package { name: "linux-image-6.1.0-9-cloud-amd64".to_owned(), version: "6.1.90-1".to_owned() };
+        let expected =
+            Package { name: "linux-image-6.1.0-9-cloud-amd64".to_owned(), version: "6.1.90-1".to_owned() };
         assert_eq!(exact_dependency(record), Some(expected));
         assert_eq!(exact_dependency("Depends: linux-base\n"), None);
     }

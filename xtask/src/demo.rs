@@ -61,14 +61,15 @@ fn use_stack(product: &Product, directory: &Path, phases: &mut Phases) -> Result
     })?;
     let id = created["id"].as_str().context("the new sandbox has no id")?.to_owned();
     for phase in created["timings"].as_array().into_iter().flatten() {
-        let name = phase["description"].as_str().or(phase["name"].as_str()).unwrap_or("?");
+        let name = phase["description"].as_str().or_else(|| phase["name"].as_str()).unwrap_or("?");
         let took = phase["milliseconds"].as_f64().map(|ms| Duration::from_secs_f64((ms / 1000.0).max(0.0)));
         phases.push((format!("    of which: {name}"), took));
     }
 
     step::announce(&format!("running a Python program in {id}"));
-    let output =
-        timed(phases, "run the program", || stack.wrenn(&["sandbox", "exec", &id, "--", "python3", "-c", PROGRAM]))?;
+    let output = timed(phases, "run the program", || {
+        stack.wrenn(&["sandbox", "exec", &id, "--", "python3", "-c", PROGRAM])
+    })?;
     println!();
     for line in output.lines() {
         println!("    {line}");
@@ -93,7 +94,8 @@ fn print_table(phases: &Phases) {
     let width = phases.iter().map(|(name, _)| name.len()).max().unwrap_or(0);
     println!();
     for (name, took) in phases {
-        let took = took.map_or_else(|| "-".to_owned(), |took| format!("{:.1} ms", took.as_secs_f64() * 1000.0));
+        let took =
+            took.map_or_else(|| "-".to_owned(), |took| format!("{:.1} ms", took.as_secs_f64() * 1000.0));
         println!("{name:width$}  {took:>12}");
     }
 }
@@ -138,9 +140,11 @@ impl Stack {
                 }
             }
         });
-        let line = step::wait(&lines, &log, Some(START_BOUND)).context("waiting for the stack to be ready")?;
+        let line =
+            step::wait(&lines, &log, Some(START_BOUND)).context("waiting for the stack to be ready")?;
         let ready: Value = serde_json::from_str(&line).with_context(|| format!("understanding {line:?}"))?;
-        let text = |key: &str| ready[key].as_str().map(str::to_owned).with_context(|| format!("no {key} in {line}"));
+        let text =
+            |key: &str| ready[key].as_str().map(str::to_owned).with_context(|| format!("no {key} in {line}"));
         (stack.base_url, stack.api_key) = (text("base_url")?, text("api_key")?);
         println!("    {}", stack.base_url);
         Ok(stack)
@@ -168,13 +172,13 @@ impl Stack {
             return Some(status);
         }
         let pid = Pid::from_child(&self.child);
-        drop(kill_process(pid, Signal::TERM));
+        let _ = kill_process(pid, Signal::TERM);
         let (send, ended) = mpsc::channel::<()>();
         // The bound is kept by a thread that kills unless it is told in time that there is no more need.
         let killer = std::thread::spawn(move || {
             let late = ended.recv_timeout(STOP_BOUND) == Err(mpsc::RecvTimeoutError::Timeout);
             if late {
-                drop(kill_process(pid, Signal::KILL));
+                let _ = kill_process(pid, Signal::KILL);
             }
             late
         });

@@ -22,11 +22,16 @@ impl<'a> Elf<'a> {
     pub(crate) fn assert_static(&self) -> Result<()> {
         for segment in self.table(32, 54)? {
             match number(segment, 0, 4)? {
-                kind if kind == u64::from(SEGMENT_INTERPRETER) => bail!("it names a program interpreter (PT_INTERP)"),
+                kind if kind == u64::from(SEGMENT_INTERPRETER) => {
+                    bail!("it names a program interpreter (PT_INTERP)")
+                }
                 kind if kind == u64::from(SEGMENT_DYNAMIC) => {
                     let dynamic = slice(self.bytes, number(segment, 8, 8)?, number(segment, 32, 8)?)?;
                     for entry in dynamic.chunks_exact(16) {
-                        ensure!(number(entry, 0, 8)? != DYNAMIC_NEEDED, "it needs a shared library (DT_NEEDED)");
+                        ensure!(
+                            number(entry, 0, 8)? != DYNAMIC_NEEDED,
+                            "it needs a shared library (DT_NEEDED)"
+                        );
                     }
                 }
                 _ => {}
@@ -38,14 +43,16 @@ impl<'a> Elf<'a> {
     /// The value of `key` in a kernel module's own description.
     pub(crate) fn module_info(&self, key: &str) -> Result<Option<&'a str>> {
         let sections = self.table(40, 58)?;
-        let names = *sections.get(usize::try_from(number(self.bytes, 62, 2)?)?).context("no section names")?;
+        let names =
+            *sections.get(usize::try_from(number(self.bytes, 62, 2)?)?).context("no section names")?;
         let names = section_content(self.bytes, names)?;
         for section in sections {
-            let name = names.get(usize::try_from(number(section, 0, 4)?)?..).context("a section name is outside")?;
+            let name =
+                names.get(usize::try_from(number(section, 0, 4)?)?..).context("a section name is outside")?;
             if name.starts_with(b".modinfo\0") {
-                return Ok(section_content(self.bytes, section)?.split(|byte| *byte == 0).find_map(|entry| {
-                    str::from_utf8(entry).ok()?.strip_prefix(key)?.strip_prefix('=')
-                }));
+                return Ok(section_content(self.bytes, section)?
+                    .split(|byte| *byte == 0)
+                    .find_map(|entry| str::from_utf8(entry).ok()?.strip_prefix(key)?.strip_prefix('=')));
             }
         }
         bail!("it has no .modinfo section: not a kernel module")

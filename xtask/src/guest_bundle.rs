@@ -74,7 +74,11 @@ pub(crate) fn make(cache: &Cache, kernel: &Kernel, envd: &Path) -> Result<PathBu
             "initramfs": "initramfs.img",
         });
         fs::write(directory.join("manifest.json"), format!("{manifest:#}\n"))?;
-        step::announce(&format!("guest bundle {id}: kernel {}, envd {} kB", kernel.version, envd_content.len() / 1000));
+        step::announce(&format!(
+            "guest bundle {id}: kernel {}, envd {} kB",
+            kernel.version,
+            envd_content.len() / 1000
+        ));
         Ok(())
     })
 }

@@ -33,10 +33,12 @@ pub(crate) fn require_sandboxes() -> Result<()> {
     }
     match OpenOptions::new().read(true).write(true).open("/dev/net/tun") {
         Ok(_) => Ok(()),
-        Err(error) if error.kind() == ErrorKind::NotFound && !Path::new("/sys/class/misc/tun").exists() => bail!(
-            "/dev/net/tun is missing, and so is the kernel's TUN/TAP driver, which connects sandboxes to the network: \
+        Err(error) if error.kind() == ErrorKind::NotFound && !Path::new("/sys/class/misc/tun").exists() => {
+            bail!(
+                "/dev/net/tun is missing, and so is the kernel's TUN/TAP driver, which connects sandboxes to the network: \
              load it with `modprobe tun`"
-        ),
+            )
+        }
         Err(error) if error.kind() == ErrorKind::NotFound => bail!(
             "/dev/net/tun is missing, though the kernel has the driver: make it with \
              `mkdir -p /dev/net && mknod /dev/net/tun c 10 200`; in a container, start it with `--device /dev/net/tun`"

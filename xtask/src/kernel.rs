@@ -51,7 +51,8 @@ pub(crate) fn find(repository: &Repository, cache: &Cache, refresh: bool) -> Res
             Some(directory) => Modules::scan(Path::new(&directory))?.in_load_order(&wanted)?,
             None => Vec::new(),
         };
-        let version = version(&fs::read(&image).with_context(|| format!("reading WRENN_KERNEL {}", image.display()))?);
+        let version =
+            version(&fs::read(&image).with_context(|| format!("reading WRENN_KERNEL {}", image.display()))?);
         return Ok(Kernel { version, image, modules });
     }
 
@@ -108,7 +109,8 @@ fn fetch(repository: &Repository, package: &Package, wanted: &[&str], directory:
     }
     let image = only_entry(&unpacked.join("boot"), |name| name.starts_with("vmlinuz-"))?;
     fs::copy(&image, directory.join("vmlinuz"))?;
-    let modules = Modules::scan(&only_entry(&unpacked.join("lib/modules"), |_| true)?)?.in_load_order(wanted)?;
+    let modules =
+        Modules::scan(&only_entry(&unpacked.join("lib/modules"), |_| true)?)?.in_load_order(wanted)?;
     fs::create_dir(directory.join("modules"))?;
     let mut order = String::new();
     for (name, content) in modules {
@@ -182,7 +184,9 @@ impl Modules {
         let mut modules = Self::default();
         let mut directories = vec![directory.to_owned()];
         while let Some(directory) = directories.pop() {
-            for entry in fs::read_dir(&directory).with_context(|| format!("reading {}", directory.display()))? {
+            for entry in
+                fs::read_dir(&directory).with_context(|| format!("reading {}", directory.display()))?
+            {
                 let entry = entry?;
                 if entry.file_type()?.is_dir() {
                     directories.push(entry.path());
@@ -193,7 +197,8 @@ impl Modules {
         }
         // Absent where everything is a module.
         let built_in = fs::read_to_string(directory.join("modules.builtin")).unwrap_or_default();
-        modules.built_in = built_in.lines().filter_map(|path| module_name(path.rsplit('/').next()?)).collect();
+        modules.built_in =
+            built_in.lines().filter_map(|path| module_name(path.rsplit('/').next()?)).collect();
         Ok(modules)
     }
 
@@ -207,11 +212,19 @@ impl Modules {
         Ok(order.into_iter().map(|(name, content)| (format!("{name}.ko"), content)).collect())
     }
 
-    fn add(&self, module: &str, order: &mut Vec<(String, Vec<u8>)>, on_the_way: &mut Vec<String>) -> Result<()> {
+    fn add(
+        &self,
+        module: &str,
+        order: &mut Vec<(String, Vec<u8>)>,
+        on_the_way: &mut Vec<String>,
+    ) -> Result<()> {
         if self.built_in.iter().any(|name| name == module) || order.iter().any(|(name, _)| name == module) {
             return Ok(());
         }
-        ensure!(!on_the_way.iter().any(|name| name == module), "the kernel module {module} depends on itself");
+        ensure!(
+            !on_the_way.iter().any(|name| name == module),
+            "the kernel module {module} depends on itself"
+        );
         let Some(path) = self.files.get(module) else {
             bail!("the kernel has no module {module}, and does not have it built in either");
         };

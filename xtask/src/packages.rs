@@ -41,7 +41,10 @@ pub(crate) fn install_missing(repository: &Repository) -> Result<()> {
 
 /// The first word of each line that is neither empty nor a comment. Shared with `guest/kernel/modules.txt`.
 pub(crate) fn names(text: &str) -> Vec<&str> {
-    text.lines().filter(|line| !line.starts_with('#')).filter_map(|line| line.split_whitespace().next()).collect()
+    text.lines()
+        .filter(|line| !line.starts_with('#'))
+        .filter_map(|line| line.split_whitespace().next())
+        .collect()
 }
 
 fn missing<'a>(wanted: &[&'a str]) -> Result<Vec<&'a str>> {
@@ -50,7 +53,8 @@ fn missing<'a>(wanted: &[&'a str]) -> Result<Vec<&'a str>> {
     // It fails when it does not know a package, which is one of the answers looked for.
     let output = command.output().context("asking dpkg-query what is installed: is this Debian?")?;
     let output = String::from_utf8_lossy(&output.stdout);
-    let installed: BTreeSet<&str> = output.lines().filter_map(|line| line.strip_suffix(" installed")).collect();
+    let installed: BTreeSet<&str> =
+        output.lines().filter_map(|line| line.strip_suffix(" installed")).collect();
     Ok(wanted.iter().copied().filter(|package| !installed.contains(package)).collect())
 }
 

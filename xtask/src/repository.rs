@@ -16,8 +16,8 @@ impl Repository {
     /// The clone that this program was built from.
     pub(crate) fn find() -> Self {
         // `cargo run` says it at run time; a binary that was moved along with its clone then still finds it.
-        let xtask =
-            env::var_os("CARGO_MANIFEST_DIR").map_or_else(|| PathBuf::from(env!("CARGO_MANIFEST_DIR")), PathBuf::from);
+        let xtask = env::var_os("CARGO_MANIFEST_DIR")
+            .map_or_else(|| PathBuf::from(env!("CARGO_MANIFEST_DIR")), PathBuf::from);
         Self { root: xtask.parent().map(Path::to_owned).unwrap_or(xtask) }
     }
 

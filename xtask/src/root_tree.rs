@@ -90,7 +90,9 @@ impl RootTree {
         let mut linked = BTreeSet::new();
         let mut directories = vec![self.root.clone()];
         while let Some(directory) = directories.pop() {
-            for entry in fs::read_dir(&directory).with_context(|| format!("reading {}", directory.display()))? {
+            for entry in
+                fs::read_dir(&directory).with_context(|| format!("reading {}", directory.display()))?
+            {
                 let entry = entry?;
                 let metadata = entry.metadata()?;
                 // A file with several names is there once.
@@ -187,7 +189,8 @@ mod tests {
         fs::write(host.path().join("host-file"), "host").unwrap();
         symlink(host.path().join("host-file"), root.join("etc/resolv.conf")).unwrap();
         let tree = RootTree::at(&root);
-        let change = Change::File { path: "etc/resolv.conf".to_owned(), mode: 0o644, content: "guest".to_owned() };
+        let change =
+            Change::File { path: "etc/resolv.conf".to_owned(), mode: 0o644, content: "guest".to_owned() };
         tree.change(&change).unwrap();
         assert_eq!(fs::read_to_string(host.path().join("host-file")).unwrap(), "host");
         assert!(fs::symlink_metadata(root.join("etc/resolv.conf")).unwrap().is_file());

@@ -35,7 +35,12 @@ pub(crate) fn run(repository: &Repository, command: &str, Arguments { arguments 
     host::require_sandboxes()?;
     let Product { program, images } = build(repository)?;
     become_it(
-        Command::new(program).arg(command).arg("--images").arg(images).args(arguments).current_dir(repository.root()),
+        Command::new(program)
+            .arg(command)
+            .arg("--images")
+            .arg(images)
+            .args(arguments)
+            .current_dir(repository.root()),
     )
 }
 

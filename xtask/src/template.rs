@@ -84,9 +84,10 @@ fn build(repository: &Repository, name: &str, recipe: &Recipe, key: &str, direct
 }
 
 fn unpack_packages(repository: &Repository, name: &str, recipe: &Recipe, root: &Path) -> Result<()> {
-    let sources = root.with_extension("sources");
-    let apt = root.with_extension("apt");
-    let dpkg = root.with_extension("dpkg");
+    // The name's ending tells apt the format, and the name is the one in the guest.
+    let sources = root.with_file_name("debian.list");
+    let apt = root.with_file_name("apt.conf");
+    let dpkg = root.with_file_name("dpkg.conf");
     write_lines(&sources, &debian::sources(&recipe.suite)?)?;
     write_lines(&apt, &debian::acquire_options()?)?;
     write_lines(&dpkg, &dpkg_options(recipe))?;
@@ -102,7 +103,8 @@ fn unpack_packages(repository: &Repository, name: &str, recipe: &Recipe, root: &
         .arg(&recipe.suite)
         .arg(root)
         .arg(&sources);
-    let what = format!("making the template `{name}`: unpacking Debian packages (usually less than a minute)");
+    let what =
+        format!("making the template `{name}`: unpacking Debian packages (usually less than a minute)");
     step::quiet(&what, &repository.log(&format!("template-{name}")), &mut command)?;
     for file in [sources, apt, dpkg] {
         cache::remove(&file)?;
@@ -116,7 +118,9 @@ fn dpkg_options(recipe: &Recipe) -> Vec<String> {
         .changes
         .iter()
         .filter_map(|change| match change {
-            Change::File { path, content, .. } if path.starts_with("etc/dpkg/dpkg.cfg.d/") => Some(content.lines()),
+            Change::File { path, content, .. } if path.starts_with("etc/dpkg/dpkg.cfg.d/") => {
+                Some(content.lines())
+            }
             _ => None,
         })
         .flatten()
@@ -160,7 +164,11 @@ fn make_filesystem(
         .arg("-d")
         .arg(root)
         .arg(image);
-    step::quiet(&format!("making the template `{name}`: image of {mib} MiB"), &repository.log("mke2fs"), &mut make)?;
+    step::quiet(
+        &format!("making the template `{name}`: image of {mib} MiB"),
+        &repository.log("mke2fs"),
+        &mut make,
+    )?;
     // The same holds for what is added when the disk grows: without this option, the guest's kernel writes
     // 2 MiB of zeros for each 128 MiB in the background, into every sandbox's own disk.
     step::output(Command::new("tune2fs").args(["-E", "mount_opts=noinit_itable"]).arg(image))?;

@@ -41,8 +41,10 @@ pub(crate) fn soak(repository: &Repository, arguments: &[String]) -> Result<()> 
         command.env("PROPTEST_CASES", SOAK_CASES);
     }
     let (report, succeeded) = follow(&mut command)?;
-    let commit = step::output(Command::new("git").current_dir(repository.root()).args(["describe", "--always", "--dirty"]))
-        .unwrap_or_else(|_| "unknown".to_owned());
+    let commit = step::output(
+        Command::new("git").current_dir(repository.root()).args(["describe", "--always", "--dirty"]),
+    )
+    .unwrap_or_else(|_| "unknown".to_owned());
     let mut text = format!("# Soak run\n\nCommit {}. Result: {report}.\n\n", commit.trim());
     for line in &report.soak {
         writeln!(text, "- {line}")?;
@@ -145,7 +147,12 @@ impl Report {
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { passed, failed, ignored, skipped, .. } = self;
-        write!(f, "{} passed, {failed} failed, {} skipped", passed.saturating_sub(*skipped), ignored + skipped)
+        write!(
+            f,
+            "{} passed, {failed} failed, {} skipped",
+            passed.saturating_sub(*skipped),
+            ignored + skipped
+        )
     }
 }
 
@@ -153,7 +160,10 @@ impl fmt::Display for Report {
 fn counts(line: &str) -> Option<(u64, u64, u64)> {
     let counts = line.strip_prefix("test result: ")?.split_once(". ")?.1;
     let count = |what: &str| {
-        counts.split("; ").find_map(|part| part.strip_suffix(what)).and_then(|number| number.trim().parse().ok())
+        counts
+            .split("; ")
+            .find_map(|part| part.strip_suffix(what))
+            .and_then(|number| number.trim().parse().ok())
     };
     Some((count(" passed")?, count(" failed")?, count(" ignored")?))
 }

@@ -72,13 +72,14 @@ impl Rules {
         if rust && text.lines().count() > MAX_LINES {
             complain(MAX_LINES, format!("more than {MAX_LINES} lines"));
         }
-        if rust && path.contains("/src/") && !text.starts_with("//!") {
+        let tests = path.ends_with("tests.rs") || path.contains("/tests/");
+        if rust && path.contains("/src/") && !tests && !text.starts_with("//!") {
             complain(1, "no module documentation at the top".to_owned());
         }
         if !text.is_empty() && !text.ends_with('\n') {
             complain(text.lines().count(), "no newline at the end".to_owned());
         }
-        for (number, line) in text.lines().enumerate() {
+        for (number, line) in text.split('\n').enumerate() {
             if line.ends_with([' ', '\t']) && !generated {
                 complain(number + 1, "space at the end of the line".to_owned());
             }
@@ -89,7 +90,10 @@ impl Rules {
                 complain(number + 1, format!("{text} is of one machine"));
             }
             if rust && line.trim_start().starts_with("#[ignore") {
-                complain(number + 1, "an ignored test: let it say `skipped: why` where it cannot run".to_owned());
+                complain(
+                    number + 1,
+                    "an ignored test: let it say `skipped: why` where it cannot run".to_owned(),
+                );
             }
         }
         if path.ends_with("Cargo.toml") && path != "Cargo.toml" {
@@ -110,7 +114,10 @@ fn manifest(path: &str, text: &str) -> Vec<(usize, &'static str)> {
         if line.starts_with('[') {
             section = line;
             lints |= line.starts_with("[lints");
-        } else if section.ends_with("dependencies]") && line.contains('=') && !line.contains("workspace = true") {
+        } else if section.ends_with("dependencies]")
+            && line.contains('=')
+            && !line.contains("workspace = true")
+        {
             complaints.push((number + 1, "a dependency's version belongs into the workspace's Cargo.toml"));
         }
     }
@@ -132,7 +139,8 @@ mod tests {
     fn good_files_pass() {
         assert_eq!(check("crates/a/src/lib.rs", "//! A.\n\npub fn a() {}\n"), Vec::<String>::new());
         assert_eq!(check("README.md", "# Wrenn\n"), Vec::<String>::new());
-        let manifest = "[package]\nname = \"a\"\n[lints]\nworkspace = true\n[dependencies]\na.workspace = true\n";
+        let manifest =
+            "[package]\nname = \"a\"\n[lints]\nworkspace = true\n[dependencies]\na.workspace = true\n";
         assert_eq!(check("crates/a/Cargo.toml", manifest), Vec::<String>::new());
     }
 

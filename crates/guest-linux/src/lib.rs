@@ -9,11 +9,13 @@
 //! | [`terminal`] | a pseudo terminal: the pair, its size, its owner |
 //! | [`entropy`] | giving the kernel fresh randomness and making it use it |
 //! | [`block`] | growing a mounted ext4 file system |
+//! | [`readiness`] | waiting for a descriptor in the asynchronous runtime |
 //! | [`route`] | addresses, routes and neighbours through rtnetlink |
 //! | [`uevent`] | waiting for the kernel to announce a device |
 
 pub mod block;
 pub mod entropy;
+pub mod readiness;
 pub mod route;
 pub mod spawn;
 pub mod terminal;

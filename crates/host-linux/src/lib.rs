@@ -7,3 +7,4 @@ pub mod lock;
 pub mod netns;
 pub mod process;
 pub mod tap;
+pub mod tsc;

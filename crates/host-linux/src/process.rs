@@ -119,14 +119,21 @@ impl Process {
         Ok(poll(&mut fds, Some(&now))? == 0)
     }
 
-    /// Waits until it has ended.
+    /// Waits until it has ended. Cancel-safe, and may be waited for by several at once.
     ///
     /// # Errors
-    /// The pidfd cannot be registered, or the call is made outside of a Tokio runtime.
+    /// The pidfd cannot be watched.
+    ///
+    /// # Panics
+    /// Outside of a Tokio runtime.
     pub async fn ended(&self) -> io::Result<()> {
-        // A descriptor of its own for each wait, so that several may wait for one process.
-        let pidfd = AsyncFd::with_interest(self.pidfd.try_clone()?, Interest::READABLE)?;
-        pidfd.readable().await?.retain_ready();
+        // A descriptor of its own for each wait: one cannot be registered twice.
+        let pidfd = self.pidfd.try_clone()?;
+        // SAFETY: `OwnedFd` answers the same open descriptor for as long as it lives, and the `AsyncFd`
+        // owns it from here on.
+        #[allow(unsafe_code)]
+        let pidfd = unsafe { AsyncFd::register_with_interest(pidfd, Interest::READABLE) };
+        pidfd.map_err(io::Error::from)?.readable().await?.retain_ready();
         Ok(())
     }
 

@@ -84,6 +84,14 @@ pub enum VmmError {
         /// The state it is in.
         state: &'static str,
     },
+    /// This driver cannot do it with this machine.
+    #[error("{operation} is not possible with this machine: {problem}")]
+    Unsupported {
+        /// What was asked for.
+        operation: &'static str,
+        /// What stands against it.
+        problem: &'static str,
+    },
     /// The machine is described in a way that no machine can be.
     #[error("{field} of the machine is not valid: {problem}")]
     Spec {

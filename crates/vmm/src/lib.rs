@@ -20,6 +20,7 @@
 //! outlives whoever started it.
 #![warn(missing_docs)]
 
+pub mod quick;
 mod error;
 mod spec;
 mod vm;

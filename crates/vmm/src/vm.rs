@@ -45,20 +45,34 @@ pub trait Vm: fmt::Debug + Send + Sync {
     fn pid(&self) -> Option<u32>;
 
     /// Stops the guest's CPUs. Idempotent.
+    ///
+    /// # Errors
+    /// [`crate::VmmError::Exited`], as every operation on a machine that is gone.
     async fn pause(&mut self) -> VmmResult<()>;
 
     /// Lets the guest's CPUs run. Idempotent.
+    ///
+    /// # Errors
+    /// [`crate::VmmError::WrongState`] when a snapshot was made of which its memory is a part.
     async fn resume(&mut self) -> VmmResult<()>;
 
     /// Writes memory and devices to `into`; the machine must be paused and stays so. The disk is the
-    /// caller's: it is in step with the snapshot until the machine is resumed.
+    /// caller's: it is in step with the snapshot until the machine is resumed. Making the files last
+    /// (`fsync`) is the caller's too.
+    ///
+    /// A machine whose memory *is* `into.memory` has given it away with the snapshot: it cannot be resumed
+    /// after that, only stopped, because the snapshot would change with it. A second snapshot into the same
+    /// files does nothing.
     ///
     /// # Errors
-    /// [`crate::VmmError::WrongState`] when it runs. Files may be half written after any error, and
-    /// belong to the caller.
+    /// [`crate::VmmError::WrongState`] when it runs, [`crate::VmmError::Unsupported`] when the driver cannot
+    /// snapshot this machine. Files may be half written after any error, and belong to the caller.
     async fn snapshot(&mut self, into: &SnapshotFiles) -> VmmResult<()>;
 
-    /// Tells the guest that its root disk now has this many bytes. It only grows.
+    /// Makes the root disk this many bytes long and tells the guest. It only grows.
+    ///
+    /// # Errors
+    /// [`crate::VmmError::Spec`] when it has no disk, or a larger one.
     async fn resize_disk(&mut self, bytes: u64) -> VmmResult<()>;
 
     /// The end of what the guest printed on its console, bounded; empty when it cannot be had. It is for
@@ -71,5 +85,8 @@ pub trait Vm: fmt::Debug + Send + Sync {
 
     /// Ends the process and waits until it is gone, bounded; idempotent, and true in every state. The
     /// reason is then [`ExitReason::Stopped`] unless it was gone before.
+    ///
+    /// # Errors
+    /// The process is stuck in the kernel: it is killed, but still there.
     async fn stop(&mut self) -> VmmResult<ExitReason>;
 }

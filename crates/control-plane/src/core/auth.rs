@@ -16,7 +16,7 @@ use tokio::time::Instant;
 use uuid::Uuid;
 use wrenn_types::{ApiKey, TeamId};
 
-use super::{Core, Error};
+use super::{Core, CoreError};
 
 /// How long a key that was found is good without asking again.
 const REMEMBERED: Duration = Duration::from_secs(5);
@@ -58,19 +58,19 @@ impl KnownKeys {
 
 impl Core {
     /// Whose key this is.
-    pub(crate) async fn authenticate(&self, shown: Option<&[u8]>) -> Result<Caller, Error> {
-        let shown = shown.ok_or(Error::NoKey)?;
-        let text = std::str::from_utf8(shown).map_err(|_| Error::UnknownKey)?;
-        let key: ApiKey = text.parse().map_err(|_| Error::UnknownKey)?;
+    pub(crate) async fn authenticate(&self, shown: Option<&[u8]>) -> Result<Caller, CoreError> {
+        let shown = shown.ok_or(CoreError::NoKey)?;
+        let text = std::str::from_utf8(shown).map_err(|_| CoreError::UnknownKey)?;
+        let key: ApiKey = text.parse().map_err(|_| CoreError::UnknownKey)?;
         let hash: [u8; 32] = Sha256::digest(key.expose().as_bytes()).into();
         let now = Instant::now();
         let caller = match self.keys.find(&hash, now) {
             Some(caller) => caller,
             None => {
-                let row = self.store.key_by_hash(hash).await?.ok_or(Error::UnknownKey)?;
+                let row = self.store.key_by_hash(hash).await?.ok_or(CoreError::UnknownKey)?;
                 // The index of the database has compared already, in its own time; what decides is this.
                 if !bool::from(row.hash.ct_eq(&hash)) {
-                    return Err(Error::UnknownKey);
+                    return Err(CoreError::UnknownKey);
                 }
                 let caller = Caller { team: row.team, key: row.id, key_name: row.name };
                 self.keys.remember(hash, caller.clone(), now);

@@ -8,7 +8,7 @@ use crate::{guest, host, store};
 
 /// Why an operation was not done.
 #[derive(Debug, thiserror::Error)]
-pub enum Error {
+pub(crate) enum CoreError {
     /// The request says something that cannot be done for anybody.
     #[error("{0}")]
     Invalid(String),
@@ -51,13 +51,13 @@ pub enum Error {
     NoHost,
     /// The database did not do its part.
     #[error("the request could not be completed")]
-    Store(#[from] store::Error),
+    Store(#[from] store::StoreError),
     /// The host agent did not do its part.
     #[error(transparent)]
-    Host(#[from] host::Error),
+    Host(#[from] host::HostError),
     /// The guest did not do its part.
     #[error(transparent)]
-    Guest(#[from] guest::Error),
+    Guest(#[from] guest::GuestError),
     /// A task of ours died.
     #[error("the request was broken off")]
     Task(#[source] tokio::task::JoinError),

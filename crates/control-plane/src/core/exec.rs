@@ -10,10 +10,8 @@ use tokio::time::timeout;
 use wrenn_api::{BackgroundProcess, ProcessInfo};
 use wrenn_types::SandboxId;
 
-use super::{Caller, Core, Error, spec::Command};
-use crate::guest::{
-    self, End, Guest, Input, Launch, ProcessEvent, ProcessStream, Selector, Signal,
-};
+use super::{Caller, Core, CoreError, spec::Command};
+use crate::guest::{self, End, Guest, Input, Launch, ProcessEvent, ProcessStream, Selector, Signal};
 
 /// What is kept of each of the two outputs of a command whose end is waited for.
 pub(crate) const OUTPUT_KEPT: usize = 16 << 20;
@@ -65,7 +63,7 @@ impl Session {
     }
 
     /// The next thing that happens; none after the end. May be dropped between polls.
-    pub(crate) async fn next(&mut self) -> Result<Option<ProcessEvent>, Error> {
+    pub(crate) async fn next(&mut self) -> Result<Option<ProcessEvent>, CoreError> {
         match self.stream.next().await {
             Ok(Some(event)) => {
                 self.ended |= matches!(event, ProcessEvent::Ended(_));
@@ -108,19 +106,19 @@ pub(crate) struct Control {
 }
 
 impl Control {
-    pub(crate) async fn send(&self, input: Input, bound: Duration) -> Result<(), Error> {
+    pub(crate) async fn send(&self, input: Input, bound: Duration) -> Result<(), CoreError> {
         Ok(self.guest.send(&self.selector, input, bound).await?)
     }
 
-    pub(crate) async fn close_stdin(&self) -> Result<(), Error> {
+    pub(crate) async fn close_stdin(&self) -> Result<(), CoreError> {
         Ok(self.guest.close_stdin(&self.selector).await?)
     }
 
-    pub(crate) async fn resize(&self, cols: u32, rows: u32) -> Result<(), Error> {
+    pub(crate) async fn resize(&self, cols: u32, rows: u32) -> Result<(), CoreError> {
         Ok(self.guest.resize(&self.selector, cols, rows).await?)
     }
 
-    pub(crate) async fn signal(&self, signal: Signal) -> Result<(), Error> {
+    pub(crate) async fn signal(&self, signal: Signal) -> Result<(), CoreError> {
         Ok(self.guest.signal(&self.selector, signal).await?)
     }
 }
@@ -149,8 +147,8 @@ impl Core {
         self: &Arc<Self>,
         caller: &Caller,
         id: &SandboxId,
-        open: impl AsyncFnOnce(&Guest) -> Result<ProcessStream, guest::Error>,
-    ) -> Result<Session, Error> {
+        open: impl AsyncFnOnce(&Guest) -> Result<ProcessStream, guest::GuestError>,
+    ) -> Result<Session, CoreError> {
         let guest = self.guest(caller, id).await?;
         let mut stream = match open(&guest).await {
             Ok(stream) => stream,
@@ -159,10 +157,12 @@ impl Core {
         let first = match timeout(self.bounds.guest, stream.next()).await {
             Ok(Ok(first)) => first,
             Ok(Err(error)) => return Err(self.explain(caller, id, error).await),
-            Err(_) => return Err(guest::Error::TimedOut.into()),
+            Err(_) => return Err(guest::GuestError::TimedOut.into()),
         };
         let Some(ProcessEvent::Started { pid }) = first else {
-            return Err(guest::Error::Lost("the first event of a process was not its start".into()).into());
+            return Err(
+                guest::GuestError::Lost("the first event of a process was not its start".into()).into()
+            );
         };
         self.recorder.sandbox_used(id, jiff::Timestamp::now());
         Ok(Session {
@@ -185,7 +185,7 @@ impl Core {
         action: &'static str,
         launch: Launch,
         foreground: bool,
-    ) -> Result<Session, Error> {
+    ) -> Result<Session, CoreError> {
         let silence = self.bounds.guest_silence;
         let metadata = line(&launch);
         let start = self.session(caller, id, async |guest| guest.start(launch, silence).await);
@@ -202,7 +202,7 @@ impl Core {
         caller: &Caller,
         id: &SandboxId,
         selector: &Selector,
-    ) -> Result<Session, Error> {
+    ) -> Result<Session, CoreError> {
         let silence = self.bounds.guest_silence;
         self.session(caller, id, async |guest| guest.join(selector, silence).await).await
     }
@@ -213,9 +213,11 @@ impl Core {
         caller: &Caller,
         id: &SandboxId,
         command: Command,
-    ) -> Result<Finished, Error> {
+    ) -> Result<Finished, CoreError> {
         let metadata = line(&command.launch);
-        self.audited(caller, id, "exec", metadata, self.run_unrecorded(caller, id, command)).await
+        // Boxed: the buffers of two RPC streams make it large.
+        let run = Box::pin(self.run_unrecorded(caller, id, command));
+        self.audited(caller, id, "exec", metadata, run).await
     }
 
     async fn run_unrecorded(
@@ -223,7 +225,7 @@ impl Core {
         caller: &Caller,
         id: &SandboxId,
         command: Command,
-    ) -> Result<Finished, Error> {
+    ) -> Result<Finished, CoreError> {
         let begin = Instant::now();
         let Command { mut launch, stdin, timeout: bound, .. } = command;
         launch.killed_after = Some(bound + BACKSTOP);
@@ -243,7 +245,9 @@ impl Core {
                     ProcessEvent::Started { .. } => {}
                 }
             }
-            Err(Error::from(guest::Error::Lost("the stream of a process ended before it did".into())))
+            Err(CoreError::from(guest::GuestError::Lost(
+                "the stream of a process ended before it did".into(),
+            )))
         };
         // The input is fed while the output is read: a command may write before it has read everything. One
         // that ends without reading it is no error.
@@ -254,7 +258,7 @@ impl Core {
                 }
                 control.close_stdin().await?;
             }
-            Ok::<(), Error>(())
+            Ok::<(), CoreError>(())
         };
         let both = async {
             tokio::pin!(follow, feed);
@@ -263,7 +267,7 @@ impl Core {
                 _ = &mut feed => follow.await,
             }
         };
-        match timeout(bound, both).await {
+        match timeout(bound, Box::pin(both)).await {
             Ok(end) => {
                 let end = end?;
                 Ok(Finished { stdout, stderr, end, duration: begin.elapsed() })
@@ -273,7 +277,7 @@ impl Core {
                 if control.signal(Signal::Kill).await.is_ok() {
                     session.ended = true;
                 }
-                Err(Error::CommandTimedOut(bound))
+                Err(CoreError::CommandTimedOut(bound))
             }
         }
     }
@@ -284,7 +288,7 @@ impl Core {
         caller: &Caller,
         id: &SandboxId,
         command: Command,
-    ) -> Result<BackgroundProcess, Error> {
+    ) -> Result<BackgroundProcess, CoreError> {
         let mut launch = command.launch;
         let tag = launch.tag.get_or_insert_with(|| random_tag("proc")).clone();
         let cmd = launch.cmd.clone();
@@ -297,7 +301,7 @@ impl Core {
         &self,
         caller: &Caller,
         id: &SandboxId,
-    ) -> Result<Vec<ProcessInfo>, Error> {
+    ) -> Result<Vec<ProcessInfo>, CoreError> {
         let guest = self.guest(caller, id).await?;
         match guest.list().await {
             Ok(processes) => Ok(processes),
@@ -312,7 +316,7 @@ impl Core {
         id: &SandboxId,
         selector: &Selector,
         signal: Signal,
-    ) -> Result<(), Error> {
+    ) -> Result<(), CoreError> {
         let send = async {
             let guest = self.guest(caller, id).await?;
             match guest.signal(selector, signal).await {

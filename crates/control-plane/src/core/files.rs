@@ -4,7 +4,7 @@ use serde_json::json;
 use wrenn_api::FileEntry;
 use wrenn_types::SandboxId;
 
-use super::{Caller, Core, Error, spec};
+use super::{Caller, Core, CoreError, spec};
 use crate::guest::{self, Download, Guest};
 
 /// How many levels of a tree can be listed at once.
@@ -18,7 +18,7 @@ pub(crate) struct Place {
 }
 
 impl Place {
-    pub(crate) fn new(path: String, user: Option<String>) -> Result<Self, Error> {
+    pub(crate) fn new(path: String, user: Option<String>) -> Result<Self, CoreError> {
         spec::check_path("path", &path)?;
         spec::check_user(user.as_deref())?;
         Ok(Self { path, user })
@@ -36,8 +36,8 @@ impl Core {
         id: &SandboxId,
         action: &'static str,
         paths: serde_json::Value,
-        operation: impl AsyncFnOnce(Guest) -> Result<T, guest::Error>,
-    ) -> Result<T, Error> {
+        operation: impl AsyncFnOnce(Guest) -> Result<T, guest::GuestError>,
+    ) -> Result<T, CoreError> {
         let work = async {
             let guest = self.guest(caller, id).await?;
             match operation(guest).await {
@@ -55,7 +55,7 @@ impl Core {
         caller: &Caller,
         id: &SandboxId,
         place: &Place,
-    ) -> Result<Download, Error> {
+    ) -> Result<Download, CoreError> {
         let paths = json!({ "path": place.path });
         self.file_operation(caller, id, "file_read", paths, async |guest| {
             guest.download(&place.path, place.user()).await
@@ -69,7 +69,7 @@ impl Core {
         id: &SandboxId,
         place: &Place,
         body: connectrpc::client::ClientBody,
-    ) -> Result<(), Error> {
+    ) -> Result<(), CoreError> {
         let paths = json!({ "path": place.path });
         self.file_operation(caller, id, "file_write", paths, async |guest| {
             guest.upload(&place.path, place.user(), body).await
@@ -82,7 +82,7 @@ impl Core {
         caller: &Caller,
         id: &SandboxId,
         place: &Place,
-    ) -> Result<FileEntry, Error> {
+    ) -> Result<FileEntry, CoreError> {
         let paths = json!({ "path": place.path });
         self.file_operation(caller, id, "file_stat", paths, async |guest| {
             guest.stat(&place.path, place.user()).await
@@ -96,9 +96,9 @@ impl Core {
         id: &SandboxId,
         place: &Place,
         depth: i64,
-    ) -> Result<Vec<FileEntry>, Error> {
+    ) -> Result<Vec<FileEntry>, CoreError> {
         let levels = u32::try_from(depth).ok().filter(|_| DEPTH.contains(&depth)).ok_or_else(|| {
-            Error::Invalid(format!(
+            CoreError::Invalid(format!(
                 "depth must be between {} and {}, not {depth}",
                 DEPTH.start(),
                 DEPTH.end()
@@ -116,7 +116,7 @@ impl Core {
         caller: &Caller,
         id: &SandboxId,
         place: &Place,
-    ) -> Result<FileEntry, Error> {
+    ) -> Result<FileEntry, CoreError> {
         let paths = json!({ "path": place.path });
         self.file_operation(caller, id, "file_mkdir", paths, async |guest| {
             guest.make_dir(&place.path, place.user()).await
@@ -130,7 +130,7 @@ impl Core {
         id: &SandboxId,
         source: &Place,
         destination: &str,
-    ) -> Result<FileEntry, Error> {
+    ) -> Result<FileEntry, CoreError> {
         spec::check_path("destination", destination)?;
         let paths = json!({ "source": source.path, "destination": destination });
         self.file_operation(caller, id, "file_move", paths, async |guest| {
@@ -144,7 +144,7 @@ impl Core {
         caller: &Caller,
         id: &SandboxId,
         place: &Place,
-    ) -> Result<(), Error> {
+    ) -> Result<(), CoreError> {
         let paths = json!({ "path": place.path });
         self.file_operation(caller, id, "file_remove", paths, async |guest| {
             guest.remove(&place.path, place.user()).await

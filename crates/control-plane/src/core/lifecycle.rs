@@ -26,7 +26,7 @@ use tokio::time::timeout;
 use wrenn_api::{Sandbox, Template, TemplateKind};
 use wrenn_types::{AccessToken, EndReason, SandboxId, SandboxState, TeamId};
 
-use super::{Caller, Core, Error, entry, spec::Spec};
+use super::{Caller, Core, CoreError, entry, spec::Spec};
 use crate::{
     host::{self, CreateCommand, Phase},
     store::{self, Cursor, ListFilter, NewSandbox, SandboxRow, Started},
@@ -38,9 +38,15 @@ const ID_ATTEMPTS: usize = 8;
 /// What became of a create.
 #[derive(Debug)]
 pub(crate) enum Creation {
-    Running { sandbox: Sandbox, phases: Vec<Phase>, database: Duration },
+    Running {
+        sandbox: Sandbox,
+        phases: Vec<Phase>,
+        database: Duration,
+    },
     /// It goes on.
-    Starting { sandbox: Sandbox },
+    Starting {
+        sandbox: Sandbox,
+    },
 }
 
 /// What became of a delete.
@@ -119,7 +125,7 @@ struct Created {
 
 impl Core {
     /// A new sandbox, running or on its way.
-    pub(crate) async fn create(self: &Arc<Self>, caller: &Caller, spec: Spec) -> Result<Creation, Error> {
+    pub(crate) async fn create(self: &Arc<Self>, caller: &Caller, spec: Spec) -> Result<Creation, CoreError> {
         let place = self.recorder.reserve()?;
         let audience = Arc::new(Audience::default());
         let written = Arc::new(OnceLock::new());
@@ -131,7 +137,8 @@ impl Core {
                     "template": spec.template, "vcpus": spec.vcpus.get(), "memory_mb": spec.memory.get(),
                 });
                 let outcome = core.bring_up(caller.team, spec, &audience, &written).await;
-                let status = outcome.as_ref().err().map_or_else(|| "success".to_owned(), crate::http::code_word);
+                let status =
+                    outcome.as_ref().err().map_or_else(|| "success".to_owned(), crate::http::code_word);
                 let id = written.get().map_or("", |row: &SandboxRow| row.id.as_str());
                 place.send(entry(&caller, id, "create", status, metadata));
                 outcome
@@ -139,12 +146,12 @@ impl Core {
         };
         tokio::pin!(task);
         if let Ok(done) = timeout(self.bounds.lifecycle_answer, &mut task).await {
-            return done.map_err(Error::Task)?.and_then(running);
+            return done.map_err(CoreError::Task)?.and_then(running);
         }
         match written.get() {
             Some(row) if audience.leave() => Ok(Creation::Starting { sandbox: public(row)? }),
             // The answer is a moment away: it is known already, or not even the row has been written yet.
-            _ => task.await.map_err(Error::Task)?.and_then(running),
+            _ => task.await.map_err(CoreError::Task)?.and_then(running),
         }
     }
 
@@ -154,7 +161,7 @@ impl Core {
         spec: Spec,
         audience: &Audience,
         written: &OnceLock<SandboxRow>,
-    ) -> Result<Created, Error> {
+    ) -> Result<Created, CoreError> {
         let begin = std::time::Instant::now();
         let (row, creating) = self.write_start(team, &spec).await?;
         let before = begin.elapsed();
@@ -192,7 +199,7 @@ impl Core {
             }
             Ok(None) => {
                 self.destroy_unwanted(&id, generation + 1).await;
-                Err(Error::DestroyedWhileStarting(id))
+                Err(CoreError::DestroyedWhileStarting(id))
             }
             Err(error) => {
                 // Nobody would ever find it: it goes, and the row is called an error by a later comparison.
@@ -206,7 +213,7 @@ impl Core {
         self: &Arc<Self>,
         team: TeamId,
         spec: &Spec,
-    ) -> Result<(SandboxRow, Creating), Error> {
+    ) -> Result<(SandboxRow, Creating), CoreError> {
         let host = self.host_id()?;
         for _ in 0..ID_ATTEMPTS {
             let creating = Creating::begin(self, SandboxId::random());
@@ -227,7 +234,7 @@ impl Core {
                 return Ok((row, creating));
             }
         }
-        Err(Error::TooMany("no free sandbox id was found"))
+        Err(CoreError::TooMany("no free sandbox id was found"))
     }
 
     /// After a create that its host did not do.
@@ -235,11 +242,11 @@ impl Core {
         self: &Arc<Self>,
         id: &SandboxId,
         generation: i64,
-        error: &host::Error,
+        error: &host::HostError,
         audience: &Audience,
     ) {
         // A host that refuses has made nothing. One that has failed or has not answered may have.
-        if !matches!(error, host::Error::Refused { .. }) {
+        if !matches!(error, host::HostError::Refused { .. }) {
             self.destroy_unwanted(id, generation + 1).await;
         }
         let store = self.store.with_bound(self.bounds.database_patient);
@@ -263,7 +270,7 @@ impl Core {
     }
 
     /// The sandboxes of a team, newest first.
-    pub(crate) async fn list(&self, caller: &Caller, listed: Listed) -> Result<Page, Error> {
+    pub(crate) async fn list(&self, caller: &Caller, listed: Listed) -> Result<Page, CoreError> {
         let filter = ListFilter {
             states: listed.states,
             metadata: listed.metadata,
@@ -284,9 +291,9 @@ impl Core {
     }
 
     /// One sandbox, with what its host knows of it now.
-    pub(crate) async fn get(&self, caller: &Caller, id: &SandboxId) -> Result<Sandbox, Error> {
+    pub(crate) async fn get(&self, caller: &Caller, id: &SandboxId) -> Result<Sandbox, CoreError> {
         let row = self.store.sandbox(caller.team, id).await?;
-        let row = row.ok_or_else(|| Error::NoSuchSandbox(id.to_string()))?;
+        let row = row.ok_or_else(|| CoreError::NoSuchSandbox(id.to_string()))?;
         let mut sandbox = public(&row)?;
         if row.state() == SandboxState::Running
             // Without its host's answer the rest is still right.
@@ -303,7 +310,7 @@ impl Core {
         self: &Arc<Self>,
         caller: &Caller,
         id: &SandboxId,
-    ) -> Result<Deletion, Error> {
+    ) -> Result<Deletion, CoreError> {
         let task = {
             let (core, caller, id) = (Arc::clone(self), caller.clone(), id.clone());
             self.tasks.spawn(async move {
@@ -311,28 +318,26 @@ impl Core {
             })
         };
         match timeout(self.bounds.lifecycle_answer, task).await {
-            Ok(done) => done.map_err(Error::Task)?.map(|()| Deletion::Done),
+            Ok(done) => done.map_err(CoreError::Task)?.map(|()| Deletion::Done),
             Err(_) => Ok(Deletion::Stopping),
         }
     }
 
-    async fn take_down(&self, team: TeamId, id: &SandboxId) -> Result<(), Error> {
+    async fn take_down(&self, team: TeamId, id: &SandboxId) -> Result<(), CoreError> {
         let row = self.store.mark_stopping(team, id).await?;
-        let row = row.ok_or_else(|| Error::NoSuchSandbox(id.to_string()))?;
+        let row = row.ok_or_else(|| CoreError::NoSuchSandbox(id.to_string()))?;
         if row.state().is_final() {
             return Ok(());
         }
         self.routes.forget(id);
         self.host.destroy(id, row.generation, self.bounds.destroy).await?;
         let store = self.store.with_bound(self.bounds.database_patient);
-        store
-            .mark_ended(id, row.generation, SandboxState::Stopped, EndReason::Requested, "")
-            .await?;
+        store.mark_ended(id, row.generation, SandboxState::Stopped, EndReason::Requested, "").await?;
         Ok(())
     }
 
     /// Moves the inactivity clock of a sandbox to now.
-    pub(crate) async fn ping(&self, caller: &Caller, id: &SandboxId) -> Result<(), Error> {
+    pub(crate) async fn ping(&self, caller: &Caller, id: &SandboxId) -> Result<(), CoreError> {
         // What is known of it is enough: its host says whether it still runs.
         self.guest(caller, id).await?;
         match self.host.ping(id).await {
@@ -340,7 +345,7 @@ impl Core {
                 self.recorder.sandbox_used(id, jiff::Timestamp::now());
                 Ok(())
             }
-            Err(host::Error::Refused { message, .. }) => Err(Error::NotRunning {
+            Err(host::HostError::Refused { message, .. }) => Err(CoreError::NotRunning {
                 id: id.clone(),
                 state: SandboxState::Stopped,
                 reason: Some(message),
@@ -350,7 +355,7 @@ impl Core {
     }
 
     /// What sandboxes can start from, each name and each other name.
-    pub(crate) async fn templates(&self) -> Result<Vec<Template>, Error> {
+    pub(crate) async fn templates(&self) -> Result<Vec<Template>, CoreError> {
         let mut listed = Vec::new();
         for template in self.host.templates().await? {
             let main = Template {
@@ -381,22 +386,22 @@ impl Core {
     }
 }
 
-fn running(created: Created) -> Result<Creation, Error> {
+fn running(created: Created) -> Result<Creation, CoreError> {
     let Created { row, phases, database } = created;
     Ok(Creation::Running { sandbox: public(&row)?, phases, database })
 }
 
-fn malformed(error: impl std::error::Error + Send + Sync + 'static) -> Error {
+fn malformed(error: impl std::error::Error + Send + Sync + 'static) -> CoreError {
     // The table's checks and our own writing keep this from happening.
-    Error::Store(store::Error::Malformed(Box::new(error)))
+    CoreError::Store(store::StoreError::Malformed(Box::new(error)))
 }
 
-fn cursor(row: &SandboxRow) -> Result<Cursor, Error> {
+fn cursor(row: &SandboxRow) -> Result<Cursor, CoreError> {
     Ok(Cursor { created_at: row.created_at.to_jiff(), id: row.id.parse().map_err(malformed)? })
 }
 
 /// A row as its owner sees it.
-fn public(row: &SandboxRow) -> Result<Sandbox, Error> {
+fn public(row: &SandboxRow) -> Result<Sandbox, CoreError> {
     let positive = |number: i32| u32::try_from(number).map_err(malformed);
     Ok(Sandbox {
         id: row.id.parse().map_err(malformed)?,

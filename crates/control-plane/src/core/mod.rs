@@ -37,10 +37,10 @@ use crate::{
 };
 
 pub(crate) use auth::Caller;
-pub use error::Error;
-pub(crate) use exec::{Control, Finished, Session, random_tag};
+pub(crate) use error::CoreError;
+pub(crate) use exec::{Control, Session, random_tag};
 pub(crate) use files::Place;
-pub(crate) use lifecycle::{Creation, Deletion, Listed, Page};
+pub(crate) use lifecycle::{Creation, Deletion, Listed};
 pub(crate) use recorder::Recorder;
 pub(crate) use watch::follow_host;
 
@@ -87,8 +87,8 @@ impl Core {
         })
     }
 
-    fn host_id(&self) -> Result<HostId, Error> {
-        self.host_id.borrow().clone().ok_or(Error::NoHost)
+    fn host_id(&self) -> Result<HostId, CoreError> {
+        self.host_id.borrow().clone().ok_or(CoreError::NoHost)
     }
 
     fn is_creating(&self, id: &SandboxId) -> bool {
@@ -106,8 +106,8 @@ impl Core {
         id: &SandboxId,
         action: &'static str,
         metadata: Value,
-        operation: impl Future<Output = Result<T, Error>>,
-    ) -> Result<T, Error> {
+        operation: impl Future<Output = Result<T, CoreError>>,
+    ) -> Result<T, CoreError> {
         let place = self.recorder.reserve()?;
         let outcome = operation.await;
         let status = match &outcome {
@@ -119,7 +119,7 @@ impl Core {
     }
 
     /// The way to the guest of a sandbox that should be running.
-    pub(crate) async fn guest(&self, caller: &Caller, id: &SandboxId) -> Result<Guest, Error> {
+    pub(crate) async fn guest(&self, caller: &Caller, id: &SandboxId) -> Result<Guest, CoreError> {
         if let Some(token) = self.routes.find(caller.team, id) {
             return Ok(self.guests.of(id.clone(), token));
         }
@@ -130,18 +130,14 @@ impl Core {
     }
 
     /// The row of a sandbox in a state in which its guest can be asked.
-    async fn live_row(
-        &self,
-        caller: &Caller,
-        id: &SandboxId,
-    ) -> Result<crate::store::SandboxRow, Error> {
+    async fn live_row(&self, caller: &Caller, id: &SandboxId) -> Result<crate::store::SandboxRow, CoreError> {
         use wrenn_types::SandboxState::{Missing, Running};
         let row = self.store.sandbox(caller.team, id).await?;
-        let row = row.ok_or_else(|| Error::NoSuchSandbox(id.to_string()))?;
+        let row = row.ok_or_else(|| CoreError::NoSuchSandbox(id.to_string()))?;
         match row.state() {
             // A missing sandbox may well be there: the tunnel will tell.
             Running | Missing => Ok(row),
-            state => Err(Error::NotRunning { id: id.clone(), state, reason: row.end_message }),
+            state => Err(CoreError::NotRunning { id: id.clone(), state, reason: row.end_message }),
         }
     }
 
@@ -151,12 +147,12 @@ impl Core {
         &self,
         caller: &Caller,
         id: &SandboxId,
-        error: crate::guest::Error,
-    ) -> Error {
-        use crate::guest::Error as GuestError;
+        error: crate::guest::GuestError,
+    ) -> CoreError {
+        use crate::guest::GuestError;
         let gone = match &error {
-            GuestError::Tunnel { reach: Reach::NoSandbox, .. } => true,
-            GuestError::Lost(_) | GuestError::Tunnel { reach: Reach::NoAgent, .. } => {
+            GuestError::Tunnel { reach: Reach::SandboxGone, .. } => true,
+            GuestError::Lost(_) | GuestError::Tunnel { reach: Reach::AgentSilent, .. } => {
                 // The connection may have broken because the sandbox has ended a moment ago.
                 match self.host.sandbox(id).await {
                     Ok(Some(observed)) => matches!(observed.stage, Stage::Stopping | Stage::Stopped),
@@ -172,7 +168,7 @@ impl Core {
         self.routes.forget(id);
         match self.live_row(caller, id).await {
             // The host has ended it and has not yet been heard of it.
-            Ok(_) => Error::NotRunning {
+            Ok(_) => CoreError::NotRunning {
                 id: id.clone(),
                 state: wrenn_types::SandboxState::Stopped,
                 reason: Some("it has ended on its host".to_owned()),
@@ -198,5 +194,17 @@ fn entry(
         status,
         metadata,
         at: Timestamp::now(),
+    }
+}
+
+impl Core {
+    /// Work that goes on when its caller has gone.
+    pub(crate) fn tasks(&self) -> &TaskTracker {
+        &self.tasks
+    }
+
+    /// Ends when the control plane is to stop.
+    pub(crate) async fn stopping(&self) {
+        self.stop.cancelled().await;
     }
 }

@@ -35,12 +35,29 @@ pub(crate) struct Known {
 /// One change.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Action {
-    Run { id: SandboxId, generation: i64, disk_mib: u32, at: Timestamp },
-    End { id: SandboxId, generation: i64, state: SandboxState, reason: EndReason, message: String },
-    Destroy { id: SandboxId, generation: i64 },
+    Run {
+        id: SandboxId,
+        generation: i64,
+        disk_mib: u32,
+        at: Timestamp,
+    },
+    End {
+        id: SandboxId,
+        generation: i64,
+        state: SandboxState,
+        reason: EndReason,
+        message: String,
+    },
+    Destroy {
+        id: SandboxId,
+        generation: i64,
+    },
     /// To be destroyed, unless a second look at the database finds a reason why not: the host's list is
     /// newer than ours.
-    DestroyUnknown { id: SandboxId, generation: i64 },
+    DestroyUnknown {
+        id: SandboxId,
+        generation: i64,
+    },
 }
 
 /// Compares everything: what is live in the database, read *before* the host was asked, with all that the

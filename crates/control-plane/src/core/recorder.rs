@@ -20,7 +20,7 @@ use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 use wrenn_types::SandboxId;
 
-use super::Error;
+use super::CoreError;
 use crate::store::{AuditEntry, Store};
 
 /// Entries that can wait.
@@ -60,8 +60,8 @@ impl Recorder {
     }
 
     /// Room for one entry, before what it will say has happened.
-    pub(crate) fn reserve(&self) -> Result<Place, Error> {
-        self.entries.clone().try_reserve_owned().map_err(|_| Error::AuditFull)
+    pub(crate) fn reserve(&self) -> Result<Place, CoreError> {
+        self.entries.clone().try_reserve_owned().map_err(|_| CoreError::AuditFull)
     }
 
     /// Notes that a key was used.

@@ -6,7 +6,7 @@ use std::time::Duration;
 use wrenn_api::{CreateSandbox, Encoding, ExecRequest, stream::StartExec, stream::StartTerminal};
 use wrenn_types::{DiskMib, InactivityTimeout, MemoryMib, TemplateName, Vcpus};
 
-use super::Error;
+use super::CoreError;
 use crate::guest::Launch;
 
 /// The template of a create that names none.
@@ -40,14 +40,14 @@ pub(crate) struct Spec {
 }
 
 impl TryFrom<CreateSandbox> for Spec {
-    type Error = Error;
+    type Error = CoreError;
 
-    fn try_from(asked: CreateSandbox) -> Result<Self, Error> {
+    fn try_from(asked: CreateSandbox) -> Result<Self, CoreError> {
         let template = asked.template.as_deref().unwrap_or(DEFAULT_TEMPLATE);
         let metadata = asked.metadata.unwrap_or_default();
         check_metadata(&metadata)?;
         Ok(Self {
-            template: template.parse().map_err(|error| Error::Invalid(format!("template: {error}")))?,
+            template: template.parse().map_err(|error| CoreError::Invalid(format!("template: {error}")))?,
             vcpus: asked.vcpus.map(Vcpus::new).transpose()?.unwrap_or_default(),
             memory: asked.memory_mb.map(MemoryMib::new).transpose()?.unwrap_or_default(),
             disk: asked.disk_size_mb.map(DiskMib::new).transpose()?,
@@ -65,21 +65,21 @@ fn is_name(name: &str) -> bool {
 }
 
 /// Whether these may be a sandbox's metadata.
-pub(crate) fn check_metadata(metadata: &BTreeMap<String, String>) -> Result<(), Error> {
+pub(crate) fn check_metadata(metadata: &BTreeMap<String, String>) -> Result<(), CoreError> {
     if metadata.len() > METADATA_KEYS {
-        return Err(Error::Invalid(format!("metadata can have at most {METADATA_KEYS} names")));
+        return Err(CoreError::Invalid(format!("metadata can have at most {METADATA_KEYS} names")));
     }
     for (name, value) in metadata {
         if !is_name(name) {
-            return Err(Error::Invalid(
+            return Err(CoreError::Invalid(
                 "a name in metadata is 1 to 64 letters, digits, dots, underscores and dashes".to_owned(),
             ));
         }
         if RESERVED_METADATA.contains(&name.as_str()) {
-            return Err(Error::Invalid(format!("metadata: the name {name} is reserved")));
+            return Err(CoreError::Invalid(format!("metadata: the name {name} is reserved")));
         }
         if value.len() > METADATA_LENGTH || value.contains('\0') {
-            return Err(Error::Invalid(format!(
+            return Err(CoreError::Invalid(format!(
                 "metadata: the value of {name} must be at most {METADATA_LENGTH} bytes, without NUL"
             )));
         }
@@ -89,15 +89,15 @@ pub(crate) fn check_metadata(metadata: &BTreeMap<String, String>) -> Result<(), 
 
 fn check_environment(
     environment: Option<BTreeMap<String, String>>,
-) -> Result<BTreeMap<String, String>, Error> {
+) -> Result<BTreeMap<String, String>, CoreError> {
     let environment = environment.unwrap_or_default();
     let bytes: usize = environment.iter().map(|(name, value)| name.len() + value.len() + 2).sum();
     if bytes > ENVIRONMENT_BYTES {
-        return Err(Error::Invalid(format!("envs can be at most {ENVIRONMENT_BYTES} bytes together")));
+        return Err(CoreError::Invalid(format!("envs can be at most {ENVIRONMENT_BYTES} bytes together")));
     }
     for (name, value) in &environment {
         if name.is_empty() || name.contains(['=', '\0']) || value.contains('\0') {
-            return Err(Error::Invalid(
+            return Err(CoreError::Invalid(
                 "a name in envs must not be empty and not contain =, and nothing in envs contains NUL"
                     .to_owned(),
             ));
@@ -106,50 +106,56 @@ fn check_environment(
     Ok(environment)
 }
 
-fn check_text(field: &str, text: &str, most: usize) -> Result<(), Error> {
+fn check_text(field: &str, text: &str, most: usize) -> Result<(), CoreError> {
     if text.is_empty() || text.len() > most || text.contains('\0') {
-        return Err(Error::Invalid(format!("{field} must be 1 to {most} bytes, without NUL")));
+        return Err(CoreError::Invalid(format!("{field} must be 1 to {most} bytes, without NUL")));
     }
     Ok(())
 }
 
 /// A path that can be asked of a guest. An empty one would be the working directory there, and never what
 /// was meant.
-pub(crate) fn check_path(field: &str, path: &str) -> Result<(), Error> {
+pub(crate) fn check_path(field: &str, path: &str) -> Result<(), CoreError> {
     check_text(field, path, PATH_BYTES)
 }
 
 /// A user that can be asked of a guest.
-pub(crate) fn check_user(user: Option<&str>) -> Result<(), Error> {
+pub(crate) fn check_user(user: Option<&str>) -> Result<(), CoreError> {
     match user {
-        Some(user) if user.contains(':') => Err(Error::Invalid("user must not contain a colon".to_owned())),
+        Some(user) if user.contains(':') => {
+            Err(CoreError::Invalid("user must not contain a colon".to_owned()))
+        }
         Some(user) => check_text("user", user, USER_BYTES),
         None => Ok(()),
     }
 }
 
 /// A tag, which must not look like a process id.
-pub(crate) fn check_tag(tag: &str) -> Result<(), Error> {
+pub(crate) fn check_tag(tag: &str) -> Result<(), CoreError> {
     check_text("tag", tag, TAG_BYTES)?;
     if tag.bytes().all(|b| b.is_ascii_digit()) {
-        return Err(Error::Invalid("tag must not be a number".to_owned()));
+        return Err(CoreError::Invalid("tag must not be a number".to_owned()));
     }
     Ok(())
 }
 
-fn check_seconds(given: i64) -> Result<Duration, Error> {
+fn check_seconds(given: i64) -> Result<Duration, CoreError> {
     match u64::try_from(given) {
         Ok(seconds) if EXEC_SECONDS.contains(&given) => Ok(Duration::from_secs(seconds)),
         _ => Err(out_of_bounds("timeout_sec", &EXEC_SECONDS, given)),
     }
 }
 
-fn out_of_bounds(field: &str, bounds: &std::ops::RangeInclusive<i64>, given: i64) -> Error {
-    Error::Invalid(format!("{field} must be between {} and {}, not {given}", bounds.start(), bounds.end()))
+fn out_of_bounds(field: &str, bounds: &std::ops::RangeInclusive<i64>, given: i64) -> CoreError {
+    CoreError::Invalid(format!(
+        "{field} must be between {} and {}, not {given}",
+        bounds.start(),
+        bounds.end()
+    ))
 }
 
 /// The size of a terminal.
-pub(crate) fn check_cells(cols: i64, rows: i64) -> Result<(u32, u32), Error> {
+pub(crate) fn check_cells(cols: i64, rows: i64) -> Result<(u32, u32), CoreError> {
     let check = |field, given: i64| match u32::try_from(given) {
         Ok(cells) if TERMINAL_CELLS.contains(&given) => Ok(cells),
         _ => Err(out_of_bounds(field, &TERMINAL_CELLS, given)),
@@ -165,14 +171,14 @@ struct Parts {
     user: Option<String>,
 }
 
-fn check_launch(parts: Parts) -> Result<Launch, Error> {
+fn check_launch(parts: Parts) -> Result<Launch, CoreError> {
     check_text("cmd", &parts.cmd, COMMAND_BYTES)?;
     let args = parts.args.unwrap_or_default();
     if args.iter().map(|arg| arg.len() + 1).sum::<usize>() > ARGUMENT_BYTES {
-        return Err(Error::Invalid(format!("args can be at most {ARGUMENT_BYTES} bytes together")));
+        return Err(CoreError::Invalid(format!("args can be at most {ARGUMENT_BYTES} bytes together")));
     }
     if args.iter().any(|arg| arg.contains('\0')) {
-        return Err(Error::Invalid("args must not contain NUL".to_owned()));
+        return Err(CoreError::Invalid("args must not contain NUL".to_owned()));
     }
     if let Some(cwd) = &parts.cwd {
         check_path("cwd", cwd)?;
@@ -198,12 +204,12 @@ pub(crate) struct Command {
 }
 
 impl TryFrom<ExecRequest> for Command {
-    type Error = Error;
+    type Error = CoreError;
 
-    fn try_from(asked: ExecRequest) -> Result<Self, Error> {
+    fn try_from(asked: ExecRequest) -> Result<Self, CoreError> {
         let background = asked.background.unwrap_or(false);
         if background && asked.stdin.is_some() {
-            return Err(Error::Invalid("stdin is not for background commands".to_owned()));
+            return Err(CoreError::Invalid("stdin is not for background commands".to_owned()));
         }
         let timeout = asked.timeout_sec.map(check_seconds).transpose()?.unwrap_or(EXEC_DEFAULT);
         if let Some(tag) = &asked.tag {
@@ -211,7 +217,7 @@ impl TryFrom<ExecRequest> for Command {
         }
         let encoding = asked.stdin_encoding.unwrap_or(Encoding::Utf8);
         let stdin = asked.stdin.map(|stdin| encoding.decode(&stdin)).transpose();
-        let stdin = stdin.map_err(|error| Error::Invalid(format!("stdin: {error}")))?;
+        let stdin = stdin.map_err(|error| CoreError::Invalid(format!("stdin: {error}")))?;
         let parts =
             Parts { cmd: asked.cmd, args: asked.args, envs: asked.envs, cwd: asked.cwd, user: asked.user };
         let mut launch = check_launch(parts)?;
@@ -222,7 +228,7 @@ impl TryFrom<ExecRequest> for Command {
 }
 
 /// A command on a WebSocket.
-pub(crate) fn check_stream(asked: StartExec) -> Result<(Launch, Option<Duration>, Encoding), Error> {
+pub(crate) fn check_stream(asked: StartExec) -> Result<(Launch, Option<Duration>, Encoding), CoreError> {
     let timeout = asked.timeout_sec.map(check_seconds).transpose()?;
     let parts =
         Parts { cmd: asked.cmd, args: asked.args, envs: asked.envs, cwd: asked.cwd, user: asked.user };
@@ -232,7 +238,7 @@ pub(crate) fn check_stream(asked: StartExec) -> Result<(Launch, Option<Duration>
 }
 
 /// A process with a terminal.
-pub(crate) fn check_terminal(asked: StartTerminal) -> Result<Launch, Error> {
+pub(crate) fn check_terminal(asked: StartTerminal) -> Result<Launch, CoreError> {
     let size = check_cells(asked.cols.unwrap_or(80), asked.rows.unwrap_or(24))?;
     let mut envs = asked.envs.unwrap_or_default();
     envs.entry("TERM".to_owned()).or_insert_with(|| "xterm-256color".to_owned());
@@ -270,7 +276,8 @@ mod tests {
         for wrong in [0, -1, i64::MIN, i64::MAX] {
             assert!(refused(CreateSandbox { vcpus: Some(wrong), ..base.clone() }).starts_with("vcpus must"));
             assert!(
-                refused(CreateSandbox { memory_mb: Some(wrong), ..base.clone() }).starts_with("memory_mb must")
+                refused(CreateSandbox { memory_mb: Some(wrong), ..base.clone() })
+                    .starts_with("memory_mb must")
             );
             assert!(
                 refused(CreateSandbox { disk_size_mb: Some(wrong), ..base.clone() })
@@ -329,7 +336,7 @@ mod tests {
             },
             ExecRequest { stdin: Some(String::new()), background: Some(true), ..base },
         ] {
-            assert!(matches!(Command::try_from(wrong.clone()), Err(Error::Invalid(_))), "{wrong:?}");
+            assert!(matches!(Command::try_from(wrong.clone()), Err(CoreError::Invalid(_))), "{wrong:?}");
         }
     }
 }

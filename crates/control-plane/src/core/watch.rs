@@ -10,19 +10,14 @@
 //! for one that the host has lost. Every change is a compare-and-set, so several control planes can follow
 //! the same host. Nobody's request waits for any of this.
 
-use std::{
-    collections::HashMap,
-    error::Error as _,
-    sync::Arc,
-    time::Duration,
-};
+use std::{collections::HashMap, error::Error as _, sync::Arc, time::Duration};
 
 use jiff::{SignedDuration, Timestamp};
 use tokio::time::{Instant, sleep, timeout};
 use wrenn_types::{SandboxId, SandboxState};
 
 use super::{
-    Core, Error,
+    Core, CoreError,
     plan::{Action, Known, compare, settle},
 };
 use crate::{
@@ -80,7 +75,7 @@ async fn call_missing(core: &Core) -> bool {
 }
 
 /// One connection to the host, from its beginning to its end.
-async fn follow_once(core: &Core, called_missing: &mut bool) -> Result<(), Error> {
+async fn follow_once(core: &Core, called_missing: &mut bool) -> Result<(), CoreError> {
     let facts = core.host.facts().await?;
     let host = facts.id.clone();
     let row = HostRow {
@@ -95,7 +90,7 @@ async fn follow_once(core: &Core, called_missing: &mut bool) -> Result<(), Error
     let known = read_known(core, &host).await?;
     let mut watch = core.host.watch().await?;
     let seen = timeout(SNAPSHOT, snapshot(&mut watch)).await.map_err(|_| {
-        Error::Host(crate::host::Error::Malformed { what: "the watch did not come into sync" })
+        CoreError::Host(crate::host::HostError::Malformed { what: "the watch did not come into sync" })
     })??;
     apply_all(core, &known, &seen).await?;
     core.host_id.send_replace(Some(host.clone()));
@@ -121,7 +116,7 @@ async fn follow_once(core: &Core, called_missing: &mut bool) -> Result<(), Error
     }
 }
 
-async fn snapshot(watch: &mut HostWatch) -> Result<HashMap<SandboxId, Observed>, Error> {
+async fn snapshot(watch: &mut HostWatch) -> Result<HashMap<SandboxId, Observed>, CoreError> {
     let mut seen = HashMap::new();
     while let Some(event) = watch.next().await? {
         match event {
@@ -129,7 +124,7 @@ async fn snapshot(watch: &mut HostWatch) -> Result<HashMap<SandboxId, Observed>,
             HostEvent::InSync => return Ok(seen),
         }
     }
-    Err(Error::Host(crate::host::Error::Malformed { what: "the watch ended before it was in sync" }))
+    Err(CoreError::Host(crate::host::HostError::Malformed { what: "the watch ended before it was in sync" }))
 }
 
 fn known(row: &SandboxRow) -> Option<Known> {
@@ -141,7 +136,7 @@ fn known(row: &SandboxRow) -> Option<Known> {
     })
 }
 
-async fn read_known(core: &Core, host: &wrenn_types::HostId) -> Result<Vec<Known>, Error> {
+async fn read_known(core: &Core, host: &wrenn_types::HostId) -> Result<Vec<Known>, CoreError> {
     Ok(core.store.live_on_host(host).await?.iter().filter_map(known).collect())
 }
 
@@ -149,7 +144,7 @@ async fn apply_all(
     core: &Core,
     known: &[Known],
     seen: &HashMap<SandboxId, Observed>,
-) -> Result<(), Error> {
+) -> Result<(), CoreError> {
     let grace = SignedDuration::try_from(core.bounds.start_grace).unwrap_or(SignedDuration::ZERO);
     let young_since = Timestamp::now().checked_sub(grace).unwrap_or(Timestamp::MIN);
     for action in compare(known, seen, &core.creating_now(), young_since) {
@@ -158,7 +153,7 @@ async fn apply_all(
     Ok(())
 }
 
-async fn apply_one(core: &Core, observed: &Observed) -> Result<(), Error> {
+async fn apply_one(core: &Core, observed: &Observed) -> Result<(), CoreError> {
     if let Some(at) = observed.last_active_at {
         core.recorder.sandbox_used(&observed.id, at);
     }
@@ -181,7 +176,7 @@ fn patient(core: &Core) -> Store {
     core.store.with_bound(core.bounds.database_patient)
 }
 
-async fn apply(core: &Core, action: Action) -> Result<(), Error> {
+async fn apply(core: &Core, action: Action) -> Result<(), CoreError> {
     tracing::debug!(?action, "the host and the database disagree");
     let store = patient(core);
     match action {

@@ -23,7 +23,9 @@ use tokio::time::{Instant, Sleep};
 pub(crate) struct Pieces<B> {
     body: B,
     bound: Duration,
+    /// Runs only while a piece is waited for: a side that takes its time to take one is not the other's fault.
     alarm: Pin<Box<Sleep>>,
+    waiting: bool,
 }
 
 impl<B> std::fmt::Debug for Pieces<B> {
@@ -34,7 +36,7 @@ impl<B> std::fmt::Debug for Pieces<B> {
 
 impl<B> Pieces<B> {
     pub(crate) fn new(body: B, bound: Duration) -> Self {
-        Self { body, bound, alarm: Box::pin(tokio::time::sleep(bound)) }
+        Self { body, bound, alarm: Box::pin(tokio::time::sleep(bound)), waiting: false }
     }
 }
 
@@ -47,28 +49,28 @@ where
 
     fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
         loop {
-            match Pin::new(&mut self.body).poll_frame(context) {
-                Poll::Ready(Some(Ok(frame))) => {
-                    let next = Instant::now() + self.bound;
-                    self.alarm.as_mut().reset(next);
-                    match frame.into_data() {
-                        Ok(data) => return Poll::Ready(Some(Ok(data))),
-                        // Trailers mean nothing here.
-                        Err(_) => continue,
+            let Poll::Ready(next) = Pin::new(&mut self.body).poll_frame(context) else { break };
+            self.waiting = false;
+            match next {
+                Some(Ok(frame)) => {
+                    // Trailers mean nothing here.
+                    if let Ok(data) = frame.into_data() {
+                        return Poll::Ready(Some(Ok(data)));
                     }
                 }
-                Poll::Ready(Some(Err(error))) => return Poll::Ready(Some(Err(io::Error::other(error)))),
-                Poll::Ready(None) => return Poll::Ready(None),
-                Poll::Pending => {}
+                Some(Err(error)) => return Poll::Ready(Some(Err(io::Error::other(error)))),
+                None => return Poll::Ready(None),
             }
-            return match self.alarm.as_mut().poll(context) {
-                Poll::Ready(()) => {
-                    let message = format!("no data for {:?}", self.bound);
-                    Poll::Ready(Some(Err(io::Error::new(io::ErrorKind::TimedOut, message))))
-                }
-                Poll::Pending => Poll::Pending,
-            };
         }
+        if !self.waiting {
+            self.waiting = true;
+            let end = Instant::now() + self.bound;
+            self.alarm.as_mut().reset(end);
+        }
+        self.alarm.as_mut().poll(context).map(|()| {
+            let message = format!("no data for {:?}", self.bound);
+            Some(Err(io::Error::new(io::ErrorKind::TimedOut, message)))
+        })
     }
 }
 

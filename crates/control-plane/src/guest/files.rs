@@ -3,9 +3,7 @@
 use std::fmt::Write as _;
 
 use bytes::Bytes;
-use connectrpc::{
-    client::{CallOptions, ClientBody, full_body},
-};
+use connectrpc::client::{CallOptions, ClientBody, full_body};
 use http::{Method, Request, Response, header};
 use http_body_util::{BodyExt as _, Limited};
 use hyper::body::Incoming;
@@ -13,7 +11,7 @@ use serde::Deserialize;
 use wrenn_api::{EntryType, FileEntry};
 use wrenn_proto::filesystem as proto;
 
-use super::{Error, Guest, Transport, refusal_of};
+use super::{Guest, GuestError, Transport, refusal_of};
 
 /// The largest error body that is read.
 const ERROR_BODY: usize = 16 * 1024;
@@ -29,7 +27,7 @@ pub(crate) struct Download {
 
 impl Guest {
     /// Opens a file for reading. Whether it can be read is known before the first byte is passed on.
-    pub(crate) async fn download(&self, path: &str, user: Option<&str>) -> Result<Download, Error> {
+    pub(crate) async fn download(&self, path: &str, user: Option<&str>) -> Result<Download, GuestError> {
         let response =
             self.files(Method::GET, path, user, |request| request.body(full_body(Bytes::new()))).await?;
         let length = response.headers().get(header::CONTENT_LENGTH);
@@ -43,7 +41,7 @@ impl Guest {
         path: &str,
         user: Option<&str>,
         body: ClientBody,
-    ) -> Result<(), Error> {
+    ) -> Result<(), GuestError> {
         let response = self
             .files(Method::POST, path, user, |request| {
                 request.header(header::CONTENT_TYPE, "application/octet-stream").body(body)
@@ -51,7 +49,7 @@ impl Guest {
             .await?;
         // The answer names the file, which the caller knows; reading it frees the connection.
         let rest = Limited::new(response.into_body(), ERROR_BODY).collect().await;
-        rest.map(drop).map_err(Error::Lost)
+        rest.map(drop).map_err(GuestError::Lost)
     }
 
     async fn files(
@@ -60,7 +58,7 @@ impl Guest {
         path: &str,
         user: Option<&str>,
         finish: impl FnOnce(http::request::Builder) -> http::Result<Request<ClientBody>>,
-    ) -> Result<Response<Incoming>, Error> {
+    ) -> Result<Response<Incoming>, GuestError> {
         let mut address = format!("{}/files?path={}", self.authority(), encoded(path));
         if let Some(user) = user {
             let _ = write!(address, "&username={}", encoded(user));
@@ -70,32 +68,30 @@ impl Guest {
             // The user is in the query here.
             headers.extend(self.headers(None)?);
         }
-        let request = finish(builder).map_err(|error| Error::Lost(Box::new(error)))?;
+        let request = finish(builder).map_err(|error| GuestError::Lost(Box::new(error)))?;
         let response = self.http.request(request).await?;
         if response.status().is_success() {
             return Ok(response);
         }
         let status = response.status();
-        let body = tokio::time::timeout(
-            self.question,
-            Limited::new(response.into_body(), ERROR_BODY).collect(),
-        )
-        .await;
+        let body =
+            tokio::time::timeout(self.question, Limited::new(response.into_body(), ERROR_BODY).collect())
+                .await;
         let message = body
             .ok()
             .and_then(Result::ok)
             .and_then(|body| serde_json::from_slice::<Sentence>(&body.to_bytes()).ok())
             .map_or_else(|| format!("the guest answered {status}"), |sentence| sentence.message);
-        Err(Error::Refused { refusal: refusal_of(status), message })
+        Err(GuestError::Refused { refusal: refusal_of(status), message })
     }
 
-    fn filesystem(&self, user: Option<&str>) -> Result<proto::FilesystemClient<Transport>, Error> {
+    fn filesystem(&self, user: Option<&str>) -> Result<proto::FilesystemClient<Transport>, GuestError> {
         let (transport, config) = self.transport(user)?;
         Ok(proto::FilesystemClient::new(transport, config))
     }
 
     /// What is at a path.
-    pub(crate) async fn stat(&self, path: &str, user: Option<&str>) -> Result<FileEntry, Error> {
+    pub(crate) async fn stat(&self, path: &str, user: Option<&str>) -> Result<FileEntry, GuestError> {
         let request = proto::StatRequest { path: path.to_owned(), ..Default::default() };
         let answer = self.filesystem(user)?.stat_with_options(request, self.question()).await?;
         entry(answer.into_owned().entry.into_option())
@@ -107,7 +103,7 @@ impl Guest {
         path: &str,
         depth: u32,
         user: Option<&str>,
-    ) -> Result<Vec<FileEntry>, Error> {
+    ) -> Result<Vec<FileEntry>, GuestError> {
         let request = proto::ListDirRequest { path: path.to_owned(), depth, ..Default::default() };
         let options: CallOptions = self.question().with_max_message_size(LISTING);
         let answer = self.filesystem(user)?.list_dir_with_options(request, options).await?;
@@ -115,7 +111,7 @@ impl Guest {
     }
 
     /// A new directory, and those above it.
-    pub(crate) async fn make_dir(&self, path: &str, user: Option<&str>) -> Result<FileEntry, Error> {
+    pub(crate) async fn make_dir(&self, path: &str, user: Option<&str>) -> Result<FileEntry, GuestError> {
         let request = proto::MakeDirRequest { path: path.to_owned(), ..Default::default() };
         let answer = self.filesystem(user)?.make_dir_with_options(request, self.question()).await?;
         entry(answer.into_owned().entry.into_option())
@@ -127,7 +123,7 @@ impl Guest {
         source: &str,
         destination: &str,
         user: Option<&str>,
-    ) -> Result<FileEntry, Error> {
+    ) -> Result<FileEntry, GuestError> {
         let request = proto::MoveRequest {
             source: source.to_owned(),
             destination: destination.to_owned(),
@@ -138,7 +134,7 @@ impl Guest {
     }
 
     /// Removes a file, or a directory and all in it.
-    pub(crate) async fn remove(&self, path: &str, user: Option<&str>) -> Result<(), Error> {
+    pub(crate) async fn remove(&self, path: &str, user: Option<&str>) -> Result<(), GuestError> {
         let request = proto::RemoveRequest { path: path.to_owned(), ..Default::default() };
         self.filesystem(user)?.remove_with_options(request, self.question()).await?;
         Ok(())
@@ -150,8 +146,8 @@ struct Sentence {
     message: String,
 }
 
-fn entry(info: Option<proto::EntryInfo>) -> Result<FileEntry, Error> {
-    let info = info.ok_or_else(|| Error::Lost("the guest described no entry".into()))?;
+fn entry(info: Option<proto::EntryInfo>) -> Result<FileEntry, GuestError> {
+    let info = info.ok_or_else(|| GuestError::Lost("the guest described no entry".into()))?;
     let kind = match info.r#type.as_known() {
         // A link is what its target is in this contract, and is known by having a target.
         _ if info.symlink_target.is_some() => EntryType::Symlink,

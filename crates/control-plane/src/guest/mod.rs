@@ -37,7 +37,7 @@ type Transport = ServiceTransport<Http>;
 
 /// Why a guest did not do what it was asked.
 #[derive(Debug, thiserror::Error)]
-pub enum Error {
+pub(crate) enum GuestError {
     /// There is no way to it.
     #[error("{message}")]
     Tunnel {
@@ -64,18 +64,18 @@ pub enum Error {
 
 /// How far towards a guest one gets.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Reach {
+pub(crate) enum Reach {
     /// Its host does not answer.
-    NoHost,
+    HostAway,
     /// Its host does not know it, or it is not running.
-    NoSandbox,
+    SandboxGone,
     /// It runs, and its agent does not answer.
-    NoAgent,
+    AgentSilent,
 }
 
 /// Why a guest refused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Refusal {
+pub(crate) enum Refusal {
     /// There is no such path, process or program.
     NotFound,
     /// The request cannot be carried out, such as a directory where a file is meant.
@@ -90,7 +90,7 @@ pub enum Refusal {
     Failed,
 }
 
-impl From<ConnectError> for Error {
+impl From<ConnectError> for GuestError {
     fn from(error: ConnectError) -> Self {
         if let Some(source) = error.source() {
             return match TunnelError::beneath(source) {
@@ -126,20 +126,20 @@ fn is_transport(message: &str) -> bool {
     message.contains("without END_STREAM") || message.contains("failed to read response body")
 }
 
-impl From<&TunnelError> for Error {
+impl From<&TunnelError> for GuestError {
     fn from(error: &TunnelError) -> Self {
         let reach = match error {
-            TunnelError::Connect(_) | TunnelError::Handshake(_) | TunnelError::TimedOut(_) => Reach::NoHost,
+            TunnelError::Connect(_) | TunnelError::Handshake(_) | TunnelError::TimedOut(_) => Reach::HostAway,
             TunnelError::Address(_) | TunnelError::NoSandbox { .. } | TunnelError::NotRunning { .. } => {
-                Reach::NoSandbox
+                Reach::SandboxGone
             }
-            TunnelError::Refused { .. } => Reach::NoAgent,
+            TunnelError::Refused { .. } => Reach::AgentSilent,
         };
         Self::Tunnel { message: error.to_string(), reach }
     }
 }
 
-impl From<ClientError> for Error {
+impl From<ClientError> for GuestError {
     fn from(error: ClientError) -> Self {
         match TunnelError::beneath(&error) {
             Some(tunnel) => Self::from(tunnel),
@@ -185,24 +185,25 @@ impl Guest {
         format!("http://{}:{PORT}", self.id)
     }
 
-    fn headers(&self, user: Option<&str>) -> Result<HeaderMap, Error> {
+    fn headers(&self, user: Option<&str>) -> Result<HeaderMap, GuestError> {
         let mut headers = HeaderMap::new();
-        let mut token = HeaderValue::from_str(self.token.expose())
-            .map_err(|error| Error::Lost(Box::new(error)))?;
+        let mut token =
+            HeaderValue::from_str(self.token.expose()).map_err(|error| GuestError::Lost(Box::new(error)))?;
         token.set_sensitive(true);
         headers.insert(ACCESS_TOKEN, token);
         if let Some(user) = user {
             let basic = format!("Basic {}", STANDARD.encode(format!("{user}:")));
-            let basic = HeaderValue::from_str(&basic).map_err(|error| Error::Lost(Box::new(error)))?;
+            let basic = HeaderValue::from_str(&basic).map_err(|error| GuestError::Lost(Box::new(error)))?;
             headers.insert(header::AUTHORIZATION, basic);
         }
         Ok(headers)
     }
 
-    fn transport(&self, user: Option<&str>) -> Result<(Transport, ClientConfig), Error> {
-        let address = self.authority().parse().map_err(|error: http::uri::InvalidUri| {
-            Error::Lost(Box::new(error))
-        })?;
+    fn transport(&self, user: Option<&str>) -> Result<(Transport, ClientConfig), GuestError> {
+        let address = self
+            .authority()
+            .parse()
+            .map_err(|error: http::uri::InvalidUri| GuestError::Lost(Box::new(error)))?;
         let config = ClientConfig::new(address).proto().with_default_headers(self.headers(user)?);
         Ok((ServiceTransport::new(self.http.clone()), config))
     }

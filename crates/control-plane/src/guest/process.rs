@@ -8,7 +8,7 @@ use hyper::body::Incoming;
 use wrenn_api::ProcessInfo;
 use wrenn_proto::process::{self as proto, __buffa as generated};
 
-use super::{Error, Guest, Transport};
+use super::{Guest, GuestError, Transport};
 
 /// How often a guest is asked to say that a silent process is still there.
 const KEEPALIVE_SECONDS: &str = "30";
@@ -100,10 +100,10 @@ enum Events {
 
 impl ProcessStream {
     /// The next event, or none after the last. May be dropped between polls without losing an event.
-    pub(crate) async fn next(&mut self) -> Result<Option<ProcessEvent>, Error> {
+    pub(crate) async fn next(&mut self) -> Result<Option<ProcessEvent>, GuestError> {
         loop {
             let event = tokio::time::timeout(self.silence, async {
-                Ok::<_, Error>(match &mut self.events {
+                Ok::<_, GuestError>(match &mut self.events {
                     Events::Started(stream) => {
                         stream.message().await?.map(|message| message.to_owned_message().event)
                     }
@@ -113,7 +113,7 @@ impl ProcessStream {
                 })
             })
             .await
-            .map_err(|_| Error::TimedOut)??;
+            .map_err(|_| GuestError::TimedOut)??;
             let Some(event) = event else { return Ok(None) };
             if let Some(event) = event.into_option().and_then(translate) {
                 return Ok(Some(event));
@@ -133,10 +133,11 @@ fn translate(event: proto::ProcessEvent) -> Option<ProcessEvent> {
             Output::Pty(bytes) => Some(ProcessEvent::Terminal(bytes.into())),
         },
         Event::End(end) => {
-            let clean = end.exited && end.exit_code == 0;
-            let status = (!clean).then(|| end.error.unwrap_or(end.status)).filter(|words| !words.is_empty());
+            let proto::process_event::EndEvent { exited, exit_code, status, error, .. } = *end;
+            let clean = exited && exit_code == 0;
+            let status = Some(error.unwrap_or(status)).filter(|words| !clean && !words.is_empty());
             // What a signal ended has no exit code, and must not look as if it had succeeded.
-            let exit_code = if end.exited { end.exit_code } else { -1 };
+            let exit_code = if exited { exit_code } else { -1 };
             Some(ProcessEvent::Ended(End { exit_code, status }))
         }
         Event::Keepalive(_) => None,
@@ -144,7 +145,7 @@ fn translate(event: proto::ProcessEvent) -> Option<ProcessEvent> {
 }
 
 impl Guest {
-    fn processes(&self, user: Option<&str>) -> Result<proto::ProcessClient<Transport>, Error> {
+    fn processes(&self, user: Option<&str>) -> Result<proto::ProcessClient<Transport>, GuestError> {
         let (transport, config) = self.transport(user)?;
         Ok(proto::ProcessClient::new(transport, config))
     }
@@ -154,7 +155,7 @@ impl Guest {
     }
 
     /// Starts a process. The first event says its process id.
-    pub(crate) async fn start(&self, launch: Launch, silence: Duration) -> Result<ProcessStream, Error> {
+    pub(crate) async fn start(&self, launch: Launch, silence: Duration) -> Result<ProcessStream, GuestError> {
         let pty = launch.terminal.map(|(cols, rows)| terminal_size(cols, rows));
         let request = proto::StartRequest {
             process: Some(proto::ProcessConfig {
@@ -176,7 +177,8 @@ impl Guest {
         }
         let client = self.processes(launch.user.as_deref())?;
         let opening = client.start_with_options(request, options);
-        let stream = tokio::time::timeout(self.question, opening).await.map_err(|_| Error::TimedOut)??;
+        let stream =
+            tokio::time::timeout(self.question, opening).await.map_err(|_| GuestError::TimedOut)??;
         Ok(ProcessStream { events: Events::Started(stream), silence })
     }
 
@@ -185,17 +187,18 @@ impl Guest {
         &self,
         selector: &Selector,
         silence: Duration,
-    ) -> Result<ProcessStream, Error> {
+    ) -> Result<ProcessStream, GuestError> {
         let request =
             proto::ConnectRequest { process: Some(selector.to_proto()).into(), ..Default::default() };
         let client = self.processes(None)?;
         let opening = client.connect_with_options(request, self.streaming());
-        let stream = tokio::time::timeout(self.question, opening).await.map_err(|_| Error::TimedOut)??;
+        let stream =
+            tokio::time::timeout(self.question, opening).await.map_err(|_| GuestError::TimedOut)??;
         Ok(ProcessStream { events: Events::Joined(stream), silence })
     }
 
     /// What runs and was started through this agent.
-    pub(crate) async fn list(&self) -> Result<Vec<ProcessInfo>, Error> {
+    pub(crate) async fn list(&self) -> Result<Vec<ProcessInfo>, GuestError> {
         let request = proto::ListRequest::default();
         let answer = self.processes(None)?.list_with_options(request, self.question()).await?;
         let processes = answer.into_owned().processes.into_iter().map(|process| {
@@ -206,7 +209,7 @@ impl Guest {
     }
 
     /// Ends a process and what it started in its group.
-    pub(crate) async fn signal(&self, selector: &Selector, signal: Signal) -> Result<(), Error> {
+    pub(crate) async fn signal(&self, selector: &Selector, signal: Signal) -> Result<(), GuestError> {
         let signal = match signal {
             Signal::Terminate => proto::Signal::SIGNAL_SIGTERM,
             Signal::Kill => proto::Signal::SIGNAL_SIGKILL,
@@ -226,7 +229,7 @@ impl Guest {
         selector: &Selector,
         input: Input,
         bound: Duration,
-    ) -> Result<(), Error> {
+    ) -> Result<(), GuestError> {
         use generated::oneof::process_input::Input as Wire;
         let input = match input {
             Input::Stdin(bytes) => Wire::Stdin(bytes),
@@ -243,7 +246,7 @@ impl Guest {
     }
 
     /// Ends the standard input of a process.
-    pub(crate) async fn close_stdin(&self, selector: &Selector) -> Result<(), Error> {
+    pub(crate) async fn close_stdin(&self, selector: &Selector) -> Result<(), GuestError> {
         let request =
             proto::CloseStdinRequest { process: Some(selector.to_proto()).into(), ..Default::default() };
         self.processes(None)?.close_stdin_with_options(request, self.question()).await?;
@@ -251,7 +254,7 @@ impl Guest {
     }
 
     /// Gives the terminal of a process a new size.
-    pub(crate) async fn resize(&self, selector: &Selector, cols: u32, rows: u32) -> Result<(), Error> {
+    pub(crate) async fn resize(&self, selector: &Selector, cols: u32, rows: u32) -> Result<(), GuestError> {
         let request = proto::UpdateRequest {
             process: Some(selector.to_proto()).into(),
             pty: Some(terminal_size(cols, rows)).into(),

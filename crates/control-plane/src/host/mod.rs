@@ -29,7 +29,7 @@ pub(crate) use tunnel::{Tunnel, TunnelConnector, TunnelError};
 
 /// Why a host agent did not do what it was asked.
 #[derive(Debug, thiserror::Error)]
-pub enum Error {
+pub(crate) enum HostError {
     /// Nothing answers on the socket, or the connection broke.
     #[error("the host agent cannot be reached")]
     Unreachable(#[source] ConnectError),
@@ -63,7 +63,7 @@ pub enum Error {
 
 /// Why an agent refused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Refusal {
+pub(crate) enum Refusal {
     /// There is no such template or sandbox.
     NotFound,
     /// The request cannot be carried out by anybody.
@@ -74,7 +74,7 @@ pub enum Refusal {
     Full,
 }
 
-impl From<ConnectError> for Error {
+impl From<ConnectError> for HostError {
     fn from(error: ConnectError) -> Self {
         let message = error.message.clone().unwrap_or_else(|| error.code.as_str().to_owned());
         let refused = |refusal| Self::Refused { refusal, message: message.clone() };
@@ -210,7 +210,7 @@ impl HostClient {
         &self,
         command: CreateCommand,
         bound: Duration,
-    ) -> Result<(Observed, Vec<Phase>), Error> {
+    ) -> Result<(Observed, Vec<Phase>), HostError> {
         let request = proto::CreateSandboxRequest {
             sandbox_id: command.id.into(),
             generation: wire_generation(command.generation),
@@ -226,7 +226,7 @@ impl HostClient {
         };
         let options = CallOptions::default().with_timeout(bound);
         let answer = self.rpc.create_sandbox_with_options(request, options).await?.into_owned();
-        let sandbox = answer.sandbox.into_option().ok_or(Error::Malformed { what: "no sandbox" })?;
+        let sandbox = answer.sandbox.into_option().ok_or(HostError::Malformed { what: "no sandbox" })?;
         let phases = answer.phases.into_iter();
         let phases = phases
             .map(|phase| Phase { name: phase.name, duration: Duration::from_micros(phase.duration_micros) });
@@ -239,7 +239,7 @@ impl HostClient {
         id: &SandboxId,
         generation: i64,
         bound: Duration,
-    ) -> Result<(), Error> {
+    ) -> Result<(), HostError> {
         let request = proto::DestroySandboxRequest {
             sandbox_id: id.to_string(),
             generation: wire_generation(generation),
@@ -254,7 +254,7 @@ impl HostClient {
     }
 
     /// One sandbox, with what its disk takes.
-    pub(crate) async fn sandbox(&self, id: &SandboxId) -> Result<Option<Observed>, Error> {
+    pub(crate) async fn sandbox(&self, id: &SandboxId) -> Result<Option<Observed>, HostError> {
         let request = proto::GetSandboxRequest { sandbox_id: id.to_string(), ..Default::default() };
         match self.rpc.get_sandbox_with_options(request, self.question()).await {
             Ok(answer) => answer.into_owned().sandbox.into_option().map(observed).transpose(),
@@ -264,32 +264,32 @@ impl HostClient {
     }
 
     /// Every sandbox of the host.
-    pub(crate) async fn sandboxes(&self) -> Result<Vec<Observed>, Error> {
+    pub(crate) async fn sandboxes(&self) -> Result<Vec<Observed>, HostError> {
         let request = proto::ListSandboxesRequest::default();
         let answer = self.rpc.list_sandboxes_with_options(request, self.question()).await?.into_owned();
         answer.sandboxes.into_iter().map(observed).collect()
     }
 
     /// Moves the inactivity clock of a sandbox to now.
-    pub(crate) async fn ping(&self, id: &SandboxId) -> Result<(), Error> {
+    pub(crate) async fn ping(&self, id: &SandboxId) -> Result<(), HostError> {
         let request = proto::PingSandboxRequest { sandbox_id: id.to_string(), ..Default::default() };
         self.rpc.ping_sandbox_with_options(request, self.question()).await?;
         Ok(())
     }
 
     /// What sandboxes can be made from.
-    pub(crate) async fn templates(&self) -> Result<Vec<proto::Template>, Error> {
+    pub(crate) async fn templates(&self) -> Result<Vec<proto::Template>, HostError> {
         let request = proto::ListTemplatesRequest::default();
         let answer = self.rpc.list_templates_with_options(request, self.question()).await?;
         Ok(answer.into_owned().templates)
     }
 
     /// What the host is.
-    pub(crate) async fn facts(&self) -> Result<HostFacts, Error> {
+    pub(crate) async fn facts(&self) -> Result<HostFacts, HostError> {
         let request = proto::GetHostRequest::default();
         let answer = self.rpc.get_host_with_options(request, self.question()).await?.into_owned();
         Ok(HostFacts {
-            id: answer.host_id.parse().map_err(Error::MalformedId)?,
+            id: answer.host_id.parse().map_err(HostError::MalformedId)?,
             version: answer.version,
             vmm: answer.vmm,
             vmm_version: answer.vmm_version,
@@ -298,12 +298,12 @@ impl HostClient {
     }
 
     /// What is on the host, and then what changes.
-    pub(crate) async fn watch(&self) -> Result<HostWatch, Error> {
+    pub(crate) async fn watch(&self) -> Result<HostWatch, HostError> {
         let request = proto::WatchSandboxesRequest::default();
         let opening = self.rpc.watch_sandboxes(request);
         // Only the opening is bounded: the stream itself stays as long as both sides do.
         let stream = tokio::time::timeout(self.question, opening).await.map_err(|_| {
-            Error::TimedOut(ConnectError::deadline_exceeded("the watch was not opened in time"))
+            HostError::TimedOut(ConnectError::deadline_exceeded("the watch was not opened in time"))
         })??;
         Ok(HostWatch { stream })
     }
@@ -317,7 +317,7 @@ pub(crate) struct HostWatch {
 
 impl HostWatch {
     /// The next event, or none when the agent has ended the stream.
-    pub(crate) async fn next(&mut self) -> Result<Option<HostEvent>, Error> {
+    pub(crate) async fn next(&mut self) -> Result<Option<HostEvent>, HostError> {
         use proto::__buffa::oneof::watch_sandboxes_response::Event;
         loop {
             let Some(message) = self.stream.message().await? else { return Ok(None) };
@@ -333,7 +333,7 @@ impl HostWatch {
     }
 
     /// The next event, unless it is time to stop.
-    pub(crate) async fn next_or(&mut self, stop: &CancellationToken) -> Result<Option<HostEvent>, Error> {
+    pub(crate) async fn next_or(&mut self, stop: &CancellationToken) -> Result<Option<HostEvent>, HostError> {
         stop.run_until_cancelled(self.next()).await.unwrap_or(Ok(None))
     }
 }
@@ -342,7 +342,7 @@ fn wire_generation(generation: i64) -> u64 {
     u64::try_from(generation).unwrap_or(0)
 }
 
-fn observed(sandbox: proto::Sandbox) -> Result<Observed, Error> {
+fn observed(sandbox: proto::Sandbox) -> Result<Observed, HostError> {
     use proto::{EndReason as Wire, SandboxState as State};
     let stage = match sandbox.state.as_known() {
         Some(State::SANDBOX_STATE_STARTING) => Stage::Starting,
@@ -350,7 +350,7 @@ fn observed(sandbox: proto::Sandbox) -> Result<Observed, Error> {
         Some(State::SANDBOX_STATE_STOPPING) => Stage::Stopping,
         Some(State::SANDBOX_STATE_STOPPED) => Stage::Stopped,
         Some(State::SANDBOX_STATE_UNSPECIFIED) | None => {
-            return Err(Error::Malformed { what: "the state of a sandbox" });
+            return Err(HostError::Malformed { what: "the state of a sandbox" });
         }
     };
     let end_reason = match sandbox.end_reason.as_known() {
@@ -364,9 +364,9 @@ fn observed(sandbox: proto::Sandbox) -> Result<Observed, Error> {
     };
     let instant = |ms: i64| Timestamp::from_millisecond(ms).ok().filter(|at| at.as_millisecond() > 0);
     Ok(Observed {
-        id: sandbox.sandbox_id.parse().map_err(Error::MalformedId)?,
+        id: sandbox.sandbox_id.parse().map_err(HostError::MalformedId)?,
         generation: i64::try_from(sandbox.generation)
-            .map_err(|_| Error::Malformed { what: "the generation of a sandbox" })?,
+            .map_err(|_| HostError::Malformed { what: "the generation of a sandbox" })?,
         stage,
         disk_mib: sandbox.disk_mib,
         started_at: instant(sandbox.started_at_ms).unwrap_or_else(Timestamp::now),

@@ -38,7 +38,7 @@ const ERROR_BODY: usize = 16 * 1024;
 
 /// Why there is no tunnel.
 #[derive(Debug, thiserror::Error)]
-pub enum TunnelError {
+pub(crate) enum TunnelError {
     /// The agent's socket cannot be connected to.
     #[error("the host agent cannot be reached")]
     Connect(#[source] io::Error),

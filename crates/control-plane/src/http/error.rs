@@ -12,7 +12,7 @@ use utoipa::IntoResponses;
 use wrenn_api::{ErrorBody, ErrorCode};
 
 use crate::{
-    core::Error,
+    core::CoreError,
     guest::{self, Reach},
     host, store,
 };
@@ -21,7 +21,7 @@ use crate::{
 #[derive(Debug)]
 pub(crate) enum ApiError {
     /// The core said no.
-    Core(Error),
+    Core(CoreError),
     /// The body is larger than the route takes.
     TooLarge {
         /// In bytes.
@@ -37,15 +37,15 @@ pub(crate) enum ApiError {
     Panic,
 }
 
-impl From<Error> for ApiError {
-    fn from(error: Error) -> Self {
+impl From<CoreError> for ApiError {
+    fn from(error: CoreError) -> Self {
         Self::Core(error)
     }
 }
 
 impl From<WebSocketUpgradeRejection> for ApiError {
     fn from(rejection: WebSocketUpgradeRejection) -> Self {
-        Self::Core(Error::Invalid(format!("this route is a WebSocket: {}", rejection.body_text())))
+        Self::Core(CoreError::Invalid(format!("this route is a WebSocket: {}", rejection.body_text())))
     }
 }
 
@@ -76,72 +76,74 @@ impl ApiError {
                 ErrorCode::InvalidRequest,
                 "the rest of the body did not come".to_owned(),
             ),
-            Self::Panic => (
-                StatusCode::INTERNAL_SERVER_ERROR,
-                ErrorCode::InternalError,
-                "the server failed".to_owned(),
-            ),
+            Self::Panic => {
+                (StatusCode::INTERNAL_SERVER_ERROR, ErrorCode::InternalError, "the server failed".to_owned())
+            }
         };
         Parts { status, code, message }
     }
 }
 
-fn core_parts(error: &Error) -> Parts {
+fn core_parts(error: &CoreError) -> Parts {
     let (status, code) = match error {
-        Error::Invalid(_) | Error::Resource(_) => (StatusCode::BAD_REQUEST, ErrorCode::InvalidRequest),
-        Error::NoKey | Error::UnknownKey => (StatusCode::UNAUTHORIZED, ErrorCode::Unauthorized),
-        Error::NoSuchSandbox(_) => (StatusCode::NOT_FOUND, ErrorCode::NotFound),
-        Error::NotRunning { .. } => (StatusCode::CONFLICT, ErrorCode::InvalidState),
-        Error::DestroyedWhileStarting(_) => (StatusCode::CONFLICT, ErrorCode::Conflict),
-        Error::CommandTimedOut(_) => (StatusCode::GATEWAY_TIMEOUT, ErrorCode::Timeout),
-        Error::TooMany(_) => (StatusCode::SERVICE_UNAVAILABLE, ErrorCode::Unavailable),
-        Error::AuditFull => (StatusCode::SERVICE_UNAVAILABLE, ErrorCode::Unavailable),
-        Error::NoHost => (StatusCode::SERVICE_UNAVAILABLE, ErrorCode::HostUnavailable),
-        Error::Store(store::Error::Unavailable { .. }) => {
+        CoreError::Invalid(_) | CoreError::Resource(_) => {
+            (StatusCode::BAD_REQUEST, ErrorCode::InvalidRequest)
+        }
+        CoreError::NoKey | CoreError::UnknownKey => (StatusCode::UNAUTHORIZED, ErrorCode::Unauthorized),
+        CoreError::NoSuchSandbox(_) => (StatusCode::NOT_FOUND, ErrorCode::NotFound),
+        CoreError::NotRunning { .. } => (StatusCode::CONFLICT, ErrorCode::InvalidState),
+        CoreError::DestroyedWhileStarting(_) => (StatusCode::CONFLICT, ErrorCode::Conflict),
+        CoreError::CommandTimedOut(_) => (StatusCode::GATEWAY_TIMEOUT, ErrorCode::Timeout),
+        CoreError::TooMany(_) => (StatusCode::SERVICE_UNAVAILABLE, ErrorCode::Unavailable),
+        CoreError::AuditFull => (StatusCode::SERVICE_UNAVAILABLE, ErrorCode::Unavailable),
+        CoreError::NoHost => (StatusCode::SERVICE_UNAVAILABLE, ErrorCode::HostUnavailable),
+        CoreError::Store(store::StoreError::Unavailable { .. }) => {
             let message = "the database does not answer; try again".to_owned();
             let (status, code) = (StatusCode::SERVICE_UNAVAILABLE, ErrorCode::Unavailable);
             return Parts { status, code, message };
         }
         // What the database said is for the log, and not for a caller.
-        Error::Store(_) | Error::Task(_) => {
+        CoreError::Store(_) | CoreError::Task(_) => {
             (StatusCode::INTERNAL_SERVER_ERROR, ErrorCode::InternalError)
         }
-        Error::Host(error) => host_parts(error),
-        Error::Guest(error) => guest_parts(error),
+        CoreError::Host(error) => host_parts(error),
+        CoreError::Guest(error) => guest_parts(error),
     };
     Parts { status, code, message: error.to_string() }
 }
 
-fn host_parts(error: &host::Error) -> (StatusCode, ErrorCode) {
-    use host::{Error, Refusal};
+fn host_parts(error: &host::HostError) -> (StatusCode, ErrorCode) {
+    use host::{HostError, Refusal};
     match error {
-        Error::Unreachable(_) | Error::TimedOut(_) => {
+        HostError::Unreachable(_) | HostError::TimedOut(_) => {
             (StatusCode::SERVICE_UNAVAILABLE, ErrorCode::HostUnavailable)
         }
-        Error::Refused { refusal, .. } => match refusal {
+        HostError::Refused { refusal, .. } => match refusal {
             Refusal::NotFound => (StatusCode::NOT_FOUND, ErrorCode::NotFound),
             Refusal::Invalid => (StatusCode::BAD_REQUEST, ErrorCode::InvalidRequest),
             Refusal::State => (StatusCode::CONFLICT, ErrorCode::InvalidState),
             Refusal::Full => (StatusCode::SERVICE_UNAVAILABLE, ErrorCode::HostUnavailable),
         },
-        Error::Failed { .. } | Error::Malformed { .. } | Error::MalformedId(_) => {
+        HostError::Failed { .. } | HostError::Malformed { .. } | HostError::MalformedId(_) => {
             (StatusCode::BAD_GATEWAY, ErrorCode::AgentError)
         }
     }
 }
 
-fn guest_parts(error: &guest::Error) -> (StatusCode, ErrorCode) {
-    use guest::{Error, Refusal};
+fn guest_parts(error: &guest::GuestError) -> (StatusCode, ErrorCode) {
+    use guest::{GuestError, Refusal};
     match error {
-        Error::Tunnel { reach: Reach::NoHost, .. } => {
+        GuestError::Tunnel { reach: Reach::HostAway, .. } => {
             (StatusCode::SERVICE_UNAVAILABLE, ErrorCode::HostUnavailable)
         }
-        Error::Tunnel { reach: Reach::NoSandbox, .. } => (StatusCode::CONFLICT, ErrorCode::InvalidState),
-        Error::Tunnel { reach: Reach::NoAgent, .. } | Error::Lost(_) => {
+        GuestError::Tunnel { reach: Reach::SandboxGone, .. } => {
+            (StatusCode::CONFLICT, ErrorCode::InvalidState)
+        }
+        GuestError::Tunnel { reach: Reach::AgentSilent, .. } | GuestError::Lost(_) => {
             (StatusCode::BAD_GATEWAY, ErrorCode::AgentError)
         }
-        Error::TimedOut => (StatusCode::GATEWAY_TIMEOUT, ErrorCode::Timeout),
-        Error::Refused { refusal, .. } => match refusal {
+        GuestError::TimedOut => (StatusCode::GATEWAY_TIMEOUT, ErrorCode::Timeout),
+        GuestError::Refused { refusal, .. } => match refusal {
             Refusal::NotFound => (StatusCode::NOT_FOUND, ErrorCode::NotFound),
             Refusal::Invalid => (StatusCode::BAD_REQUEST, ErrorCode::InvalidRequest),
             Refusal::Conflict => (StatusCode::CONFLICT, ErrorCode::Conflict),
@@ -153,7 +155,7 @@ fn guest_parts(error: &guest::Error) -> (StatusCode, ErrorCode) {
 }
 
 /// The code of an error as a word, for the audit log.
-pub(crate) fn code_word(error: &Error) -> String {
+pub(crate) fn code_word(error: &CoreError) -> String {
     match serde_json::to_value(core_parts(error).code) {
         Ok(serde_json::Value::String(word)) => word,
         _ => "error".to_owned(),
@@ -180,8 +182,7 @@ impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
         let parts = self.parts();
         log(&self, &parts);
-        let mut response =
-            (parts.status, Json(ErrorBody::new(parts.code, parts.message))).into_response();
+        let mut response = (parts.status, Json(ErrorBody::new(parts.code, parts.message))).into_response();
         if parts.status == StatusCode::SERVICE_UNAVAILABLE {
             response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
         }

@@ -15,7 +15,7 @@ use super::{
     extract::{Id, JsonBody, Pairs, Process},
 };
 use crate::{
-    core::{Caller, Core, Error, spec::Command},
+    core::{Caller, Core, CoreError, spec::Command},
     guest::Signal,
 };
 
@@ -98,7 +98,7 @@ pub(super) async fn signal(
     let signal = match pairs.take("signal").as_deref() {
         None | Some("" | "SIGKILL") => Signal::Kill,
         Some("SIGTERM") => Signal::Terminate,
-        Some(_) => return Err(Error::Invalid("signal must be SIGKILL or SIGTERM".to_owned()).into()),
+        Some(_) => return Err(CoreError::Invalid("signal must be SIGKILL or SIGTERM".to_owned()).into()),
     };
     core.signal(&caller, &id, &selector, signal).await?;
     Ok(StatusCode::NO_CONTENT)

@@ -13,7 +13,7 @@ use wrenn_api::API_KEY_HEADER;
 use wrenn_types::SandboxId;
 
 use super::error::ApiError;
-use crate::core::{Caller, Core, Error};
+use crate::core::{Caller, Core, CoreError};
 
 /// The largest JSON body.
 pub(crate) const JSON_LIMIT: usize = 1 << 20;
@@ -42,7 +42,7 @@ impl<S: Send + Sync> FromRequestParts<S> for Id {
             Ok(id) => Ok(Self(id)),
             Err(form) => {
                 let shown: String = text.chars().take(40).collect();
-                Err(Error::NoSuchSandbox(format!("{shown:?} ({form})")).into())
+                Err(CoreError::NoSuchSandbox(format!("{shown:?} ({form})")).into())
             }
         }
     }
@@ -58,17 +58,13 @@ impl<S: Send + Sync> FromRequestParts<S> for Process {
     async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, ApiError> {
         let text = path_part(parts, state, "selector").await?;
         if text.is_empty() || text.len() > 128 || text.contains('\0') {
-            return Err(Error::Invalid("a process is named by its id or its tag".to_owned()).into());
+            return Err(CoreError::Invalid("a process is named by its id or its tag".to_owned()).into());
         }
         Ok(Self(crate::guest::Selector::parse(&text)))
     }
 }
 
-async fn path_part<S: Send + Sync>(
-    parts: &mut Parts,
-    state: &S,
-    name: &str,
-) -> Result<String, ApiError> {
+async fn path_part<S: Send + Sync>(parts: &mut Parts, state: &S, name: &str) -> Result<String, ApiError> {
     let params = RawPathParams::from_request_parts(parts, state).await.map_err(|_| ApiError::Route)?;
     let found = params.iter().find(|(param, _)| *param == name);
     Ok(found.map(|(_, text)| text.to_owned()).unwrap_or_default())
@@ -88,14 +84,17 @@ impl<T: DeserializeOwned> FromRequest<Arc<Core>> for JsonBody<T> {
 }
 
 /// A value from JSON text; the error names the field.
-pub(crate) fn parse_json<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, Error> {
+pub(crate) fn parse_json<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, CoreError> {
     let mut json = serde_json::Deserializer::from_slice(bytes);
     let value = serde_path_to_error::deserialize(&mut json).map_err(|error| {
         let path = error.path().to_string();
         let place = if path == "." { String::new() } else { format!("{path}: ") };
-        Error::Invalid(format!("the body is not the JSON that this route takes: {place}{}", error.inner()))
+        CoreError::Invalid(format!(
+            "the body is not the JSON that this route takes: {place}{}",
+            error.inner()
+        ))
     })?;
-    json.end().map_err(|error| Error::Invalid(format!("the body goes on after its JSON: {error}")))?;
+    json.end().map_err(|error| CoreError::Invalid(format!("the body goes on after its JSON: {error}")))?;
     Ok(value)
 }
 
@@ -105,7 +104,7 @@ async fn read(body: Body, limit: usize, bound: Duration) -> Result<bytes::Bytes,
         Ok(Err(error)) if error.source().is_some_and(|source| source.is::<LengthLimitError>()) => {
             Err(ApiError::TooLarge { limit })
         }
-        Ok(Err(error)) => Err(Error::Invalid(format!("the body could not be read: {error}")).into()),
+        Ok(Err(error)) => Err(CoreError::Invalid(format!("the body could not be read: {error}")).into()),
         Err(_) => Err(ApiError::SlowBody),
     }
 }
@@ -135,7 +134,7 @@ impl<S: Send + Sync> FromRequestParts<S> for Pairs {
     async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, ApiError> {
         let query: axum::extract::Query<Vec<(String, String)>> =
             axum::extract::Query::try_from_uri(&parts.uri)
-                .map_err(|error| Error::Invalid(format!("the query cannot be read: {error}")))?;
+                .map_err(|error| CoreError::Invalid(format!("the query cannot be read: {error}")))?;
         Ok(Self(query.0))
     }
 }

@@ -13,28 +13,27 @@ use axum::{
     response::{IntoResponse, Response},
 };
 use http::{HeaderMap, HeaderValue, StatusCode, header};
-use wrenn_api::{
-    FileEntryBody, FileList, ListFilesRequest, MoveFileRequest, PathRequest,
-};
+use wrenn_api::{FileEntryBody, FileList, ListFilesRequest, MoveFileRequest, PathRequest};
 
 use super::{
     error::{ApiError, Errors},
     extract::{Id, JsonBody, Pairs},
 };
 use crate::{
-    core::{Caller, Core, Error, Place},
+    core::{Caller, Core, CoreError, Place},
     guest::{Download, Pieces, upload_body},
 };
 
 type Shared = State<Arc<Core>>;
 
-fn place(mut pairs: Pairs) -> Result<Place, Error> {
-    let path = pairs.take("path").ok_or_else(|| Error::Invalid("path is missing in the query".to_owned()))?;
+fn place(mut pairs: Pairs) -> Result<Place, CoreError> {
+    let path =
+        pairs.take("path").ok_or_else(|| CoreError::Invalid("path is missing in the query".to_owned()))?;
     let user = pairs.take("user").or_else(|| pairs.take("username"));
     Place::new(path, user)
 }
 
-fn place_of(request: PathRequest) -> Result<Place, Error> {
+fn place_of(request: PathRequest) -> Result<Place, CoreError> {
     Place::new(request.path, request.user)
 }
 

@@ -19,7 +19,7 @@ use super::{
     extract::Id,
 };
 use crate::{
-    core::{Caller, Core, Error, Place},
+    core::{Caller, Core, CoreError, Place},
     guest::upload_body,
 };
 
@@ -80,7 +80,7 @@ pub(super) async fn stream_write(
 }
 
 fn malformed(error: &MultipartError) -> ApiError {
-    Error::Invalid(format!("the form cannot be read: {}", error.body_text())).into()
+    CoreError::Invalid(format!("the form cannot be read: {}", error.body_text())).into()
 }
 
 async fn receive(
@@ -91,20 +91,21 @@ async fn receive(
     limit: Option<usize>,
 ) -> Result<StatusCode, ApiError> {
     let mut form = Multipart::from_request(request, core).await.map_err(|rejection| {
-        ApiError::from(Error::Invalid(format!("the body is not a form: {}", rejection.body_text())))
+        ApiError::from(CoreError::Invalid(format!("the body is not a form: {}", rejection.body_text())))
     })?;
     let (mut path, mut user) = (None, None);
     loop {
-        let next = timeout(core.bounds.body_piece, form.next_field()).await.map_err(|_| ApiError::SlowBody)?;
+        let next =
+            timeout(core.bounds.body_piece, form.next_field()).await.map_err(|_| ApiError::SlowBody)?;
         let Some(field) = next.map_err(|error| malformed(&error))? else {
-            return Err(Error::Invalid("the form has no part file".to_owned()).into());
+            return Err(CoreError::Invalid("the form has no part file".to_owned()).into());
         };
         match field.name() {
             Some("path") => path = Some(short(core, field).await?),
             Some("user" | "username") => user = Some(short(core, field).await?),
             Some("file") => {
                 let path = path.ok_or_else(|| {
-                    Error::Invalid("the field path must come before the part file".to_owned())
+                    CoreError::Invalid("the field path must come before the part file".to_owned())
                 })?;
                 let place = Place::new(path, user)?;
                 pass_on(core, caller, id, &place, field, limit).await?;
@@ -127,7 +128,7 @@ async fn short(core: &Core, mut field: Field<'_>) -> Result<String, ApiError> {
         bytes.extend_from_slice(&piece);
     }
     String::from_utf8(bytes)
-        .map_err(|_| Error::Invalid("a field of the form is not UTF-8".to_owned()).into())
+        .map_err(|_| CoreError::Invalid("a field of the form is not UTF-8".to_owned()).into())
 }
 
 /// Why the part was not passed on to its end.
@@ -172,13 +173,24 @@ async fn pass_on(
             return Err(stopped);
         }
     };
-    let (written, pumped) = tokio::join!(write, pump);
+    tokio::pin!(write, pump);
+    let pumped = tokio::select! {
+        // A guest that answers before it has everything has refused: the rest need not come.
+        written = &mut write => {
+            written?;
+            pump.await
+        }
+        pumped = &mut pump => match (pumped, write.await) {
+            (Ok(()) | Err(Stopped::Refused), written) => return Ok(written?),
+            (stopped, _) => stopped,
+        },
+    };
     match pumped {
-        Ok(()) | Err(Stopped::Refused) => Ok(written?),
+        Ok(()) | Err(Stopped::Refused) => Ok(()),
         Err(Stopped::TooLarge) => Err(ApiError::TooLarge { limit: WRITE_LIMIT }),
         Err(Stopped::Slow) => Err(ApiError::SlowBody),
         Err(Stopped::Broken(why)) => {
-            Err(Error::Invalid(format!("the form cannot be read: {why}")).into())
+            Err(CoreError::Invalid(format!("the form cannot be read: {why}")).into())
         }
     }
 }

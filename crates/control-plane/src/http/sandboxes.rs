@@ -18,7 +18,7 @@ use super::{
     extract::{Id, JsonBody, Pairs},
 };
 use crate::{
-    core::{Caller, Core, Creation, Deletion, Error, Listed, spec},
+    core::{Caller, Core, CoreError, Creation, Deletion, Listed, spec},
     host::Phase,
     store::Cursor,
 };
@@ -63,11 +63,8 @@ fn server_timing(phases: &[Phase], database: Duration, total: Duration) -> Heade
     let mut text = String::new();
     for phase in phases {
         // A name on this header is a token: letters, digits and a few signs.
-        let name: String = phase
-            .name
-            .chars()
-            .map(|c| if c.is_ascii_alphanumeric() || c == '_' { c } else { '-' })
-            .collect();
+        let name: String =
+            phase.name.chars().map(|c| if c.is_ascii_alphanumeric() || c == '_' { c } else { '-' }).collect();
         let _ = write!(text, "{name};dur={:.3}, ", phase.duration.as_secs_f64() * 1e3);
     }
     let _ = write!(
@@ -100,36 +97,32 @@ fn server_timing(phases: &[Phase], database: Duration, total: Duration) -> Heade
         Errors
     )
 )]
-pub(super) async fn list(
-    State(core): Shared,
-    caller: Caller,
-    pairs: Pairs,
-) -> Result<Response, ApiError> {
+pub(super) async fn list(State(core): Shared, caller: Caller, pairs: Pairs) -> Result<Response, ApiError> {
     let page = core.list(&caller, listed(pairs)?).await?;
     let mut response = Json(page.sandboxes).into_response();
     if let Some(next) = page.next {
         let token = HeaderValue::try_from(write_cursor(&next))
-            .map_err(|error| Error::Invalid(format!("cursor: {error}")))?;
+            .map_err(|error| CoreError::Invalid(format!("cursor: {error}")))?;
         response.headers_mut().insert(HeaderName::from_static(NEXT_TOKEN_HEADER), token);
     }
     Ok(response)
 }
 
-fn listed(mut pairs: Pairs) -> Result<Listed, Error> {
+fn listed(mut pairs: Pairs) -> Result<Listed, CoreError> {
     let limit = pairs.take("limit").map(|text| {
         let limit = text.parse().ok().filter(|limit| (1..=PAGE).contains(limit));
-        limit.ok_or_else(|| Error::Invalid(format!("limit must be between 1 and {PAGE}")))
+        limit.ok_or_else(|| CoreError::Invalid(format!("limit must be between 1 and {PAGE}")))
     });
     let after = pairs.take("cursor").or_else(|| pairs.take("next_token")).map(|token| {
-        read_cursor(&token).ok_or_else(|| Error::Invalid("cursor is not one of ours".to_owned()))
+        read_cursor(&token).ok_or_else(|| CoreError::Invalid("cursor is not one of ours".to_owned()))
     });
-    let mut listed =
-        Listed { limit: limit.transpose()?, after: after.transpose()?, ..Listed::default() };
+    let mut listed = Listed { limit: limit.transpose()?, after: after.transpose()?, ..Listed::default() };
     for (name, value) in pairs.0 {
         if name == "status" {
             for word in value.split(',').filter(|word| !word.is_empty()) {
-                let state = SandboxState::from_word(word)
-                    .ok_or_else(|| Error::Invalid(format!("status: {word:?} is no state of a sandbox")))?;
+                let state = SandboxState::from_word(word).ok_or_else(|| {
+                    CoreError::Invalid(format!("status: {word:?} is no state of a sandbox"))
+                })?;
                 listed.states.push(state);
             }
         } else if let Some(key) = name.strip_prefix("metadata.") {
@@ -139,7 +132,7 @@ fn listed(mut pairs: Pairs) -> Result<Listed, Error> {
     if listed.metadata.values().any(|value| value.contains('\0'))
         || listed.metadata.keys().any(|key| key.contains('\0'))
     {
-        return Err(Error::Invalid("metadata must not contain NUL".to_owned()));
+        return Err(CoreError::Invalid("metadata must not contain NUL".to_owned()));
     }
     Ok(listed)
 }
@@ -161,11 +154,7 @@ fn read_cursor(token: &str) -> Option<Cursor> {
     params(("id" = String, Path, description = "The sandbox")),
     responses((status = 200, description = "The sandbox", body = Sandbox), Errors)
 )]
-pub(super) async fn get(
-    State(core): Shared,
-    caller: Caller,
-    Id(id): Id,
-) -> Result<Json<Sandbox>, ApiError> {
+pub(super) async fn get(State(core): Shared, caller: Caller, Id(id): Id) -> Result<Json<Sandbox>, ApiError> {
     Ok(Json(core.get(&caller, &id).await?))
 }
 
@@ -179,11 +168,7 @@ pub(super) async fn get(
         Errors
     )
 )]
-pub(super) async fn delete(
-    State(core): Shared,
-    caller: Caller,
-    Id(id): Id,
-) -> Result<StatusCode, ApiError> {
+pub(super) async fn delete(State(core): Shared, caller: Caller, Id(id): Id) -> Result<StatusCode, ApiError> {
     Ok(match core.delete(&caller, &id).await? {
         Deletion::Done => StatusCode::NO_CONTENT,
         Deletion::Stopping => StatusCode::ACCEPTED,
@@ -196,11 +181,7 @@ pub(super) async fn delete(
     params(("id" = String, Path, description = "The sandbox")),
     responses((status = 204, description = "Done."), Errors)
 )]
-pub(super) async fn ping(
-    State(core): Shared,
-    caller: Caller,
-    Id(id): Id,
-) -> Result<StatusCode, ApiError> {
+pub(super) async fn ping(State(core): Shared, caller: Caller, Id(id): Id) -> Result<StatusCode, ApiError> {
     core.ping(&caller, &id).await?;
     Ok(StatusCode::NO_CONTENT)
 }
@@ -219,7 +200,7 @@ pub(super) async fn templates(
     match pairs.take("type").as_deref() {
         None | Some("" | "base") => Ok(Json(core.templates().await?)),
         Some("snapshot") => Ok(Json(Vec::new())),
-        Some(_) => Err(Error::Invalid("type must be base or snapshot".to_owned()).into()),
+        Some(_) => Err(CoreError::Invalid("type must be base or snapshot".to_owned()).into()),
     }
 }
 
@@ -245,10 +226,7 @@ mod tests {
             ("unknown", "x"),
         ]))
         .unwrap();
-        assert_eq!(
-            listed.states,
-            [SandboxState::Running, SandboxState::Paused, SandboxState::Error]
-        );
+        assert_eq!(listed.states, [SandboxState::Running, SandboxState::Paused, SandboxState::Error]);
         let expected = BTreeMap::from([("a".into(), "1".into()), ("b.c".into(), "2".into())]);
         assert_eq!((listed.metadata, listed.limit), (expected, Some(7)));
         for wrong in [

@@ -4,7 +4,7 @@ use jiff::Timestamp;
 use serde_json::Value;
 use uuid::Uuid;
 
-use super::{Error, Store};
+use super::{Store, StoreError};
 
 /// One thing that a key was used for.
 #[derive(Debug, Clone)]
@@ -22,7 +22,7 @@ pub(crate) struct AuditEntry {
 
 impl Store {
     /// Appends entries in one statement.
-    pub(crate) async fn append_audit(&self, entries: &[AuditEntry]) -> Result<(), Error> {
+    pub(crate) async fn append_audit(&self, entries: &[AuditEntry]) -> Result<(), StoreError> {
         let column = |of: fn(&AuditEntry) -> String| entries.iter().map(of).collect::<Vec<_>>();
         // The ids are made once, so that a repeated statement appends nothing twice.
         let ids: Vec<Uuid> = entries.iter().map(|_| Uuid::now_v7()).collect();

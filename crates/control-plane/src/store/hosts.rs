@@ -2,7 +2,7 @@
 
 use wrenn_types::HostId;
 
-use super::{Error, Store};
+use super::{Store, StoreError};
 
 /// What a host says of itself.
 #[derive(Debug, Clone)]
@@ -16,7 +16,7 @@ pub(crate) struct HostRow {
 
 impl Store {
     /// Remembers a host, or what is new about it.
-    pub(crate) async fn upsert_host(&self, host: &HostRow) -> Result<(), Error> {
+    pub(crate) async fn upsert_host(&self, host: &HostRow) -> Result<(), StoreError> {
         self.run("remember a host", || {
             sqlx::query!(
                 "INSERT INTO hosts (id, version, vmm, vmm_version, accelerator) VALUES ($1, $2, $3, $4, $5)

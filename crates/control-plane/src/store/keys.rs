@@ -4,7 +4,7 @@ use sha2::{Digest as _, Sha256};
 use uuid::Uuid;
 use wrenn_types::{ApiKey, TeamId};
 
-use super::{Error, Store};
+use super::{Store, StoreError};
 
 /// A key that the database knows.
 #[derive(Debug, Clone)]
@@ -22,7 +22,7 @@ pub(crate) fn hash(key: &ApiKey) -> [u8; 32] {
 
 impl Store {
     /// The key with this hash.
-    pub(crate) async fn key_by_hash(&self, hash: [u8; 32]) -> Result<Option<KeyRow>, Error> {
+    pub(crate) async fn key_by_hash(&self, hash: [u8; 32]) -> Result<Option<KeyRow>, StoreError> {
         let row = self
             .run("look up an API key", || {
                 sqlx::query!(
@@ -41,7 +41,7 @@ impl Store {
     }
 
     /// Notes that these keys were used now.
-    pub(crate) async fn touch_keys(&self, ids: &[Uuid]) -> Result<(), Error> {
+    pub(crate) async fn touch_keys(&self, ids: &[Uuid]) -> Result<(), StoreError> {
         self.run("note the use of API keys", || {
             sqlx::query!("UPDATE api_keys SET last_used = now() WHERE id = ANY($1)", ids).execute(&self.pool)
         })
@@ -52,7 +52,7 @@ impl Store {
 
 /// The team `default` and a key for it, if there is no team yet. Of several control planes that start at
 /// once only one makes them.
-pub(crate) async fn first_key(store: &Store) -> Result<Option<ApiKey>, Error> {
+pub(crate) async fn first_key(store: &Store) -> Result<Option<ApiKey>, StoreError> {
     let key = ApiKey::random();
     let (team, id) = (TeamId::new().0, Uuid::now_v7());
     let hash = hash(&key);

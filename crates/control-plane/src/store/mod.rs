@@ -20,7 +20,7 @@ use tokio::time::{Instant, sleep, timeout_at};
 
 pub(crate) use audit::AuditEntry;
 pub(crate) use hosts::HostRow;
-pub(crate) use keys::{KeyRow, first_key};
+pub(crate) use keys::first_key;
 pub(crate) use sandboxes::{Cursor, ListFilter, NewSandbox, SandboxRow, Started};
 
 /// Names and values that a caller gave a sandbox.
@@ -33,7 +33,7 @@ const RETRY_PAUSE: Duration = Duration::from_millis(50);
 
 /// Why a statement gave no answer.
 #[derive(Debug, thiserror::Error)]
-pub enum Error {
+pub enum StoreError {
     /// The URL of the database is not one.
     #[error("the database URL cannot be used")]
     BadUrl(#[source] sqlx::Error),
@@ -73,9 +73,9 @@ pub(crate) struct Store {
 impl Store {
     /// Connects, waiting up to `patience` for a database that is still starting, and brings the schema up
     /// to date.
-    pub(crate) async fn open(url: &str, bound: Duration, patience: Duration) -> Result<Self, Error> {
+    pub(crate) async fn open(url: &str, bound: Duration, patience: Duration) -> Result<Self, StoreError> {
         let options = PgConnectOptions::from_str(url)
-            .map_err(Error::BadUrl)?
+            .map_err(StoreError::BadUrl)?
             .application_name("wrenn")
             // The bound of the client ends the wait; this ends the work.
             .options([("statement_timeout", bound.as_millis().to_string())]);
@@ -90,7 +90,7 @@ impl Store {
         let store = Self { pool, bound };
         let patient = Self { pool: store.pool.clone(), bound: patience };
         patient.run("connect", || sqlx::query("SELECT 1").execute(&store.pool)).await?;
-        MIGRATIONS.run(&store.pool).await.map_err(Error::Migrate)?;
+        MIGRATIONS.run(&store.pool).await.map_err(StoreError::Migrate)?;
         Ok(store)
     }
 
@@ -104,7 +104,7 @@ impl Store {
         Self { pool: self.pool.clone(), bound }
     }
 
-    async fn run<T, Fut>(&self, operation: &'static str, attempt: impl Fn() -> Fut) -> Result<T, Error>
+    async fn run<T, Fut>(&self, operation: &'static str, attempt: impl Fn() -> Fut) -> Result<T, StoreError>
     where
         Fut: Future<Output = sqlx::Result<T>>,
     {
@@ -118,10 +118,10 @@ impl Store {
                     sleep(RETRY_PAUSE).await;
                 }
                 Ok(Err(source)) if is_passing(&source) => {
-                    return Err(Error::Unavailable { operation, source: Some(source) });
+                    return Err(StoreError::Unavailable { operation, source: Some(source) });
                 }
-                Ok(Err(source)) => return Err(Error::Refused { operation, source }),
-                Err(_) => return Err(Error::Unavailable { operation, source: last }),
+                Ok(Err(source)) => return Err(StoreError::Refused { operation, source }),
+                Err(_) => return Err(StoreError::Unavailable { operation, source: last }),
             }
         }
     }

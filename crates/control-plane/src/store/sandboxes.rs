@@ -10,7 +10,7 @@ use wrenn_types::{
     Vcpus,
 };
 
-use super::{Error, Metadata, Store};
+use super::{Metadata, Store, StoreError};
 
 /// A row as the database has it.
 #[derive(Debug, Clone)]
@@ -41,11 +41,6 @@ impl SandboxRow {
     /// The state; the table's own check admits no other words.
     pub(crate) fn state(&self) -> SandboxState {
         SandboxState::from_word(&self.state).unwrap_or(SandboxState::Error)
-    }
-
-    /// Whose it is.
-    pub(crate) fn team(&self) -> TeamId {
-        TeamId(self.team_id)
     }
 
     /// Why it ended.
@@ -111,7 +106,7 @@ fn small(number: u32) -> i32 {
 
 impl Store {
     /// Writes a new sandbox in state `starting`, or says that its id is taken.
-    pub(crate) async fn insert_sandbox(&self, new: &NewSandbox) -> Result<Option<SandboxRow>, Error> {
+    pub(crate) async fn insert_sandbox(&self, new: &NewSandbox) -> Result<Option<SandboxRow>, StoreError> {
         self.run("write a sandbox", || {
             sqlx::query_as!(
                 SandboxRow,
@@ -138,7 +133,11 @@ impl Store {
     }
 
     /// One sandbox of a team.
-    pub(crate) async fn sandbox(&self, team: TeamId, id: &SandboxId) -> Result<Option<SandboxRow>, Error> {
+    pub(crate) async fn sandbox(
+        &self,
+        team: TeamId,
+        id: &SandboxId,
+    ) -> Result<Option<SandboxRow>, StoreError> {
         self.run("read a sandbox", || {
             sqlx::query_as!(
                 SandboxRow,
@@ -152,7 +151,7 @@ impl Store {
     }
 
     /// One sandbox of any team: for what a host says, never for what a caller asks.
-    pub(crate) async fn sandbox_of_host(&self, id: &SandboxId) -> Result<Option<SandboxRow>, Error> {
+    pub(crate) async fn sandbox_of_host(&self, id: &SandboxId) -> Result<Option<SandboxRow>, StoreError> {
         self.run("read a sandbox of a host", || {
             sqlx::query_as!(SandboxRow, "SELECT * FROM sandboxes WHERE id = $1", id.as_str())
                 .fetch_optional(&self.pool)
@@ -165,8 +164,8 @@ impl Store {
         &self,
         team: TeamId,
         filter: &ListFilter,
-    ) -> Result<Vec<SandboxRow>, Error> {
-        let metadata = (!filter.metadata.is_empty()).then(|| Json(&filter.metadata));
+    ) -> Result<Vec<SandboxRow>, StoreError> {
+        let metadata = (!filter.metadata.is_empty()).then_some(Json(&filter.metadata));
         let after = filter.after.as_ref();
         let after_time = after.map(|cursor| jiff_sqlx::Timestamp::from(cursor.created_at));
         let after_id = after.map(|cursor| cursor.id.as_str());
@@ -213,7 +212,7 @@ impl Store {
     }
 
     /// Everything of a host that has not ended, as far as the database knows.
-    pub(crate) async fn live_on_host(&self, host: &HostId) -> Result<Vec<SandboxRow>, Error> {
+    pub(crate) async fn live_on_host(&self, host: &HostId) -> Result<Vec<SandboxRow>, StoreError> {
         self.run("list the sandboxes of a host", || {
             sqlx::query_as!(
                 SandboxRow,
@@ -231,7 +230,7 @@ impl Store {
         id: &SandboxId,
         generation: i64,
         started: Started,
-    ) -> Result<Option<SandboxRow>, Error> {
+    ) -> Result<Option<SandboxRow>, StoreError> {
         self.run("note that a sandbox runs", || {
             sqlx::query_as!(
                 SandboxRow,
@@ -256,7 +255,7 @@ impl Store {
         &self,
         team: TeamId,
         id: &SandboxId,
-    ) -> Result<Option<SandboxRow>, Error> {
+    ) -> Result<Option<SandboxRow>, StoreError> {
         let changed = self
             .run("note that a sandbox is to stop", || {
                 sqlx::query_as!(
@@ -286,7 +285,7 @@ impl Store {
         state: SandboxState,
         reason: EndReason,
         message: &str,
-    ) -> Result<bool, Error> {
+    ) -> Result<bool, StoreError> {
         debug_assert!(state.is_final());
         self.run("note that a sandbox has ended", || {
             sqlx::query!(
@@ -310,7 +309,7 @@ impl Store {
     }
 
     /// Removes the row of a create that was refused, as if it had never been asked for.
-    pub(crate) async fn forget_start(&self, id: &SandboxId, generation: i64) -> Result<(), Error> {
+    pub(crate) async fn forget_start(&self, id: &SandboxId, generation: i64) -> Result<(), StoreError> {
         self.run("remove a sandbox that did not start", || {
             sqlx::query!(
                 "DELETE FROM sandboxes WHERE id = $1 AND generation = $2
@@ -325,7 +324,7 @@ impl Store {
     }
 
     /// What runs on a host that has not been heard of is missing.
-    pub(crate) async fn mark_missing(&self, host: &HostId) -> Result<u64, Error> {
+    pub(crate) async fn mark_missing(&self, host: &HostId) -> Result<u64, StoreError> {
         self.run("note that a host is missing", || {
             sqlx::query!(
                 "UPDATE sandboxes SET state = 'missing', last_updated = now()
@@ -339,7 +338,7 @@ impl Store {
     }
 
     /// Moves the time of the last activity of these sandboxes forward.
-    pub(crate) async fn touch_sandboxes(&self, touched: &[(SandboxId, Timestamp)]) -> Result<(), Error> {
+    pub(crate) async fn touch_sandboxes(&self, touched: &[(SandboxId, Timestamp)]) -> Result<(), StoreError> {
         let ids: Vec<String> = touched.iter().map(|(id, _)| id.as_str().to_owned()).collect();
         let times: Vec<jiff_sqlx::Timestamp> = touched.iter().map(|(_, at)| (*at).into()).collect();
         self.run("note the activity of sandboxes", || {

@@ -113,7 +113,7 @@ pub(crate) async fn initialise(
     let current = agent.identity();
     if let Some(token) = &current.token {
         let in_header = headers.get(TOKEN_HEADER).map(http::HeaderValue::as_bytes);
-        let proof = in_header.or(body.access_token.as_deref().map(str::as_bytes));
+        let proof = in_header.or_else(|| body.access_token.as_deref().map(str::as_bytes));
         if !proof.is_some_and(|proof| token.matches(proof)) {
             return Err(InitError::Unauthorized);
         }

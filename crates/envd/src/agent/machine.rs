@@ -143,7 +143,7 @@ fn write(path: &Path, text: &str) -> Result<(), MachineError> {
         }
         let mut file = match open() {
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                fs::create_dir_all(path.parent().unwrap_or(Path::new("/")))?;
+                fs::create_dir_all(path.parent().unwrap_or_else(|| Path::new("/")))?;
                 open()?
             }
             other => other?,

@@ -38,8 +38,8 @@ use tokio::net::TcpListener;
 use self::state::{Agent, Place};
 use crate::{
     console::say,
+    layout::{READY_LINE, USER_CGROUP},
     network::PORT,
-    paths::{READY_LINE, USER_CGROUP},
 };
 
 /// How many threads may block at once.

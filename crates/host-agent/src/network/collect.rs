@@ -39,7 +39,7 @@ enum Found {
 /// the start of an agent, after it has ended the VMMs that are left of it and before `SlotPool::start`.
 ///
 /// # Errors
-/// Something could not be listed or removed. What could be removed is.
+/// Something could not be listed, or something of `instance` not be removed. What could be removed is.
 pub async fn collect(instance: &InstanceId, uplink: &Uplink) -> Result<Collected, SlotError> {
     let uplink = Arc::new(OpenUplink::open(instance, uplink).await.map_err(SlotError::Uplink)?);
     let mut numbers = list(SLOTS_DIR, "")?;
@@ -47,9 +47,8 @@ pub async fn collect(instance: &InstanceId, uplink: &Uplink) -> Result<Collected
     let links = uplink.netlink.list(OUTER_PREFIX).await.map_err(SlotError::Links)?;
     numbers.extend(links.iter().filter_map(|name| number_in(name, OUTER_PREFIX)));
 
-    let mut outcomes = futures::stream::iter(numbers)
-        .map(|number| look_at(Arc::clone(&uplink), number))
-        .buffered(AT_ONCE);
+    let mut outcomes =
+        futures::stream::iter(numbers).map(|number| look_at(Arc::clone(&uplink), number)).buffered(AT_ONCE);
     let mut collected = Collected::default();
     let mut first_error = None;
     while let Some(outcome) = outcomes.next().await {
@@ -71,16 +70,23 @@ pub async fn collect(instance: &InstanceId, uplink: &Uplink) -> Result<Collected
 async fn look_at(uplink: Arc<OpenUplink>, number: SlotNumber) -> Result<Found, SlotError> {
     let path = number.lease();
     let lease = |source| SlotError::Lease { number, source };
-    if let Some(lock) = FileLock::try_acquire(path.as_std_path()).map_err(lease)? {
-        making::dismantle(&uplink, number, lock).await?;
-        return Ok(Found::Removed(number));
-    }
-    match fs::read_to_string(&path) {
-        Ok(owner) if owner == uplink.instance.as_str() => Ok(Found::Ours(number)),
-        Ok(_) => Ok(Found::Others),
+    let lock = FileLock::try_acquire(path.as_std_path()).map_err(lease)?;
+    let ours = match fs::read_to_string(&path) {
+        Ok(owner) => owner == uplink.instance.as_str(),
         // Released in the meantime.
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Found::Others),
-        Err(error) => Err(lease(error)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => false,
+        Err(error) => return Err(lease(error)),
+    };
+    let Some(lock) = lock else { return Ok(if ours { Found::Ours(number) } else { Found::Others }) };
+    match making::dismantle(&uplink, number, lock).await {
+        Ok(()) => Ok(Found::Removed(number)),
+        Err(error) if ours => Err(error),
+        // What another stack left is no reason not to start. Whoever uses the number next tries again.
+        Err(error) => {
+            let error = &error as &dyn std::error::Error;
+            tracing::warn!(slot = %number, error, "what another stack left of a slot could not be removed");
+            Ok(Found::Others)
+        }
     }
 }
 

@@ -16,9 +16,7 @@ use std::{fs, io, sync::Arc};
 use wrenn_host_linux::{conntrack, lock::FileLock, netns, netns::NetworkNamespace, tap};
 
 use super::{
-    addresses::{
-        GATEWAY, GUEST, GUEST_MAC, GUEST_PREFIX, INNER, SlotNumber, TAP, TAP_MAC, VETH_PREFIX,
-    },
+    addresses::{GATEWAY, GUEST, GUEST_MAC, GUEST_PREFIX, INNER, SlotNumber, TAP, TAP_MAC, VETH_PREFIX},
     error::SlotError,
     netlink::Netlink,
     nft,
@@ -43,12 +41,14 @@ pub(super) struct Prepared {
 }
 
 /// Settings of a namespace. They are there before its links, which take theirs from `default`.
-const SETTINGS: [(&str, &str); 9] = [
+const SETTINGS: [(&str, &str); 10] = [
     ("net/ipv4/ip_forward", "1"),
     ("net/ipv4/conf/all/accept_redirects", "0"),
     ("net/ipv4/conf/default/accept_redirects", "0"),
     ("net/ipv4/conf/all/send_redirects", "0"),
     ("net/ipv4/conf/default/send_redirects", "0"),
+    // Every refusal reaches the guest: only it is sent any, and none of them counts as the host's.
+    ("net/ipv4/icmp_ratemask", "0"),
     // Reverse path: an answer comes from where the question went, or it is dropped.
     ("net/ipv4/conf/all/rp_filter", "1"),
     // An ARP question is answered for the address of the link that it came in by, and for no other.
@@ -73,7 +73,11 @@ pub(super) fn lease(from: SlotNumber) -> Result<(SlotNumber, FileLock), SlotErro
 }
 
 /// Makes a slot with the first number that is free, beginning with `from`. When that fails, nothing is left.
-pub(super) async fn make(uplink: Arc<OpenUplink>, from: SlotNumber, policy: Policy) -> Result<Prepared, SlotError> {
+pub(super) async fn make(
+    uplink: Arc<OpenUplink>,
+    from: SlotNumber,
+    policy: Policy,
+) -> Result<Prepared, SlotError> {
     let (number, mut lease) = lease(from)?;
     lease.write(uplink.instance.as_str()).map_err(|source| SlotError::Lease { number, source })?;
     if number.namespace().exists() {
@@ -92,7 +96,11 @@ pub(super) async fn make(uplink: Arc<OpenUplink>, from: SlotNumber, policy: Poli
     }
 }
 
-async fn build(uplink: &OpenUplink, number: SlotNumber, policy: &Policy) -> Result<NetworkNamespace, SlotError> {
+async fn build(
+    uplink: &OpenUplink,
+    number: SlotNumber,
+    policy: &Policy,
+) -> Result<NetworkNamespace, SlotError> {
     let link = |source| SlotError::Link { number, source };
     let path = number.namespace();
     let (namespace, ()) = NetworkNamespace::create(path.as_std_path(), make_inside).await?;
@@ -147,29 +155,48 @@ fn setting(name: &str, value: &str) -> Result<(), SlotError> {
 }
 
 /// Removes everything that a number stands for, the lease last.
-pub(super) async fn dismantle(uplink: &OpenUplink, number: SlotNumber, lease: FileLock) -> Result<(), SlotError> {
+pub(super) async fn dismantle(
+    uplink: &OpenUplink,
+    number: SlotNumber,
+    lease: FileLock,
+) -> Result<(), SlotError> {
     clear(uplink, number).await?;
     lease.remove().map_err(|source| SlotError::Lease { number, source })
 }
 
 /// Removes everything but the lease. What is not there is no error.
 async fn clear(uplink: &OpenUplink, number: SlotNumber) -> Result<(), SlotError> {
+    uplink.netlink.delete(&number.outer()).await.map_err(|source| SlotError::Link { number, source })?;
+    // Nothing passes any more. The kernel takes its time for each of the rest, so they go side by side.
+    tokio::try_join!(clear_inside(number), forget_connections(uplink, number))?;
+    // An unmount waits for the kernel too, and has no other way to do it than on a thread.
+    let name = number.namespace();
+    let removed = tokio::task::spawn_blocking(move || netns::remove_name(name.as_std_path()));
+    removed
+        .await
+        .map_err(io::Error::other)
+        .flatten()
+        .map_err(|source| SlotError::Namespace { number, source })
+}
+
+async fn clear_inside(number: SlotNumber) -> Result<(), SlotError> {
     let link = |source| SlotError::Link { number, source };
-    let namespace_error = |source| SlotError::Namespace { number, source };
-    uplink.netlink.delete(&number.outer()).await.map_err(link)?;
-    let path = number.namespace();
-    match NetworkNamespace::open(path.as_std_path()) {
+    match NetworkNamespace::open(number.namespace().as_std_path()) {
         Ok(namespace) => {
             let inside = Netlink::open(&namespace).await.map_err(link)?;
             // It is still there when the pair ends in an uplink other than this one.
             inside.delete(INNER).await.map_err(link)?;
             inside.delete(TAP).await.map_err(link)?;
+            Ok(())
         }
-        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-        Err(source) => return Err(namespace_error(source)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        Err(source) => Err(SlotError::Namespace { number, source }),
     }
+}
+
+async fn forget_connections(uplink: &OpenUplink, number: SlotNumber) -> Result<(), SlotError> {
     let address = number.inner_address();
     let forgotten = uplink.namespace.run(move || conntrack::forget(address)).await.and_then(|done| done);
     forgotten.map_err(|source| SlotError::Connections { number, source })?;
-    netns::remove_name(path.as_std_path()).map_err(namespace_error)
+    Ok(())
 }

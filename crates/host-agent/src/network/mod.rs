@@ -20,7 +20,7 @@
 //! - **Whose it is.** Numbers are the machine's, and several stacks share it. The lease of a number is an
 //!   flock on `/run/wrenn/slots/N`; the VMM inherits it, so that it outlives the agent. The links of a stack
 //!   carry its instance id as their group, and its rules match only that group.
-//! - **A slot is used once.** Then it is dismantled, and another one is made ([`pool`]).
+//! - **A slot is used once.** Then it is dismantled, and another one is made ([`SlotPool`]).
 //!
 //! What is on the path of a create: taking a slot from the queue, and for a sandbox without internet one
 //! run of `nft`. Everything else happens before or after.

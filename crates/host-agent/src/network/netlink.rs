@@ -1,6 +1,11 @@
 //! Links, addresses, routes and neighbours of one namespace, over a netlink socket that was opened in it.
 
-use std::{io, net::Ipv4Addr, os::fd::{AsFd as _, AsRawFd as _}, time::Duration};
+use std::{
+    io,
+    net::Ipv4Addr,
+    os::fd::{AsFd as _, AsRawFd as _},
+    time::Duration,
+};
 
 use futures::TryStreamExt as _;
 use rtnetlink::{
@@ -98,7 +103,8 @@ impl Netlink {
     /// The names of all links that begin with `prefix`.
     pub(super) async fn list(&self, prefix: &str) -> Result<Vec<String>, NetlinkError> {
         let links = self.handle.link().get().execute().try_collect::<Vec<_>>();
-        let attributes = bounded("list links", prefix, links).await?.into_iter().flat_map(|link| link.attributes);
+        let attributes =
+            bounded("list links", prefix, links).await?.into_iter().flat_map(|link| link.attributes);
         let names = attributes.filter_map(|attribute| match attribute {
             LinkAttribute::IfName(name) => Some(name),
             _ => None,
@@ -119,14 +125,24 @@ impl Netlink {
     }
 
     /// Gives a link an address.
-    pub(super) async fn add_address(&self, index: u32, address: Ipv4Addr, prefix: u8) -> Result<(), NetlinkError> {
+    pub(super) async fn add_address(
+        &self,
+        index: u32,
+        address: Ipv4Addr,
+        prefix: u8,
+    ) -> Result<(), NetlinkError> {
         let request = self.handle.address().add(index, address.into(), prefix);
         bounded("add the address", address, request.execute()).await
     }
 
     /// Says once for ever which Ethernet address a neighbour has. Nobody is asked, and nobody's claim to
     /// the contrary is believed.
-    pub(super) async fn add_neighbour(&self, index: u32, address: Ipv4Addr, mac: [u8; 6]) -> Result<(), NetlinkError> {
+    pub(super) async fn add_neighbour(
+        &self,
+        index: u32,
+        address: Ipv4Addr,
+        mac: [u8; 6],
+    ) -> Result<(), NetlinkError> {
         let request = self.handle.neighbours().add(index, address.into()).link_layer_address(&mac);
         bounded("add the neighbour", address, request.execute()).await
     }

@@ -15,19 +15,19 @@ const fn network(a: u8, b: u8, c: u8, d: u8, prefix: u8) -> Network {
 
 /// What no sandbox ever reaches, whatever its policy says. No two of them overlap.
 pub const UNREACHABLE: [Network; 13] = [
-    network(0, 0, 0, 0, 8),      // "this host"
-    network(10, 0, 0, 0, 8),     // private; our own veth pairs too
-    network(100, 64, 0, 0, 10),  // carrier NAT; the metadata of one cloud
-    network(127, 0, 0, 0, 8),    // loopback
+    network(0, 0, 0, 0, 8),        // "this host"
+    network(10, 0, 0, 0, 8),       // private; our own veth pairs too
+    network(100, 64, 0, 0, 10),    // carrier NAT; the metadata of one cloud
+    network(127, 0, 0, 0, 8),      // loopback
     network(168, 63, 129, 16, 32), // the host agent's address in Azure, public in form only
-    network(169, 254, 0, 0, 16), // link-local; the metadata of most clouds
-    network(172, 16, 0, 0, 12),  // private
-    network(192, 0, 0, 0, 24),   // protocol assignments; the metadata of one cloud
-    network(192, 88, 99, 0, 24), // 6to4 relays, a way to IPv6
-    network(192, 168, 0, 0, 16), // private
-    network(198, 18, 0, 0, 15),  // benchmarks inside of a network
-    network(224, 0, 0, 0, 4),    // multicast
-    network(240, 0, 0, 0, 4),    // reserved, and the broadcast address
+    network(169, 254, 0, 0, 16),   // link-local; the metadata of most clouds
+    network(172, 16, 0, 0, 12),    // private
+    network(192, 0, 0, 0, 24),     // protocol assignments; the metadata of one cloud
+    network(192, 88, 99, 0, 24),   // 6to4 relays, a way to IPv6
+    network(192, 168, 0, 0, 16),   // private
+    network(198, 18, 0, 0, 15),    // benchmarks inside of a network
+    network(224, 0, 0, 0, 4),      // multicast
+    network(240, 0, 0, 0, 4),      // reserved, and the broadcast address
 ];
 
 impl Network {
@@ -97,14 +97,34 @@ mod tests {
     #[test]
     fn the_edges_of_the_networks() {
         for inside in [
-            "0.0.0.0", "10.255.255.255", "100.127.255.255", "127.0.0.53", "168.63.129.16", "169.254.169.254",
-            "172.31.255.255", "192.0.0.192", "192.168.0.0", "198.19.255.255", "224.0.0.251", "255.255.255.255",
+            "0.0.0.0",
+            "10.255.255.255",
+            "100.127.255.255",
+            "127.0.0.53",
+            "168.63.129.16",
+            "169.254.169.254",
+            "172.31.255.255",
+            "192.0.0.192",
+            "192.168.0.0",
+            "198.19.255.255",
+            "224.0.0.251",
+            "255.255.255.255",
         ] {
             assert!(unreachable(inside.parse().unwrap()), "{inside}");
         }
         for outside in [
-            "1.1.1.1", "9.255.255.255", "11.0.0.0", "100.63.255.255", "100.128.0.0", "168.63.129.17",
-            "172.15.255.255", "172.32.0.0", "192.0.1.0", "192.169.0.0", "198.20.0.0", "203.0.113.10",
+            "1.1.1.1",
+            "9.255.255.255",
+            "11.0.0.0",
+            "100.63.255.255",
+            "100.128.0.0",
+            "168.63.129.17",
+            "172.15.255.255",
+            "172.32.0.0",
+            "192.0.1.0",
+            "192.169.0.0",
+            "198.20.0.0",
+            "203.0.113.10",
         ] {
             assert!(!unreachable(outside.parse().unwrap()), "{outside}");
         }
@@ -112,7 +132,10 @@ mod tests {
 
     #[test]
     fn a_name_server_inside_is_named() {
-        let policy = Policy { internet: true, dns_servers: vec![Ipv4Addr::new(8, 8, 8, 8), Ipv4Addr::new(10, 0, 0, 2)] };
+        let policy = Policy {
+            internet: true,
+            dns_servers: vec![Ipv4Addr::new(8, 8, 8, 8), Ipv4Addr::new(10, 0, 0, 2)],
+        };
         assert_eq!(
             policy.check().unwrap_err().to_string(),
             "the name server 10.0.0.2 is in 10.0.0.0/8, which no sandbox may reach"

@@ -33,9 +33,9 @@ use super::{
 };
 
 /// How long a caller waits for a slot.
-const TAKE_BOUND: Duration = Duration::from_secs(20);
+const TAKE_BOUND: Duration = Duration::from_secs(15);
 /// How long after a take its slot is replaced.
-const HOLD_BACK: Duration = Duration::from_millis(100);
+const HOLD_BACK: Duration = Duration::from_millis(250);
 /// How long after a failure the next slot is made that nobody waits for.
 const RETRY: Duration = Duration::from_secs(1);
 /// How many slots are dismantled at the same time.
@@ -277,7 +277,10 @@ impl Keeper {
                     }
                     None => {
                         let error = &error as &dyn std::error::Error;
-                        tracing::warn!(error, "no network slot could be made; the next attempt is in {RETRY:?}");
+                        tracing::warn!(
+                            error,
+                            "no network slot could be made; the next attempt is in {RETRY:?}"
+                        );
                     }
                 }
             }

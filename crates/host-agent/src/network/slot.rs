@@ -81,7 +81,7 @@ impl Slot {
     }
 
     /// Puts a policy in force, before the guest runs or while it does. A policy that is in force already
-    /// costs nothing; another one is one transaction. What the new one forbids ends at once, open
+    /// costs nothing; another one is one run of `nft`. What the new one forbids ends at once, open
     /// connections included.
     ///
     /// # Errors
@@ -93,9 +93,14 @@ impl Slot {
         }
         policy.check().map_err(SlotError::Policy)?;
         let number = prepared.number;
-        let rules = ruleset::slot(&prepared.uplink.instance, number, policy);
         // If this future is dropped half-way, nobody knows which of the two it is.
         let former = prepared.policy.take();
+        let rules = ruleset::change(former.as_ref(), policy);
+        if rules.is_empty() {
+            // The same servers in another order.
+            prepared.policy = former;
+            return Ok(());
+        }
         match nft::load(&prepared.namespace, rules).await {
             Ok(()) => {
                 prepared.policy = Some(policy.clone());

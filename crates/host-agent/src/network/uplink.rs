@@ -29,7 +29,9 @@ pub struct NamespaceName(String);
 
 /// The text is not the name of a namespace.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("a namespace's name is 1 to 64 letters, digits, dots, underscores and dashes, and begins with no dot")]
+#[error(
+    "a namespace's name is 1 to 64 letters, digits, dots, underscores and dashes, and begins with no dot"
+)]
 pub struct NotANamespaceName;
 
 impl FromStr for NamespaceName {
@@ -96,8 +98,7 @@ pub(super) struct OpenUplink {
 impl OpenUplink {
     /// Opens the uplink. Nothing of it is changed.
     pub(super) async fn open(instance: &InstanceId, uplink: &Uplink) -> Result<Self, UplinkError> {
-        let group =
-            ruleset::link_group(instance).ok_or_else(|| UplinkError::InstanceId(instance.clone()))?;
+        let group = ruleset::link_group(instance).ok_or_else(|| UplinkError::InstanceId(instance.clone()))?;
         let directory = |path, source| UplinkError::Directory { path, source };
         netns::prepare_names().map_err(|source| directory(netns::NAMES, source))?;
         make_slots_dir().map_err(|source| directory(SLOTS_DIR, source))?;
@@ -114,7 +115,9 @@ impl OpenUplink {
 
     /// Puts the rules in force and turns forwarding on. Only after this may a link of ours come up.
     pub(super) async fn prepare(&self) -> Result<(), UplinkError> {
-        nft::load(&self.namespace, ruleset::uplink(&self.instance, self.group)).await.map_err(UplinkError::Rules)?;
+        nft::load(&self.namespace, ruleset::uplink(&self.instance, self.group))
+            .await
+            .map_err(UplinkError::Rules)?;
         let forwarding = self.namespace.run(turn_forwarding_on).await.and_then(|turned| turned);
         if forwarding.map_err(UplinkError::Forwarding)? {
             tracing::info!("turned on net.ipv4.ip_forward in the uplink's namespace; it stays on");

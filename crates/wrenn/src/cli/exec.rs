@@ -60,7 +60,10 @@ pub(super) struct CommandArguments {
 /// How a command ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Ended {
-    Exited { code: i32, status: Option<String> },
+    Exited {
+        code: i32,
+        status: Option<String>,
+    },
     /// A signal to this program came first, or nobody reads its output any more.
     Interrupted(u8),
 }
@@ -232,7 +235,9 @@ pub(super) async fn follow(
         match written {
             Ok(()) => {}
             // As the shell's own pipes do it: the reader has seen enough, and SIGPIPE is signal 13.
-            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => return Ok(Ended::Interrupted(128 + 13)),
+            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => {
+                return Ok(Ended::Interrupted(128 + 13));
+            }
             Err(error) => return Err(Failure::new(OF_COMMAND, error)),
         }
     }
@@ -334,7 +339,9 @@ pub(super) fn exit_code(code: i32, status: Option<&str>) -> u8 {
 pub(super) fn variable(text: &str) -> Result<Variable, String> {
     let (name, value) = match text.split_once('=') {
         Some((name, value)) => (name, value.to_owned()),
-        None => (text, std::env::var(text).map_err(|_| format!("{text} is not set here; write {text}=VALUE"))?),
+        None => {
+            (text, std::env::var(text).map_err(|_| format!("{text} is not set here; write {text}=VALUE"))?)
+        }
     };
     if name.is_empty() || name.contains('\0') {
         return Err("a variable has a name, as in NAME=VALUE".to_owned());

@@ -5,7 +5,7 @@ use std::fmt::Write as _;
 use wrenn_api::{ErrorBody, ErrorCode};
 
 use super::output::{Format, Output};
-use crate::client::{Error as ClientError, EndpointError};
+use crate::client::{EndpointError, Error as ClientError};
 
 /// `run`, `exec` and `shell` failed themselves.
 pub(super) const OF_COMMAND: u8 = 125;
@@ -27,7 +27,8 @@ impl Failure {
     /// A failure of what would otherwise pass on an exit code.
     pub(super) fn of_command(error: impl Into<anyhow::Error>) -> Self {
         let error = error.into();
-        let timeout = error.downcast_ref::<ClientError>().and_then(ClientError::code) == Some(ErrorCode::Timeout);
+        let timeout =
+            error.downcast_ref::<ClientError>().and_then(ClientError::code) == Some(ErrorCode::Timeout);
         Self { code: if timeout { TIMEOUT } else { OF_COMMAND }, error }
     }
 
@@ -35,7 +36,9 @@ impl Failure {
     pub(super) fn report(&self, output: Output) -> u8 {
         // Whoever closed our standard output has seen enough.
         let broken_pipe = |cause: &(dyn std::error::Error + 'static)| {
-            cause.downcast_ref::<std::io::Error>().is_some_and(|error| error.kind() == std::io::ErrorKind::BrokenPipe)
+            cause
+                .downcast_ref::<std::io::Error>()
+                .is_some_and(|error| error.kind() == std::io::ErrorKind::BrokenPipe)
         };
         if self.error.chain().next().is_some_and(broken_pipe) {
             return self.code;
@@ -83,9 +86,9 @@ impl Failure {
             };
         }
         match self.error.downcast_ref::<ClientError>()? {
-            ClientError::Connect { .. } => {
-                Some("is the stack running? `wrenn dev` or `wrenn up` starts one; WRENN_BASE_URL names another")
-            }
+            ClientError::Connect { .. } => Some(
+                "is the stack running? `wrenn dev` or `wrenn up` starts one; WRENN_BASE_URL names another",
+            ),
             ClientError::Refused { code: ErrorCode::Unauthorized, .. } => {
                 Some("the key is not one of this stack; `. .wrenn/env` sets the one it made")
             }

@@ -119,7 +119,9 @@ fn run_command(command: Command, output: Output) -> Result<u8, Failure> {
     let runtime = builder.enable_all().build().map_err(|error| Failure::new(1, error))?;
     let result = runtime.block_on(async {
         match command {
-            Command::Run(arguments) => arguments.execute(client().map_err(Failure::of_command)?, output).await,
+            Command::Run(arguments) => {
+                arguments.execute(client().map_err(Failure::of_command)?, output).await
+            }
             Command::Sandbox(command) => command.execute(output).await,
             Command::Dev(arguments) => arguments.dev().await,
             Command::Up(arguments) => arguments.up(output).await,
@@ -171,7 +173,8 @@ mod tests {
 
     #[test]
     fn what_follows_two_dashes_is_the_command() {
-        let parsed = Arguments::try_parse_from(["wrenn", "run", "--env", "A=b", "--", "ls", "--output", "x"]).unwrap();
+        let parsed =
+            Arguments::try_parse_from(["wrenn", "run", "--env", "A=b", "--", "ls", "--output", "x"]).unwrap();
         let Command::Run(run) = parsed.command else { panic!("{parsed:?}") };
         assert_eq!(run.command(), ["ls", "--output", "x"]);
         assert!(Arguments::try_parse_from(["wrenn", "run"]).is_err());

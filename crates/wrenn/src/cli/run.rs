@@ -86,8 +86,7 @@ impl Arguments {
 
     pub(super) async fn execute(self, client: Client, output: Output) -> Result<u8, Failure> {
         let mut interrupts = Interrupts::new().map_err(|error| Failure::new(OF_COMMAND, error))?;
-        let request =
-            CreateSandbox { timeout_sec: Some(INACTIVITY_SECONDS), ..self.resources.request() };
+        let request = CreateSandbox { timeout_sec: Some(INACTIVITY_SECONDS), ..self.resources.request() };
         let created = match create(&client, &request, &mut interrupts, output).await? {
             Ok(created) => created,
             Err(code) => return Ok(code),
@@ -167,5 +166,7 @@ async fn destroy(client: &Client, id: &SandboxId, interrupts: &mut Interrupts, o
         },
         _ = interrupts.next() => "interrupted".to_owned(),
     };
-    output.note(&format!("warning: the sandbox {id} was not destroyed: {why}; `wrenn sandbox rm {id}` does it"));
+    output.note(&format!(
+        "warning: the sandbox {id} was not destroyed: {why}; `wrenn sandbox rm {id}` does it"
+    ));
 }

@@ -196,7 +196,9 @@ fn show(sandbox: &Sandbox, output: Output) -> Result<u8, Failure> {
         ["started".to_owned(), optional(sandbox.started_at.map(|time| time.to_string()))],
         ["last active".to_owned(), optional(sandbox.last_active_at.map(|time| time.to_string()))],
     ];
-    lines.extend(sandbox.metadata.iter().map(|(name, value)| ["metadata".to_owned(), format!("{name}={value}")]));
+    lines.extend(
+        sandbox.metadata.iter().map(|(name, value)| ["metadata".to_owned(), format!("{name}={value}")]),
+    );
     lines.extend(sandbox.end_message.clone().map(|message| ["ended".to_owned(), message]));
     output.line(&table(["FIELD", "VALUE"], lines))?;
     Ok(0)
@@ -240,7 +242,8 @@ async fn remove(client: &Client, arguments: RemoveArguments, output: Output) -> 
             }
             // The others can still go; one failure is enough to fail.
             Err(error) => {
-                let failure = Failure::new(1, anyhow::Error::new(error).context(format!("cannot destroy {id}")));
+                let failure =
+                    Failure::new(1, anyhow::Error::new(error).context(format!("cannot destroy {id}")));
                 if let Some(earlier) = failed.replace(failure) {
                     earlier.report(output);
                 }
@@ -260,7 +263,8 @@ pub(super) fn print_phases(output: Output, phases: &[Phase]) {
         return;
     }
     let rows = phases.iter().map(|phase| {
-        let milliseconds = phase.milliseconds.map_or_else(|| "-".to_owned(), |value| format!("{value:.1} ms"));
+        let milliseconds =
+            phase.milliseconds.map_or_else(|| "-".to_owned(), |value| format!("{value:.1} ms"));
         [phase.name.clone(), milliseconds, phase.description.clone().unwrap_or_default()]
     });
     output.note(&table(["PHASE", "TIME", ""], rows));
@@ -309,7 +313,8 @@ mod tests {
 
     #[test]
     fn ages() {
-        for (seconds, text) in [(-3, "0 s"), (119, "119 s"), (120, "2 min"), (7_200, "2 h"), (172_800, "2 d")] {
+        for (seconds, text) in [(-3, "0 s"), (119, "119 s"), (120, "2 min"), (7_200, "2 h"), (172_800, "2 d")]
+        {
             assert_eq!(age(SignedDuration::from_secs(seconds)), text);
         }
     }

@@ -2,8 +2,14 @@
 //!
 //! Each prints one line of JSON when it is ready, logs to standard error, and stops on SIGTERM or SIGINT.
 
-use camino::Utf8PathBuf;
+use std::io::Write as _;
+
+use anyhow::Context as _;
 use rustix::process::Signal;
+use serde_json::{Value, json};
+use tokio::signal::unix::{SignalKind, signal};
+use tokio_util::sync::CancellationToken;
+use wrenn_host_agent::Agent;
 
 use super::failure::Failure;
 use crate::supervisor::unprivileged::die_with;
@@ -27,24 +33,8 @@ impl SupervisedArguments {
 pub(super) struct AgentArguments {
     #[command(flatten)]
     supervised: SupervisedArguments,
-    /// Directory of the stack
-    #[arg(long, env = "WRENN_DIR", default_value = "/var/lib/wrenn")]
-    dir: Utf8PathBuf,
-    /// Guest bundle and templates
-    #[arg(long, env = "WRENN_IMAGES", default_value = "/var/lib/wrenn/images")]
-    images: Utf8PathBuf,
-    /// Warm snapshots
-    #[arg(long, env = "WRENN_SNAPSHOTS", default_value = "/var/cache/wrenn/snapshots")]
-    snapshots: Utf8PathBuf,
-    /// Unix socket to serve
-    #[arg(long)]
-    socket: Option<Utf8PathBuf>,
-    /// Network slots to keep ready
-    #[arg(long)]
-    ready_slots: Option<u32>,
-    /// Network namespace that is the way out, instead of the root namespace
-    #[arg(long)]
-    uplink_netns: Option<String>,
+    #[command(flatten)]
+    config: wrenn_host_agent::Config,
 }
 
 /// Flags of `wrenn control-plane`.
@@ -52,30 +42,52 @@ pub(super) struct AgentArguments {
 pub(super) struct ControlPlaneArguments {
     #[command(flatten)]
     supervised: SupervisedArguments,
-    /// Address of the public API; port 0 takes a free one
-    #[arg(long, default_value = "127.0.0.1:8000")]
-    listen: std::net::SocketAddr,
-    /// The database
-    #[arg(long, env = "DATABASE_URL", hide_env_values = true)]
-    database_url: String,
-    /// Socket of the host agent
-    #[arg(long)]
-    agent_socket: Utf8PathBuf,
-    /// Where the first API key is written, if the first start has to make one
-    #[arg(long)]
-    first_key_file: Option<Utf8PathBuf>,
+    #[command(flatten)]
+    config: wrenn_control_plane::Config,
+}
+
+/// Cancelled by SIGTERM and SIGINT, from now on.
+fn stop_signal() -> std::io::Result<CancellationToken> {
+    let (mut terminate, mut interrupt) =
+        (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+    let stop = CancellationToken::new();
+    let told = stop.clone();
+    tokio::spawn(async move {
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+        told.cancel();
+    });
+    Ok(stop)
+}
+
+/// The one line by which whoever started a service learns that it is ready.
+fn say_ready(line: &Value) {
+    // Nobody may be reading: a service that a person started serves all the same.
+    let _ = writeln!(std::io::stdout().lock(), "{line}");
 }
 
 impl AgentArguments {
     pub(super) async fn execute(self) -> Result<u8, Failure> {
         self.supervised.watch()?;
-        Err(anyhow::anyhow!("the host agent is not part of this build").into())
+        let stop = stop_signal()?;
+        let agent = Box::pin(Agent::start(self.config)).await.context("the host agent did not start")?;
+        say_ready(&json!({ "ready": true, "socket": agent.socket() }));
+        stop.cancelled().await;
+        agent.stop().await;
+        Ok(0)
     }
 }
 
 impl ControlPlaneArguments {
     pub(super) async fn execute(self) -> Result<u8, Failure> {
         self.supervised.watch()?;
-        Err(anyhow::anyhow!("the control plane is not part of this build").into())
+        let stop = stop_signal()?;
+        let ready = |address| say_ready(&json!({ "ready": true, "address": address }));
+        Box::pin(wrenn_control_plane::run(self.config, stop, ready))
+            .await
+            .context("the control plane did not start")?;
+        Ok(0)
     }
 }

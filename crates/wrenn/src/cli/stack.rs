@@ -17,8 +17,12 @@ use tokio::{
     process::Command,
 };
 
-use super::{DEFAULT_DIRECTORY, DIRECTORY_VARIABLE, failure::Failure, interrupts::Interrupts, output::Output};
-use crate::supervisor::{self, Config, Directory, Event, Found, ProcessIdentity, RUN_ROOT, StackReady, Stopped};
+use super::{
+    DEFAULT_DIRECTORY, DIRECTORY_VARIABLE, failure::Failure, interrupts::Interrupts, output::Output,
+};
+use crate::supervisor::{
+    self, Config, Directory, Event, Found, ProcessIdentity, RUN_ROOT, StackReady, Stopped,
+};
 
 /// How long a stack may take to come up: the sum of what its parts may take, and a little more.
 const UP_BOUND: Duration = Duration::from_secs(540);
@@ -239,7 +243,8 @@ impl Progress {
         {
             self.seen += end as u64 + 1;
             // The summary follows from here, too.
-            for line in text[..end].lines().filter(|line| !line.is_empty() && !line.starts_with(SUMMARY_MARK)) {
+            for line in text[..end].lines().filter(|line| !line.is_empty() && !line.starts_with(SUMMARY_MARK))
+            {
                 self.output.note(line);
             }
         }
@@ -271,7 +276,10 @@ fn summary(ready: &StackReady, detached: bool) -> String {
 
 fn not_ready(directory: &Directory, holder: ProcessIdentity) -> anyhow::Error {
     let (pid, log) = (holder.pid, directory.own_log());
-    anyhow::anyhow!("the stack (process {pid}) runs but is not ready after {} s; its log is {log}", UP_BOUND.as_secs())
+    anyhow::anyhow!(
+        "the stack (process {pid}) runs but is not ready after {} s; its log is {log}",
+        UP_BOUND.as_secs()
+    )
 }
 
 /// What no part of a stack can do without, said in one place before anything is started.
@@ -324,7 +332,17 @@ mod tests {
         let guard = tempfile::tempdir().unwrap();
         let dir = Utf8PathBuf::from_path_buf(guard.path().canonicalize().unwrap()).unwrap();
         let directory = Directory::create(&dir).unwrap();
-        let given = ["wrenn", "--listen", "127.0.0.1:0", "--dir", dir.as_str(), "--images", "i", "--ready-slots", "3"];
+        let given = [
+            "wrenn",
+            "--listen",
+            "127.0.0.1:0",
+            "--dir",
+            dir.as_str(),
+            "--images",
+            "i",
+            "--ready-slots",
+            "3",
+        ];
         let arguments = Line::try_parse_from(given).unwrap().arguments;
         let mut line = arguments.command_line(&directory);
         assert_eq!(line[..2], ["dev", "--detached"]);
@@ -342,6 +360,9 @@ mod tests {
             dir: "/x/.wrenn".into(),
         };
         let text = summary(&ready, false);
-        assert!(text.contains(". /x/.wrenn/env") && text.contains("Ctrl-C") && !text.contains("wrn_0"), "{text}");
+        assert!(
+            text.contains(". /x/.wrenn/env") && text.contains("Ctrl-C") && !text.contains("wrn_0"),
+            "{text}"
+        );
     }
 }

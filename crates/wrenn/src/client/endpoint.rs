@@ -96,10 +96,7 @@ impl Endpoint {
     ///
     /// # Errors
     /// [`EndpointError`] says which part is missing or wrong.
-    pub fn find(
-        variable: impl Fn(&str) -> Option<String>,
-        file: &Utf8Path,
-    ) -> Result<Self, EndpointError> {
+    pub fn find(variable: impl Fn(&str) -> Option<String>, file: &Utf8Path) -> Result<Self, EndpointError> {
         let set = |name| variable(name).filter(|value| !value.trim().is_empty());
         match (set(BASE_URL), set(API_KEY)) {
             (Some(base_url), Some(api_key)) => Self::new(&base_url, &api_key),
@@ -179,7 +176,9 @@ mod tests {
         assert_eq!((long.host.as_str(), long.port, long.prefix.as_str()), ("::1", 80, "/api"));
         assert_eq!(long.to_string(), "http://[::1]/api");
         assert!(matches!(base("https://app.example"), Err(EndpointError::NeedsTls { .. })));
-        for wrong in ["", "127.0.0.1:8000", "ftp://x", "http://", "/v1", "http://user:secret@host", "http://h/?a=b"] {
+        for wrong in
+            ["", "127.0.0.1:8000", "ftp://x", "http://", "/v1", "http://user:secret@host", "http://h/?a=b"]
+        {
             assert!(matches!(base(wrong), Err(EndpointError::NotAnAddress { .. })), "{wrong}");
         }
     }

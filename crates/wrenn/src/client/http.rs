@@ -260,7 +260,9 @@ pub(super) fn escape(text: &str) -> String {
     let mut escaped = String::with_capacity(text.len());
     for byte in text.bytes() {
         match byte {
-            b'A'..=b'Z' | b'a'..=b'z' | b'0'..=b'9' | b'-' | b'.' | b'_' | b'~' => escaped.push(char::from(byte)),
+            b'A'..=b'Z' | b'a'..=b'z' | b'0'..=b'9' | b'-' | b'.' | b'_' | b'~' => {
+                escaped.push(char::from(byte))
+            }
             // Writing to a string cannot fail.
             _ => drop(write!(escaped, "%{byte:02X}")),
         }
@@ -282,7 +284,10 @@ mod tests {
     fn a_refusal_has_its_reason() {
         let body = br#"{"error":{"code":"not_found","message":"no such sandbox"}}"#;
         let error = refusal("GET /x", StatusCode::NOT_FOUND, body);
-        assert_eq!((error.code(), error.to_string()), (Some(ErrorCode::NotFound), "no such sandbox".to_owned()));
+        assert_eq!(
+            (error.code(), error.to_string()),
+            (Some(ErrorCode::NotFound), "no such sandbox".to_owned())
+        );
         let other = refusal("GET /x", StatusCode::BAD_GATEWAY, b"<html>");
         assert!(matches!(other, Error::Unexpected { status: 502, .. }));
     }

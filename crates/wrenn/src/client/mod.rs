@@ -22,13 +22,15 @@ mod timing;
 use std::time::Duration;
 
 use ::http::{Method, StatusCode};
-use wrenn_api::{BackgroundProcess, CreateSandbox, ExecRequest, ExecResponse, Health, Sandbox, SandboxStatus};
+use wrenn_api::{
+    BackgroundProcess, CreateSandbox, ExecRequest, ExecResponse, Health, Sandbox, SandboxStatus,
+};
 use wrenn_types::SandboxId;
 
 use self::http::{Call, Transport, escape};
 pub use self::{
     endpoint::{BaseUrl, Endpoint, EndpointError},
-    error::Error,
+    error::{Error, Source},
     exec::{ExecEvent, ExecInput, ExecStream},
     files::Download,
     terminal::{Terminal, TerminalEvent, TerminalInput},

@@ -70,15 +70,18 @@ impl Socket {
         let connect = TcpStream::connect((base.host.as_str(), base.port));
         let connected = tokio::time::timeout(CONNECT_BOUND, connect).await;
         let stream = connected.unwrap_or_else(|_| Err(std::io::ErrorKind::TimedOut.into()));
-        let stream = stream.map_err(|source| Error::Connect { base_url: base.to_string(), source: source.into() })?;
+        let stream =
+            stream.map_err(|source| Error::Connect { base_url: base.to_string(), source: source.into() })?;
         // Keys that are typed should not wait for more of them. If the option is refused, they wait.
         let _ = stream.set_nodelay(true);
 
         let request = format!("ws://{}{}{path}", base.authority, base.prefix).into_client_request();
         let mut request = request.map_err(|error| Error::Request(error.into()))?;
-        let key = endpoint.key.expose().parse().map_err(|error: http::header::InvalidHeaderValue| {
-            Error::Request(error.into())
-        })?;
+        let key = endpoint
+            .key
+            .expose()
+            .parse()
+            .map_err(|error: http::header::InvalidHeaderValue| Error::Request(error.into()))?;
         request.headers_mut().insert(API_KEY_HEADER, key);
         let opened = tokio::time::timeout(CALL_BOUND, client_async(request, stream)).await;
         let (socket, _) = match opened {

@@ -16,7 +16,7 @@ pub struct Phase {
 /// The phases that the headers of an answer tell, in their order. What cannot be understood is left out:
 /// this is for people who look, and nothing depends on it.
 #[must_use]
-pub fn phases(headers: &HeaderMap) -> Vec<Phase> {
+pub(super) fn phases(headers: &HeaderMap) -> Vec<Phase> {
     let values = headers.get_all("server-timing").into_iter();
     values.filter_map(|value| value.to_str().ok()).flat_map(parse).collect()
 }

@@ -153,10 +153,6 @@ impl Directory {
         self.root.join("pg")
     }
 
-    pub(super) fn agent(&self) -> Utf8PathBuf {
-        self.root.join("agent")
-    }
-
     fn lock(&self) -> Utf8PathBuf {
         self.root.join("lock")
     }
@@ -279,7 +275,8 @@ impl Claim {
         self.clear_run_directory()?;
         // The lock goes last and only from an otherwise empty directory:
         // whoever locks the removed file finds that the path does not lead to it, and tries again.
-        let only_lock = fs::read_dir(&self.run)?.all(|entry| entry.is_ok_and(|entry| entry.file_name() == "lock"));
+        let only_lock =
+            fs::read_dir(&self.run)?.all(|entry| entry.is_ok_and(|entry| entry.file_name() == "lock"));
         if only_lock {
             files::remove_if_there(&self.run.join("lock"))?;
             match fs::remove_dir(&self.run) {
@@ -309,7 +306,9 @@ async fn lock(path: &Utf8Path) -> Result<Option<File>, ClaimError> {
             .map_err(failed)?;
         match flock(&file, FlockOperation::NonBlockingLockExclusive) {
             Ok(()) if leads_to(path, &file).map_err(failed)? => return Ok(Some(file)),
-            Ok(()) | Err(rustix::io::Errno::WOULDBLOCK) => tokio::time::sleep(Duration::from_millis(50)).await,
+            Ok(()) | Err(rustix::io::Errno::WOULDBLOCK) => {
+                tokio::time::sleep(Duration::from_millis(50)).await
+            }
             Err(errno) => return Err(failed(errno.into())),
         }
     }
@@ -394,7 +393,10 @@ mod tests {
         fs::create_dir(&copy).unwrap();
         fs::copy(path.join("instance"), copy.join("instance")).unwrap();
         let error = Claim::take(&copy, &run).await.unwrap_err();
-        assert!(matches!(&error, ClaimError::SameInstance { instance, .. } if *instance == claim.instance), "{error}");
+        assert!(
+            matches!(&error, ClaimError::SameInstance { instance, .. } if *instance == claim.instance),
+            "{error}"
+        );
 
         fs::remove_file(copy.join("instance")).unwrap();
         let other = Claim::take(&copy, &run).await.unwrap();

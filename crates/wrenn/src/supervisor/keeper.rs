@@ -241,7 +241,9 @@ impl Keeping {
                 Err(error) => error,
             };
             match policy.ended(Instant::now()) {
-                Verdict::GiveUp(times) => return Err(KeeperError::TooOften { role, times, last: Box::new(ended) }),
+                Verdict::GiveUp(times) => {
+                    return Err(KeeperError::TooOften { role, times, last: Box::new(ended) });
+                }
                 Verdict::StartAfter(pause) => {
                     self.shared.observe(Event::Restarting { role, why: ended.to_string(), pause });
                     tokio::select! {
@@ -256,6 +258,7 @@ impl Keeping {
     /// One life of the child; fine only if it was told to stop.
     async fn start_and_wait(&self) -> Result<(), KeeperError> {
         let role = self.recipe.role;
+        self.shared.observe(Event::Starting { role });
         if let Readiness::Postgres(cluster) = &self.recipe.readiness {
             let prepared = async {
                 cluster.clear_the_way().await?;
@@ -267,7 +270,6 @@ impl Keeping {
                 () = self.stop.cancelled() => return Ok(()),
             }
         }
-        self.shared.observe(Event::Starting { role });
         let mut running = self.start().map_err(|source| KeeperError::Start { role, source })?;
         let result = self.attend(&mut running).await;
         // Whatever happened, the process is gone when this returns.
@@ -328,7 +330,11 @@ impl Keeping {
             ticks.tick().await;
             loop {
                 ticks.tick().await;
-                self.shared.observe(Event::StillStarting { role, since: started.elapsed(), log: log.clone() });
+                self.shared.observe(Event::StillStarting {
+                    role,
+                    since: started.elapsed(),
+                    log: log.clone(),
+                });
             }
         };
         tokio::select! {

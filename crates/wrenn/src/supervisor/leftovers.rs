@@ -63,7 +63,10 @@ impl Children {
             tracing::warn!(%role, pid = process.pid, "killing a process of an earlier run that does not stop");
             process.signal(Signal::KILL)?;
             if !process.wait_gone(Duration::from_secs(5)).await? {
-                return Err(io::Error::other(format!("process {} of an earlier run does not end", process.pid)));
+                return Err(io::Error::other(format!(
+                    "process {} of an earlier run does not end",
+                    process.pid
+                )));
             }
         }
         files::remove_if_there(&self.path)

@@ -60,7 +60,8 @@ mod tests {
     fn pauses_grow_and_then_it_gives_up() {
         let mut policy = RestartPolicy::default();
         let start = Instant::now();
-        let verdicts: Vec<_> = (0..6).map(|second| policy.ended(start + Duration::from_secs(second))).collect();
+        let verdicts: Vec<_> =
+            (0..6).map(|second| policy.ended(start + Duration::from_secs(second))).collect();
         let pause = |millis| Verdict::StartAfter(Duration::from_millis(millis));
         assert_eq!(
             verdicts,

@@ -49,7 +49,9 @@ pub enum PostgresError {
     )]
     NotInstalled,
     /// The data was written by a version that is not installed.
-    #[error("the database in {data} was made by PostgreSQL {version}, which is not installed; install postgresql-{version}")]
+    #[error(
+        "the database in {data} was made by PostgreSQL {version}, which is not installed; install postgresql-{version}"
+    )]
     OtherVersion {
         /// The data directory.
         data: Utf8PathBuf,
@@ -253,7 +255,8 @@ impl Cluster {
         let Ok(data) = fs::metadata(&self.data) else { return Ok(()) };
         let users = || processes_in(&data);
         let pid_file = self.data.join("postmaster.pid");
-        let recorded = || -> Option<i32> { fs::read_to_string(&pid_file).ok()?.lines().next()?.trim().parse().ok() };
+        let recorded =
+            || -> Option<i32> { fs::read_to_string(&pid_file).ok()?.lines().next()?.trim().parse().ok() };
 
         let postmaster = recorded().and_then(|pid| users().into_iter().find(|user| user.pid == pid));
         if let Some(postmaster) = postmaster {
@@ -274,10 +277,10 @@ impl Cluster {
                 }
             }
         }
-        // A server refuses to start while the process of its pid file lives. Nobody uses the data now, so if it
-        // lives it is another program that got the same id. Otherwise the file stays: it tells the next server
-        // which shared memory to free.
-        if recorded().is_some_and(|pid| ProcessIdentity::of(pid).is_some()) {
+        // A server refuses to start while the kernel still knows the process of its pid file. Nobody uses the data
+        // now, so that is either another program that got the same id, or a zombie that nobody has reaped.
+        // Otherwise the file stays: it tells the next server which shared memory to free.
+        if recorded().is_some_and(|pid| Utf8Path::new("/proc").join(pid.to_string()).exists()) {
             files::remove_if_there(&pid_file)
                 .map_err(|source| PostgresError::Prepare { path: pid_file.clone(), source })?;
         }
@@ -335,7 +338,8 @@ fn processes_in(directory: &fs::Metadata) -> Vec<ProcessIdentity> {
 }
 
 fn user() -> Result<DatabaseUser, PostgresError> {
-    let found = ["postgres", "nobody"].into_iter().find_map(|name| nix::unistd::User::from_name(name).ok().flatten());
+    let found =
+        ["postgres", "nobody"].into_iter().find_map(|name| nix::unistd::User::from_name(name).ok().flatten());
     let user = found.ok_or(PostgresError::NoUser)?;
     Ok(DatabaseUser { uid: user.uid.as_raw(), gid: user.gid.as_raw() })
 }

@@ -114,8 +114,10 @@ impl Arguments {
         at("enter the root directory", std::env::set_current_dir("/"))?;
         rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o077));
         // `command` has at least one word: the parser asks for it.
-        let (program, arguments) =
-            self.command.split_first().ok_or(Error { step: "start nothing", source: io::ErrorKind::InvalidInput.into() })?;
+        let (program, arguments) = self
+            .command
+            .split_first()
+            .ok_or(Error { step: "start nothing", source: io::ErrorKind::InvalidInput.into() })?;
         Err(Error { step: "start the program", source: Command::new(program).args(arguments).exec() })
     }
 }

@@ -25,10 +25,8 @@ use http::{Method, Request, Response, StatusCode};
 use http_body_util::BodyExt;
 use hyper::body::Incoming;
 
-pub(crate) use self::query::parse as parse_query;
 use super::{
     auth::{self, FileAuthError, FileQuery, Operation},
-    filesystem::tree,
     paths::{self, PathError},
     reply::{self, Body},
     state::{Agent, Identity},

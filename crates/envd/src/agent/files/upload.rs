@@ -25,9 +25,8 @@ use tokio::task::{JoinHandle, spawn_blocking};
 use super::{
     Asker, FilesError, paths,
     reply::{self, Body},
-    tree,
 };
-use crate::agent::state::Identity;
+use crate::{agent::state::Identity, tree};
 
 /// How many files one body may hold.
 const MAXIMUM_FILES: usize = 10_000;
@@ -90,7 +89,7 @@ async fn multipart(
         if part.name() != Some("file") {
             continue;
         }
-        let target = path.as_deref().or(part.file_name()).filter(|name| !name.is_empty());
+        let target = path.as_deref().or_else(|| part.file_name()).filter(|name| !name.is_empty());
         let target =
             target.ok_or_else(|| FilesError::Request("a file has neither a path nor a name".to_owned()))?;
         let target = asker.resolve(target)?;
@@ -126,8 +125,11 @@ async fn write(
     pieces: impl Stream<Item = Result<Bytes, FilesError>>,
 ) -> Result<Written, FilesError> {
     let (user, target) = (asker.user.clone(), path.clone());
-    let create =
-        move || Partial::create(target, user.uid, user.gid, |parent| tree::make_directories(parent, &user));
+    let create = move || {
+        Partial::create(target, user.uid, user.gid, |parent| {
+            tree::make_directories(parent, user.uid, user.gid)
+        })
+    };
     let (mut partial, file) = spawn_blocking(create).await.map_err(|_| FilesError::Interrupted)??;
     let mut writing: Option<JoinHandle<io::Result<()>>> = None;
     let file = Arc::new(file);
@@ -185,7 +187,7 @@ impl Partial {
         }
         let file = match open() {
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                make_parents(Path::new(&path).parent().unwrap_or(Path::new("/"))).map_err(failed)?;
+                make_parents(Path::new(&path).parent().unwrap_or_else(|| Path::new("/"))).map_err(failed)?;
                 open().map_err(failed)?
             }
             other => other.map_err(failed)?,
@@ -222,7 +224,7 @@ mod tests {
 
     fn create(path: &Path) -> Result<(Partial, File), FilesError> {
         let (uid, gid) = (rustix::process::geteuid().as_raw(), rustix::process::getegid().as_raw());
-        Partial::create(path.to_str().unwrap().to_owned(), uid, gid, fs::create_dir_all)
+        Partial::create(path.to_str().unwrap().to_owned(), uid, gid, |parent| fs::create_dir_all(parent))
     }
 
     #[test]

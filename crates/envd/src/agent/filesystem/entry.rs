@@ -117,21 +117,21 @@ mod tests {
         assert_eq!((file.name.as_str(), file.size, file.mode), ("file", 5, 0o640));
         assert_eq!((file.owner.as_str(), file.group.as_str()), ("me", "us"));
         assert_eq!(file.permissions, "-rw-r-----");
-        assert_eq!(file.r#type, WireType::FILE_TYPE_FILE.into());
+        assert_eq!(file.r#type, WireType::FILE_TYPE_FILE);
         assert_eq!(file.symlink_target, None);
 
         assert_eq!(entry("dir").permissions, "drwxr-xr-x");
-        assert_eq!(entry("dir").r#type, WireType::FILE_TYPE_DIRECTORY.into());
+        assert_eq!(entry("dir").r#type, WireType::FILE_TYPE_DIRECTORY);
 
         let link = entry("link");
         assert_eq!(link.permissions, "Lrwxrwxrwx");
-        assert_eq!(link.r#type, WireType::FILE_TYPE_FILE.into());
+        assert_eq!(link.r#type, WireType::FILE_TYPE_FILE);
         let real = fs::canonicalize(path("file")).unwrap();
         assert_eq!(link.symlink_target.as_deref(), real.to_str());
         assert_eq!(link.path, path("link"));
 
         let broken = entry("broken");
-        assert_eq!(broken.r#type, WireType::FILE_TYPE_UNSPECIFIED.into());
+        assert_eq!(broken.r#type, WireType::FILE_TYPE_UNSPECIFIED);
         assert_eq!(broken.symlink_target.as_deref(), Some("nowhere"));
 
         assert_eq!(describe("/dev/null", &accounts).unwrap().permissions, "Dcrw-rw-rw-");

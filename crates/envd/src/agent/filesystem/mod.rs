@@ -3,13 +3,9 @@
 //! Everything is done by the agent itself, which is root; what it makes is given to the user of the request. The work
 //! runs on threads that may block, because a path can lead to a file system that does not answer.
 //!
-//! | module | what it is |
-//! |---|---|
-//! | [`entry`] | what a client is told of a file |
-//! | [`tree`] | making, listing and removing, however deep |
+//! What a client is told of a file is made in [`entry`].
 
 mod entry;
-pub(crate) mod tree;
 
 use std::{io, path::Path, sync::Arc};
 
@@ -23,7 +19,7 @@ use super::{
     state::{Agent, Identity},
     users::{Accounts, User},
 };
-use crate::console::chain;
+use crate::{console::chain, tree};
 
 /// How many entries one list may hold.
 const MAXIMUM_ENTRIES: usize = 100_000;
@@ -118,12 +114,14 @@ impl Asker {
             Ok(_) => return Err(FilesystemError::FileExists(path)),
             Err(_) => {}
         }
-        tree::make_directories(Path::new(&path), &self.user).map_err(|source| match source.kind() {
-            io::ErrorKind::NotADirectory | io::ErrorKind::AlreadyExists => {
-                FilesystemError::FileExists(path.clone())
-            }
-            _ => FilesystemError::Io { operation: "make the directory", path: path.clone(), source },
-        })?;
+        tree::make_directories(Path::new(&path), self.user.uid, self.user.gid).map_err(
+            |source| match source.kind() {
+                io::ErrorKind::NotADirectory | io::ErrorKind::AlreadyExists => {
+                    FilesystemError::FileExists(path.clone())
+                }
+                _ => FilesystemError::Io { operation: "make the directory", path: path.clone(), source },
+            },
+        )?;
         self.describe(&path)
     }
 
@@ -138,7 +136,7 @@ impl Asker {
             source: error,
         };
         if let Some(parent) = Path::new(&destination).parent() {
-            tree::make_directories(parent, &self.user).map_err(failed)?;
+            tree::make_directories(parent, self.user.uid, self.user.gid).map_err(failed)?;
         }
         std::fs::rename(&source, &destination).map_err(failed)?;
         self.describe(&destination)
@@ -172,8 +170,8 @@ impl FilesystemService {
 }
 
 impl wire::Filesystem for FilesystemService {
-    async fn stat<'a>(
-        &'a self,
+    async fn stat(
+        &self,
         context: RequestContext,
         request: ServiceRequest<'_, wire::StatRequest>,
     ) -> ServiceResult<wire::StatResponse> {
@@ -183,8 +181,8 @@ impl wire::Filesystem for FilesystemService {
         Response::ok(wire::StatResponse { entry: entry.into(), ..Default::default() })
     }
 
-    async fn make_dir<'a>(
-        &'a self,
+    async fn make_dir(
+        &self,
         context: RequestContext,
         request: ServiceRequest<'_, wire::MakeDirRequest>,
     ) -> ServiceResult<wire::MakeDirResponse> {
@@ -193,8 +191,8 @@ impl wire::Filesystem for FilesystemService {
         Response::ok(wire::MakeDirResponse { entry: entry.into(), ..Default::default() })
     }
 
-    async fn r#move<'a>(
-        &'a self,
+    async fn r#move(
+        &self,
         context: RequestContext,
         request: ServiceRequest<'_, wire::MoveRequest>,
     ) -> ServiceResult<wire::MoveResponse> {
@@ -203,8 +201,8 @@ impl wire::Filesystem for FilesystemService {
         Response::ok(wire::MoveResponse { entry: entry.into(), ..Default::default() })
     }
 
-    async fn list_dir<'a>(
-        &'a self,
+    async fn list_dir(
+        &self,
         context: RequestContext,
         request: ServiceRequest<'_, wire::ListDirRequest>,
     ) -> ServiceResult<wire::ListDirResponse> {
@@ -213,8 +211,8 @@ impl wire::Filesystem for FilesystemService {
         Response::ok(wire::ListDirResponse { entries, ..Default::default() })
     }
 
-    async fn remove<'a>(
-        &'a self,
+    async fn remove(
+        &self,
         context: RequestContext,
         request: ServiceRequest<'_, wire::RemoveRequest>,
     ) -> ServiceResult<wire::RemoveResponse> {
@@ -231,24 +229,24 @@ impl wire::Filesystem for FilesystemService {
         Err(no_watching())
     }
 
-    async fn create_watcher<'a>(
-        &'a self,
+    async fn create_watcher(
+        &self,
         _context: RequestContext,
         _request: ServiceRequest<'_, wire::CreateWatcherRequest>,
     ) -> ServiceResult<wire::CreateWatcherResponse> {
         Err(no_watching())
     }
 
-    async fn get_watcher_events<'a>(
-        &'a self,
+    async fn get_watcher_events(
+        &self,
         _context: RequestContext,
         _request: ServiceRequest<'_, wire::GetWatcherEventsRequest>,
     ) -> ServiceResult<wire::GetWatcherEventsResponse> {
         Err(no_watching())
     }
 
-    async fn remove_watcher<'a>(
-        &'a self,
+    async fn remove_watcher(
+        &self,
         _context: RequestContext,
         _request: ServiceRequest<'_, wire::RemoveWatcherRequest>,
     ) -> ServiceResult<wire::RemoveWatcherResponse> {

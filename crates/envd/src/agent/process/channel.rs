@@ -8,6 +8,7 @@ use rustix::{
     pipe::{PipeFlags, pipe_with},
 };
 use tokio::io::{Interest, unix::AsyncFd};
+use wrenn_guest_linux::readiness::register;
 
 /// One end of a pipe, or the agent's side of a terminal.
 #[derive(Debug)]
@@ -18,7 +19,7 @@ pub(crate) struct Channel {
 impl Channel {
     /// Takes over a descriptor, which must not block.
     pub(crate) fn new(descriptor: OwnedFd, interest: Interest) -> io::Result<Self> {
-        AsyncFd::with_interest(descriptor, interest).map(|descriptor| Self { descriptor })
+        register(descriptor, interest).map(|descriptor| Self { descriptor })
     }
 
     /// Reads what is there into the free part of `buffer`, or waits. Nothing read is the end; so is EIO, which is

@@ -85,8 +85,8 @@ async fn start(
 }
 
 impl wire::Process for ProcessService {
-    async fn list<'a>(
-        &'a self,
+    async fn list(
+        &self,
         _context: RequestContext,
         _request: ServiceRequest<'_, wire::ListRequest>,
     ) -> ServiceResult<wire::ListResponse> {
@@ -136,8 +136,8 @@ impl wire::Process for ProcessService {
         Ok(stream(events, |event| wire::ConnectResponse { event: event.into(), ..Default::default() }))
     }
 
-    async fn update<'a>(
-        &'a self,
+    async fn update(
+        &self,
         _context: RequestContext,
         request: ServiceRequest<'_, wire::UpdateRequest>,
     ) -> ServiceResult<wire::UpdateResponse> {
@@ -149,8 +149,8 @@ impl wire::Process for ProcessService {
         Response::ok(wire::UpdateResponse::default())
     }
 
-    async fn stream_input<'a>(
-        &'a self,
+    async fn stream_input(
+        &self,
         _context: RequestContext,
         mut requests: InboundStream<wire::StreamInputRequest>,
     ) -> ServiceResult<wire::StreamInputResponse> {
@@ -173,8 +173,8 @@ impl wire::Process for ProcessService {
         Response::ok(wire::StreamInputResponse::default())
     }
 
-    async fn send_input<'a>(
-        &'a self,
+    async fn send_input(
+        &self,
         _context: RequestContext,
         request: ServiceRequest<'_, wire::SendInputRequest>,
     ) -> ServiceResult<wire::SendInputResponse> {
@@ -184,8 +184,8 @@ impl wire::Process for ProcessService {
         Response::ok(wire::SendInputResponse::default())
     }
 
-    async fn send_signal<'a>(
-        &'a self,
+    async fn send_signal(
+        &self,
         _context: RequestContext,
         request: ServiceRequest<'_, wire::SendSignalRequest>,
     ) -> ServiceResult<wire::SendSignalResponse> {
@@ -209,8 +209,8 @@ impl wire::Process for ProcessService {
         }
     }
 
-    async fn close_stdin<'a>(
-        &'a self,
+    async fn close_stdin(
+        &self,
         _context: RequestContext,
         request: ServiceRequest<'_, wire::CloseStdinRequest>,
     ) -> ServiceResult<wire::CloseStdinResponse> {

@@ -35,7 +35,10 @@ use tokio::{
     task::JoinSet,
     time::{Instant, timeout_at},
 };
-use wrenn_guest_linux::terminal::{self, Size};
+use wrenn_guest_linux::{
+    readiness::register,
+    terminal::{self, Size},
+};
 use wrenn_proto::process::{ProcessConfig, ProcessInfo};
 
 use super::{
@@ -148,7 +151,7 @@ impl Process {
         deadline: Option<Instant>,
     ) -> io::Result<(Arc<Self>, Subscription)> {
         let (sender, subscription) = mpsc::channel(QUEUE);
-        let pidfd = AsyncFd::with_interest(started.pidfd, Interest::READABLE)?;
+        let pidfd = register(started.pidfd, Interest::READABLE)?;
         let process = Arc::new(Self {
             description,
             pid: started.pid,
@@ -230,7 +233,7 @@ impl Process {
             biased;
             written = channel.write_all(bytes) => written.map_err(InputError::Write),
             // A grandchild may hold the other end open without ever reading.
-            _ = exited.wait_for(|exited| *exited) => Err(InputError::Closed),
+            () = exit_of(&mut exited) => Err(InputError::Closed),
         }
     }
 
@@ -341,6 +344,12 @@ async fn wait_for_exit(process: &Process, pidfd: &AsyncFd<OwnedFd>) -> Outcome {
     }
 }
 
+/// Waits until the process has exited.
+async fn exit_of(exited: &mut watch::Receiver<bool>) {
+    // The sender lives in the process, which its pumps and writers hold.
+    let _ = exited.wait_for(|exited| *exited).await;
+}
+
 /// Reads one output until its end, or until the process has exited and what counts as its own was read.
 async fn pump(process: Arc<Process>, origin: Origin, channel: Arc<Channel>) {
     let piece = if origin == Origin::Terminal { TERMINAL_PIECE } else { PIPE_PIECE };
@@ -354,7 +363,7 @@ async fn pump(process: Arc<Process>, origin: Origin, channel: Arc<Channel>) {
                 Ok(0) | Err(_) => return,
                 Ok(_) => process.publish(Output { origin, bytes: Bytes::copy_from_slice(&buffer) }).await,
             },
-            _ = exited.wait_for(|exited| *exited) => {}
+            () = exit_of(&mut exited) => {}
         }
     }
     // What is in the pipe now holds all that was written before the exit.

@@ -1,6 +1,9 @@
 //! How slots come and go: alone, many at once, after a crash, beside another stack.
 
-use std::time::{Duration, Instant};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use tokio::{io::AsyncReadExt as _, task::JoinSet};
 use wrenn_host_linux::lock::FileLock;
@@ -8,9 +11,8 @@ use wrenn_types::InstanceId;
 
 use super::world::{Guest, INTERNET, PORT, World, answered, can_run, internet, is_gone, rules};
 use crate::network::{
-    Policy, SlotError, SlotPool, Uplink, UplinkError, collect,
-    addresses::SlotNumber,
-    nft, ruleset,
+    Policy, Slot, SlotError, SlotPool, Uplink, UplinkError, addresses::SlotNumber, collect, making, nft,
+    ruleset, uplink::OpenUplink,
 };
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -86,7 +88,7 @@ async fn fifty_at_once_get_fifty_different_ones() {
     }
     let slots = takes.join_all().await;
     let taken = begin.elapsed();
-    let mut numbers = slots.iter().map(super::super::Slot::number).collect::<Vec<_>>();
+    let mut numbers = slots.iter().map(Slot::number).collect::<Vec<_>>();
     numbers.sort();
     numbers.dedup();
     assert_eq!(numbers.len(), 50);
@@ -109,6 +111,7 @@ async fn a_take_that_is_given_up_loses_no_slot() {
     if !can_run() {
         return;
     }
+    let _alone = COLLECTING.lock().await;
     let world = World::new().await;
     let config = world.config(0);
     let instance = config.instance.clone();
@@ -121,11 +124,14 @@ async fn a_take_that_is_given_up_loses_no_slot() {
     assert_eq!(rules(&world.uplink.namespace).await, "");
 }
 
-/// Loses a pool as `kill -9` does: its leases are free, and everything else is as it was.
+/// A collection takes whatever is nobody's, other tests' crashed slots too, so these go one after another.
+static COLLECTING: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
+
+/// Loses a slot as `kill -9` does: its leases are free, and everything else is as it was.
 async fn crash(world: &World, instance: &InstanceId, number: SlotNumber) -> FileLock {
-    let uplink = super::super::uplink::OpenUplink::open(instance, &world.uplink()).await.unwrap();
+    let uplink = OpenUplink::open(instance, &world.uplink()).await.unwrap();
     uplink.prepare().await.unwrap();
-    let made = super::super::making::make(std::sync::Arc::new(uplink), number, internet()).await.unwrap();
+    let made = making::make(Arc::new(uplink), number, internet()).await.unwrap();
     assert_eq!(made.number, number);
     made.lease
 }
@@ -141,12 +147,14 @@ async fn what_a_crash_leaves_is_collected_and_what_lives_is_not() {
     if !can_run() {
         return;
     }
+    let _alone = COLLECTING.lock().await;
     let world = World::new().await;
     let (ours, theirs) = (InstanceId::random(), InstanceId::random());
     // Another stack, alive.
-    let neighbour = SlotPool::start(crate::network::PoolConfig { instance: theirs.clone(), ..world.config(1) })
-        .await
-        .unwrap();
+    let neighbour =
+        SlotPool::start(crate::network::PoolConfig { instance: theirs.clone(), ..world.config(1) })
+            .await
+            .unwrap();
     let neighbours = neighbour.take().await.unwrap();
     let guest = Guest::on(&neighbours, "guest").await;
     // Ours, dead: of one slot the VMM still lives and holds the lease.
@@ -168,7 +176,11 @@ async fn what_a_crash_leaves_is_collected_and_what_lives_is_not() {
     assert!(is_gone(&world, &ours, far_number(1)).await);
     let left = rules(&world.uplink.namespace).await;
     assert!(!left.contains(&ruleset::uplink_table(&ours)) && left.contains(&ruleset::uplink_table(&theirs)));
-    assert_eq!(guest.space.ask(INTERNET, PORT).await, answered("outside"), "the other stack has noticed nothing");
+    assert_eq!(
+        guest.space.ask(INTERNET, PORT).await,
+        answered("outside"),
+        "the other stack has noticed nothing"
+    );
     neighbour.release(neighbours).await;
     neighbour.shutdown().await;
 }
@@ -178,6 +190,7 @@ async fn a_number_whose_owner_died_is_cleared_before_its_use() {
     if !can_run() {
         return;
     }
+    let _alone = COLLECTING.lock().await;
     let world = World::new().await;
     let instance = InstanceId::random();
     drop(crash(&world, &instance, far_number(2)).await);
@@ -190,6 +203,22 @@ async fn a_number_whose_owner_died_is_cleared_before_its_use() {
     drop(lease);
     collect(&instance, &elsewhere.uplink()).await.unwrap();
     assert!(is_gone(&elsewhere, &instance, far_number(2)).await);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_cannot_be_made_leaves_nothing() {
+    if !can_run() {
+        return;
+    }
+    let _alone = COLLECTING.lock().await;
+    let world = World::new().await;
+    let instance = InstanceId::random();
+    let number = far_number(3);
+    world.uplink.shell(&format!("ip link add {} type veth peer name in-the-way", number.outer())).await;
+    let uplink = OpenUplink::open(&instance, &world.uplink()).await.unwrap();
+    let error = making::make(Arc::new(uplink), number, internet()).await.unwrap_err();
+    assert!(matches!(error, SlotError::Link { .. }), "{error:?}");
+    assert!(is_gone(&world, &instance, number).await);
 }
 
 #[tokio::test]
@@ -216,7 +245,8 @@ async fn every_text_is_one_that_nft_takes() {
         let instance: InstanceId = id.parse().unwrap();
         let group = ruleset::link_group(&instance).unwrap();
         for internet in [true, false] {
-            for servers in [vec![], vec![[1, 1, 1, 1].into()], vec![[1, 1, 1, 1].into(), [8, 8, 8, 8].into()]] {
+            for servers in [vec![], vec![[1, 1, 1, 1].into()], vec![[1, 1, 1, 1].into(), [8, 8, 8, 8].into()]]
+            {
                 let policy = Policy { internet, dns_servers: servers };
                 let text = ruleset::slot(&instance, SlotNumber::LAST, &policy);
                 nft::check(&world.uplink.namespace, text).await.unwrap();
@@ -226,6 +256,18 @@ async fn every_text_is_one_that_nft_takes() {
         nft::check(&world.uplink.namespace, ruleset::without_uplink(&instance)).await.unwrap();
     }
     assert_eq!(rules(&world.uplink.namespace).await, "", "a check loads nothing");
+
+    let (instance, servers) = (InstanceId::random(), vec![[1, 1, 1, 1].into(), [8, 8, 8, 8].into()]);
+    let mut former = internet();
+    nft::load(&world.uplink.namespace, ruleset::slot(&instance, SlotNumber::LAST, &former)).await.unwrap();
+    for internet in [false, true] {
+        for dns_servers in [servers.clone(), Vec::new(), servers.clone()] {
+            let policy = Policy { internet, dns_servers };
+            nft::load(&world.uplink.namespace, ruleset::change(Some(&former), &policy)).await.unwrap();
+            nft::load(&world.uplink.namespace, ruleset::change(None, &policy)).await.unwrap();
+            former = policy;
+        }
+    }
 }
 
 /// Not a limit, a measurement: the numbers are printed.
@@ -257,7 +299,9 @@ async fn how_long_the_steps_take() {
         pool.release(slot).await;
         steps[3].push(begin.elapsed());
     }
-    for (name, mut times) in ["make a slot", "apply another policy", "connect to the guest", "release"].iter().zip(steps) {
+    for (name, mut times) in
+        ["make a slot", "apply another policy", "connect to the guest", "release"].iter().zip(steps)
+    {
         times.sort();
         println!("{name}: median {:?}, slowest {:?}", times[times.len() / 2], times.last().unwrap());
     }

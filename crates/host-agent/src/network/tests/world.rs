@@ -94,19 +94,30 @@ impl Space {
         shell(&self.namespace, script).await;
     }
 
-    /// What a program there gets from a TCP service.
+    /// What a program there gets from a TCP service. Where nothing comes back it tries again, so that a
+    /// machine that is busy is not taken for rules.
     pub(super) async fn ask(&self, address: &str, port: u16) -> Outcome {
+        patiently(async || ask(&self.namespace, address, port).await).await
+    }
+
+    /// The same, once: for what shall not be reached.
+    pub(super) async fn probe(&self, address: &str, port: u16) -> Outcome {
         ask(&self.namespace, address, port).await
     }
 
-    /// What a program there gets for a datagram.
+    /// What a program there gets for a datagram, as [`Self::ask`].
     pub(super) async fn ask_udp(&self, address: &str, port: u16) -> Outcome {
+        patiently(async || self.probe_udp(address, port).await).await
+    }
+
+    /// The same, once.
+    pub(super) async fn probe_udp(&self, address: &str, port: u16) -> Outcome {
         let any = if address.contains(':') { "::" } else { "0.0.0.0" };
-        self.ask_udp_from(any, address, port).await
+        self.probe_udp_from(any, address, port).await
     }
 
     /// The same, from one of the addresses there.
-    pub(super) async fn ask_udp_from(&self, source: &str, address: &str, port: u16) -> Outcome {
+    pub(super) async fn probe_udp_from(&self, source: &str, address: &str, port: u16) -> Outcome {
         let source = SocketAddr::new(source.parse().unwrap(), 0);
         let target = SocketAddr::new(address.parse().unwrap(), port);
         let asked = self.namespace.run(move || {
@@ -120,6 +131,16 @@ impl Space {
         });
         Outcome::of(asked.await.unwrap())
     }
+}
+
+async fn patiently(attempt: impl AsyncFn() -> Outcome) -> Outcome {
+    for _ in 0..20 {
+        match attempt().await {
+            Outcome::Silent => {}
+            outcome => return outcome,
+        }
+    }
+    Outcome::Silent
 }
 
 impl Drop for Space {
@@ -143,7 +164,9 @@ impl Outcome {
     fn of(asked: io::Result<String>) -> Self {
         match asked {
             Ok(answer) => Self::Answered(answer),
-            Err(error) if matches!(error.kind(), io::ErrorKind::TimedOut | io::ErrorKind::WouldBlock) => Self::Silent,
+            Err(error) if matches!(error.kind(), io::ErrorKind::TimedOut | io::ErrorKind::WouldBlock) => {
+                Self::Silent
+            }
             Err(_) => Self::Refused,
         }
     }
@@ -164,7 +187,7 @@ pub(super) async fn shell(namespace: &NetworkNamespace, script: &str) {
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
 }
 
-pub(super) async fn ask(namespace: &NetworkNamespace, address: &str, port: u16) -> Outcome {
+async fn ask(namespace: &NetworkNamespace, address: &str, port: u16) -> Outcome {
     let target = SocketAddr::new(address.parse::<IpAddr>().unwrap(), port);
     let asked = namespace.run(move || {
         let mut stream = TcpStream::connect_timeout(&target, SILENCE)?;
@@ -174,16 +197,6 @@ pub(super) async fn ask(namespace: &NetworkNamespace, address: &str, port: u16) 
         Ok(answer)
     });
     Outcome::of(asked.await.unwrap())
-}
-
-/// A link that has just come up loses its first packets, as a cable does that has just been plugged in.
-async fn until_answered(namespace: &NetworkNamespace, address: &str) {
-    for _ in 0..50 {
-        if ask(namespace, address, PORT).await.is_answer() {
-            return;
-        }
-    }
-    panic!("{address} never answered");
 }
 
 /// Who has asked a service.
@@ -273,11 +286,12 @@ impl World {
                  ip -6 route add default via 2001:db8::2"
             ))
             .await;
-        let callers = serve(&outside.namespace, "outside", &[inside.as_slice(), &[INTERNET_V6]].concat()).await;
+        let callers =
+            serve(&outside.namespace, "outside", &[inside.as_slice(), &[INTERNET_V6]].concat()).await;
         let host_callers = serve(&uplink.namespace, "host", &[HOST_PUBLIC, HOST_UPLINK, "2001:db8::2"]).await;
-        until_answered(&uplink.namespace, INTERNET).await;
-        until_answered(&uplink.namespace, INTERNET_V6).await;
-        until_answered(&outside.namespace, HOST_PUBLIC).await;
+        // A link that has just come up loses its first packets, as one does that has just been plugged in.
+        assert!(uplink.ask(INTERNET, PORT).await.is_answer());
+        assert!(uplink.ask(INTERNET_V6, PORT).await.is_answer());
         callers.take();
         host_callers.take();
         Self { outside, uplink, callers, host_callers }
@@ -331,9 +345,7 @@ impl Guest {
         both.spawn(copy(Arc::clone(&theirs), Arc::clone(&ours)));
         both.spawn(copy(ours, theirs));
         let copying = tokio::spawn(async move { while both.join_next().await.is_some() {} }).abort_handle();
-        let until_up = async {
-            while slot.connector().connect(PORT).await.is_err() {}
-        };
+        let until_up = async { while slot.connector().connect(PORT).await.is_err() {} };
         tokio::time::timeout(Duration::from_secs(10), until_up).await.unwrap();
         Self { space, copying }
     }
@@ -345,7 +357,10 @@ impl Drop for Guest {
     }
 }
 
-#[expect(deprecated, reason = "an OwnedFd keeps its number, and the constructor that replaces this one is unsafe")]
+#[expect(
+    deprecated,
+    reason = "an OwnedFd keeps its number, and the constructor that replaces this one is unsafe"
+)]
 fn nonblocking(device: OwnedFd) -> AsyncFd<OwnedFd> {
     rustix::io::ioctl_fionbio(&device, true).unwrap();
     AsyncFd::try_new(device).unwrap()

@@ -18,13 +18,11 @@ use rustix::{
     io::Errno,
 };
 
-use crate::agent::users::User;
-
 /// How many directories are open at once while a tree is removed.
 const OPEN_AT_ONCE: usize = 64;
 
-/// Makes a directory and what is missing above it. What is made belongs to `user`.
-pub(crate) fn make_directories(path: &Path, user: &User) -> io::Result<()> {
+/// Makes a directory and what is missing above it. What is made belongs to this user and group.
+pub(crate) fn make_directories(path: &Path, uid: u32, gid: u32) -> io::Result<()> {
     let mut missing: Vec<PathBuf> = Vec::new();
     for ancestor in path.ancestors() {
         match fs::metadata(ancestor) {
@@ -36,7 +34,7 @@ pub(crate) fn make_directories(path: &Path, user: &User) -> io::Result<()> {
     }
     for directory in missing.iter().rev() {
         match fs::create_dir(directory) {
-            Ok(()) => chown(directory, Some(user.uid), Some(user.gid))?,
+            Ok(()) => chown(directory, Some(uid), Some(gid))?,
             // Somebody else made it at the same moment.
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists && directory.is_dir() => {}
             Err(error) => return Err(error),
@@ -111,11 +109,11 @@ fn empty_directory(path: &CStr, device: u64) -> Result<(), Errno> {
     let mut way: Vec<(OwnedFd, CString)> = Vec::new();
     let mut moved = 0_u64;
     loop {
-        let here = way.last().map_or(top.as_fd(), |(directory, _)| directory.as_fd());
+        let here = way.last().map_or_else(|| top.as_fd(), |(directory, _)| directory.as_fd());
         let Some(name) = remove_files(here)? else {
             // Nothing is left here: step up and remove it.
             let Some((_, name)) = way.pop() else { return Ok(()) };
-            let above = way.last().map_or(top.as_fd(), |(directory, _)| directory.as_fd());
+            let above = way.last().map_or_else(|| top.as_fd(), |(directory, _)| directory.as_fd());
             unlink(above, &name, AtFlags::REMOVEDIR)?;
             continue;
         };
@@ -231,23 +229,16 @@ mod tests {
     #[test]
     fn directories_above_are_made_for_the_user() {
         let directory = tempfile::tempdir().unwrap();
-        let user = User {
-            name: "user".to_owned(),
-            uid: 1234,
-            gid: 1235,
-            home: "/".to_owned(),
-            shell: "/bin/sh".to_owned(),
-        };
         let path = directory.path().join("a/b/c");
-        make_directories(&path, &user).unwrap();
-        make_directories(&path, &user).unwrap();
+        make_directories(&path, 1234, 1235).unwrap();
+        make_directories(&path, 1234, 1235).unwrap();
         for made in ["a", "a/b", "a/b/c"] {
             let metadata = fs::metadata(directory.path().join(made)).unwrap();
             assert_eq!((metadata.uid(), metadata.gid()), (1234, 1235));
         }
         assert_eq!(fs::metadata(directory.path()).unwrap().uid(), rustix::process::geteuid().as_raw());
         fs::write(directory.path().join("file"), "").unwrap();
-        let error = make_directories(&directory.path().join("file/x"), &user).unwrap_err();
+        let error = make_directories(&directory.path().join("file/x"), 1234, 1235).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::NotADirectory);
     }
 }

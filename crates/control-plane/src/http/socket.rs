@@ -1,0 +1,90 @@
+//! What the WebSockets share: sending within a bound, reading frames, and a proper end.
+
+use std::time::Duration;
+
+use axum::extract::ws::{CloseFrame, Message, WebSocket, close_code};
+use futures::{
+    SinkExt as _, StreamExt as _,
+    stream::{SplitSink, SplitStream},
+};
+use serde::Serialize;
+
+use super::error::{ApiError, Parts, log};
+
+/// How long a client may take to read a frame. Output waits for the client until then, and the process
+/// waits for its output to be taken: nothing is dropped.
+const SEND: Duration = Duration::from_secs(60);
+/// How long a client may take to say what it wants.
+pub(super) const FIRST_FRAME: Duration = Duration::from_secs(30);
+/// How often a client is told that the connection still lives.
+pub(super) const PING: Duration = Duration::from_secs(30);
+/// The largest message of a client.
+pub(super) const MESSAGE: usize = 4 << 20;
+
+/// The client has gone.
+#[derive(Debug)]
+pub(super) struct Gone;
+
+/// The sending half.
+pub(super) struct Sender(SplitSink<WebSocket, Message>);
+
+/// The receiving half.
+pub(super) struct Receiver(SplitStream<WebSocket>);
+
+/// What a client says.
+pub(super) enum Said {
+    Text(String),
+    Binary(bytes::Bytes),
+}
+
+pub(super) fn split(socket: WebSocket) -> (Sender, Receiver) {
+    let (sender, receiver) = socket.split();
+    (Sender(sender), Receiver(receiver))
+}
+
+impl Sender {
+    pub(super) async fn send(&mut self, message: Message) -> Result<(), Gone> {
+        match tokio::time::timeout(SEND, self.0.send(message)).await {
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(_)) | Err(_) => Err(Gone),
+        }
+    }
+
+    pub(super) async fn json(&mut self, frame: &impl Serialize) -> Result<(), Gone> {
+        let text = serde_json::to_string(frame).map_err(|_| Gone)?;
+        self.send(Message::Text(text.into())).await
+    }
+
+    /// Says that this is the end. Older clients take an end without it for an error.
+    pub(super) async fn close(&mut self) {
+        let frame = CloseFrame { code: close_code::NORMAL, reason: "".into() };
+        let _ = self.send(Message::Close(Some(frame))).await;
+    }
+}
+
+impl Receiver {
+    /// The next frame with something in it; none when the client has gone.
+    pub(super) async fn next(&mut self) -> Option<Said> {
+        loop {
+            match self.0.next().await? {
+                Ok(Message::Text(text)) => return Some(Said::Text(text.to_string())),
+                Ok(Message::Binary(bytes)) => return Some(Said::Binary(bytes)),
+                // Pings are answered by the library.
+                Ok(Message::Ping(_) | Message::Pong(_)) => {}
+                Ok(Message::Close(_)) | Err(_) => return None,
+            }
+        }
+    }
+
+    /// The first frame, which says what is wanted.
+    pub(super) async fn first(&mut self) -> Option<Said> {
+        tokio::time::timeout(FIRST_FRAME, self.next()).await.unwrap_or(None)
+    }
+}
+
+/// The parts of an error that is told over the socket, logged as a REST answer would be.
+pub(super) fn told(error: ApiError) -> Parts {
+    let parts = error.parts();
+    log(&error, &parts);
+    parts
+}

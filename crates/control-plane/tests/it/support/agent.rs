@@ -1,0 +1,470 @@
+//! A host agent whose sandboxes are `envd` processes on loopback: the same RPC, the same tunnels, the real
+//! guest contract, and no virtual machine. What a real agent can do wrong, this one does when it is told to.
+
+use std::{
+    collections::HashMap,
+    os::unix::fs::PermissionsExt as _,
+    path::{Path, PathBuf},
+    sync::{
+        Arc, Mutex, OnceLock,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
+
+use axum::{
+    extract::{Path as UrlPath, Request, State},
+    response::{IntoResponse as _, Response},
+};
+use connectrpc::{
+    ConnectError, RequestContext, Response as RpcResponse, Router as RpcRouter, ServiceRequest,
+    ServiceResult, ServiceStream,
+};
+use futures::{StreamExt as _, stream};
+use http::{StatusCode, header};
+use hyper_util::rt::TokioIo;
+use jiff::Timestamp;
+use tokio::{
+    net::{TcpStream, UnixListener},
+    sync::{Notify, broadcast, watch},
+    task::JoinHandle,
+};
+use tokio_stream::wrappers::BroadcastStream;
+use wrenn_proto::hostagent::v1 as wire;
+use wrenn_types::HostId;
+
+use super::{eventually, guardian::Guardian};
+
+/// What a test has this agent do wrong.
+#[derive(Default)]
+pub(crate) struct Faults {
+    /// What creates answer from now on.
+    pub(crate) create: Option<ConnectError>,
+    /// Whether creates wait for [`FakeAgent::release`].
+    pub(crate) hold_creates: bool,
+    /// Whether destroys wait for it.
+    pub(crate) hold_destroys: bool,
+}
+
+struct Guest {
+    sandbox: wire::Sandbox,
+    address: std::net::SocketAddr,
+    /// Its fall cuts the tunnels.
+    alive: watch::Sender<bool>,
+    _envd: Guardian,
+}
+
+struct Inner {
+    host_id: HostId,
+    guests: Mutex<HashMap<String, Guest>>,
+    faults: Mutex<Faults>,
+    released: Notify,
+    events: broadcast::Sender<wire::Sandbox>,
+    creates: Mutex<Vec<wire::CreateSandboxRequest>>,
+    destroyed: Mutex<Vec<(String, u64)>>,
+    pings: AtomicUsize,
+    watchers: AtomicUsize,
+    tunnels: AtomicUsize,
+}
+
+pub(crate) struct FakeAgent {
+    socket: PathBuf,
+    inner: Arc<Inner>,
+    server: Option<JoinHandle<()>>,
+}
+
+/// Builds `envd` once and says where it is.
+fn envd() -> &'static Path {
+    static ENVD: OnceLock<PathBuf> = OnceLock::new();
+    ENVD.get_or_init(|| {
+        if let Some(given) = std::env::var_os("WRENN_ENVD") {
+            return given.into();
+        }
+        let built = std::process::Command::new(env!("CARGO"))
+            .args(["build", "--quiet", "--offline", "--package", "envd"])
+            .current_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/../.."))
+            .status();
+        assert!(built.unwrap().success(), "envd cannot be built");
+        // This test is target/PROFILE/deps/it-HASH.
+        let own = std::env::current_exe().unwrap();
+        let target = own.ancestors().nth(3).unwrap();
+        let envd = target.join("debug/envd");
+        assert!(envd.exists(), "{} is not there", envd.display());
+        envd
+    })
+}
+
+impl FakeAgent {
+    pub(crate) fn start(socket: PathBuf) -> Self {
+        let inner = Inner {
+            host_id: HostId::random(),
+            guests: Mutex::default(),
+            faults: Mutex::default(),
+            released: Notify::new(),
+            events: broadcast::Sender::new(1024),
+            creates: Mutex::default(),
+            destroyed: Mutex::default(),
+            pings: AtomicUsize::new(0),
+            watchers: AtomicUsize::new(0),
+            tunnels: AtomicUsize::new(0),
+        };
+        let mut agent = Self { socket, inner: Arc::new(inner), server: None };
+        agent.serve();
+        agent
+    }
+
+    /// Listens, with whatever sandboxes there are.
+    pub(crate) fn serve(&mut self) {
+        let _ = std::fs::remove_file(&self.socket);
+        let listener = UnixListener::bind(&self.socket).unwrap();
+        std::fs::set_permissions(&self.socket, std::fs::Permissions::from_mode(0o600)).unwrap();
+        let rpc = RpcRouter::new().add_service(Arc::new(Service(Arc::clone(&self.inner))));
+        let app = axum::Router::new()
+            .route("/tunnel/{id}/{port}", axum::routing::get(tunnel))
+            .with_state(Arc::clone(&self.inner))
+            .fallback_service(rpc.into_axum_service());
+        self.server = Some(tokio::spawn(async move {
+            let mut connections = tokio::task::JoinSet::new();
+            loop {
+                let (stream, _) = listener.accept().await.unwrap();
+                let service = hyper::service::service_fn({
+                    let app = app.clone();
+                    move |request: hyper::Request<hyper::body::Incoming>| {
+                        tower::ServiceExt::oneshot(app.clone(), request.map(axum::body::Body::new))
+                    }
+                });
+                connections.spawn(async move {
+                    let _ = hyper::server::conn::http1::Builder::new()
+                        .serve_connection(TokioIo::new(stream), service)
+                        .with_upgrades()
+                        .await;
+                });
+            }
+        }));
+    }
+
+    /// The process is gone, and its connections with it. Its sandboxes live on, as they would.
+    pub(crate) async fn go_away(&mut self) {
+        let server = self.server.take().unwrap();
+        server.abort();
+        let _ = server.await;
+        std::fs::remove_file(&self.socket).unwrap();
+        self.inner.watchers.store(0, Ordering::SeqCst);
+    }
+
+    pub(crate) fn socket(&self) -> &Path {
+        &self.socket
+    }
+
+    pub(crate) async fn wait_for_watcher(&self) {
+        eventually("the agent is watched", async || self.inner.watchers.load(Ordering::SeqCst) > 0).await;
+    }
+
+    pub(crate) fn faults(&self, change: impl FnOnce(&mut Faults)) {
+        change(&mut self.inner.faults.lock().unwrap());
+    }
+
+    /// Lets everything go on that was held.
+    pub(crate) fn release(&self) {
+        self.faults(|faults| {
+            faults.hold_creates = false;
+            faults.hold_destroys = false;
+        });
+        self.inner.released.notify_waiters();
+    }
+
+    pub(crate) fn sandboxes(&self) -> Vec<String> {
+        self.inner.guests.lock().unwrap().keys().cloned().collect()
+    }
+
+    pub(crate) fn creates(&self) -> Vec<wire::CreateSandboxRequest> {
+        self.inner.creates.lock().unwrap().clone()
+    }
+
+    pub(crate) fn destroyed(&self) -> Vec<(String, u64)> {
+        self.inner.destroyed.lock().unwrap().clone()
+    }
+
+    pub(crate) fn pings(&self) -> usize {
+        self.inner.pings.load(Ordering::SeqCst)
+    }
+
+    /// How many tunnels were opened so far.
+    pub(crate) fn tunnels(&self) -> usize {
+        self.inner.tunnels.load(Ordering::SeqCst)
+    }
+
+    /// A sandbox ends by itself.
+    pub(crate) fn crash(&self, id: &str) {
+        let guest = self.inner.guests.lock().unwrap().remove(id).unwrap();
+        let mut sandbox = guest.sandbox.clone();
+        drop(guest);
+        sandbox.state = wire::SandboxState::SANDBOX_STATE_STOPPED.into();
+        sandbox.end_reason = wire::EndReason::END_REASON_VMM_CRASH.into();
+        sandbox.end_message = "the virtual machine monitor was killed by signal 9".to_owned();
+        let _ = self.inner.events.send(sandbox);
+    }
+
+    /// A sandbox ends while nobody looks.
+    pub(crate) fn lose(&self, id: &str) {
+        self.inner.guests.lock().unwrap().remove(id).unwrap();
+    }
+
+    /// A sandbox that no control plane has asked for.
+    pub(crate) async fn make_unknown(&self, id: &str) {
+        let request = wire::CreateSandboxRequest {
+            sandbox_id: id.to_owned(),
+            generation: 1,
+            access_token: "unknown".to_owned(),
+            ..Default::default()
+        };
+        self.inner.bring_up(request).await;
+    }
+}
+
+impl Drop for FakeAgent {
+    fn drop(&mut self) {
+        if let Some(server) = self.server.take() {
+            server.abort();
+        }
+    }
+}
+
+impl Inner {
+    async fn held(&self, which: impl Fn(&Faults) -> bool) {
+        loop {
+            let released = self.released.notified();
+            if !which(&self.faults.lock().unwrap()) {
+                return;
+            }
+            released.await;
+        }
+    }
+
+    async fn bring_up(&self, request: wire::CreateSandboxRequest) -> wire::Sandbox {
+        let (envd, address) = tokio::task::spawn_blocking(|| {
+            let program = envd().to_str().unwrap();
+            let mut envd =
+                Guardian::start(program, &["agent", "--listen", "127.0.0.1:0"], "KILL", None, "");
+            let line: serde_json::Value = serde_json::from_str(&envd.line()).unwrap();
+            (envd, line["address"].as_str().unwrap().parse().unwrap())
+        })
+        .await
+        .unwrap();
+        initialise(address, &request).await;
+        let now = Timestamp::now().as_millisecond();
+        let sandbox = wire::Sandbox {
+            sandbox_id: request.sandbox_id.clone(),
+            generation: request.generation,
+            state: wire::SandboxState::SANDBOX_STATE_RUNNING.into(),
+            template: request.template,
+            vcpus: request.vcpus,
+            memory_mib: request.memory_mib,
+            disk_mib: request.disk_mib.unwrap_or(20_480),
+            timeout_seconds: request.timeout_seconds,
+            started_at_ms: now,
+            last_active_at_ms: now,
+            ..Default::default()
+        };
+        let guest =
+            Guest { sandbox: sandbox.clone(), address, alive: watch::Sender::new(true), _envd: envd };
+        self.guests.lock().unwrap().insert(request.sandbox_id, guest);
+        let _ = self.events.send(sandbox.clone());
+        sandbox
+    }
+}
+
+async fn initialise(address: std::net::SocketAddr, request: &wire::CreateSandboxRequest) {
+    let body = serde_json::json!({
+        "accessToken": request.access_token,
+        "envVars": request.environment.iter().collect::<HashMap<_, _>>(),
+    });
+    let client = super::client::Client::new(address, String::new());
+    let answer = client.post("/init", body).await;
+    assert_eq!(answer.status, 204, "{}", answer.text());
+}
+
+struct Service(Arc<Inner>);
+
+impl wire::HostAgentService for Service {
+    async fn create_sandbox(
+        &self,
+        _: RequestContext,
+        request: ServiceRequest<'_, wire::CreateSandboxRequest>,
+    ) -> ServiceResult<wire::CreateSandboxResponse> {
+        let request = request.to_owned_message();
+        self.0.creates.lock().unwrap().push(request.clone());
+        if !["base", "minimal"].contains(&request.template.as_str()) {
+            return Err(ConnectError::not_found(format!("there is no template {}", request.template)));
+        }
+        // As in the real agent, what has begun goes on when the caller has gone.
+        let inner = Arc::clone(&self.0);
+        let sandbox = tokio::spawn(async move {
+            inner.held(|faults| faults.hold_creates).await;
+            let fault = inner.faults.lock().unwrap().create.clone();
+            if let Some(error) = fault {
+                return Err(error);
+            }
+            Ok(inner.bring_up(request).await)
+        });
+        let sandbox = sandbox.await.unwrap()?;
+        let phase = |name: &str, start_micros, duration_micros| wire::Phase {
+            name: name.to_owned(),
+            start_micros,
+            duration_micros,
+            ..Default::default()
+        };
+        RpcResponse::ok(wire::CreateSandboxResponse {
+            sandbox: Some(sandbox).into(),
+            phases: vec![phase("disk", 0, 1500), phase("restore", 1500, 36_000)],
+            ..Default::default()
+        })
+    }
+
+    async fn destroy_sandbox(
+        &self,
+        _: RequestContext,
+        request: ServiceRequest<'_, wire::DestroySandboxRequest>,
+    ) -> ServiceResult<wire::DestroySandboxResponse> {
+        let request = request.to_owned_message();
+        self.0.held(|faults| faults.hold_destroys).await;
+        self.0.destroyed.lock().unwrap().push((request.sandbox_id.clone(), request.generation));
+        let gone = self.0.guests.lock().unwrap().remove(&request.sandbox_id);
+        if let Some(guest) = gone {
+            let mut sandbox = guest.sandbox.clone();
+            tokio::task::spawn_blocking(move || drop(guest)).await.unwrap();
+            sandbox.state = wire::SandboxState::SANDBOX_STATE_STOPPED.into();
+            sandbox.end_reason = wire::EndReason::END_REASON_REQUESTED.into();
+            let _ = self.0.events.send(sandbox);
+        }
+        RpcResponse::ok(wire::DestroySandboxResponse::default())
+    }
+
+    async fn get_sandbox(
+        &self,
+        _: RequestContext,
+        request: ServiceRequest<'_, wire::GetSandboxRequest>,
+    ) -> ServiceResult<wire::GetSandboxResponse> {
+        let guests = self.0.guests.lock().unwrap();
+        let guest = guests.get(request.sandbox_id).ok_or_else(|| ConnectError::not_found("not here"))?;
+        let mut sandbox = guest.sandbox.clone();
+        sandbox.disk_used_bytes = Some(5 << 20);
+        RpcResponse::ok(wire::GetSandboxResponse { sandbox: Some(sandbox).into(), ..Default::default() })
+    }
+
+    async fn list_sandboxes(
+        &self,
+        _: RequestContext,
+        _: ServiceRequest<'_, wire::ListSandboxesRequest>,
+    ) -> ServiceResult<wire::ListSandboxesResponse> {
+        let sandboxes = self.0.guests.lock().unwrap().values().map(|guest| guest.sandbox.clone()).collect();
+        RpcResponse::ok(wire::ListSandboxesResponse { sandboxes, ..Default::default() })
+    }
+
+    async fn watch_sandboxes(
+        &self,
+        _: RequestContext,
+        _: ServiceRequest<'_, wire::WatchSandboxesRequest>,
+    ) -> ServiceResult<ServiceStream<wire::WatchSandboxesResponse>> {
+        let changes = BroadcastStream::new(self.0.events.subscribe());
+        let now: Vec<wire::Sandbox> =
+            self.0.guests.lock().unwrap().values().map(|guest| guest.sandbox.clone()).collect();
+        let message = |event| wire::WatchSandboxesResponse { event: Some(event), ..Default::default() };
+        let in_sync = message(wire::watch_sandboxes_response::InSync::default().into());
+        let inner = Arc::clone(&self.0);
+        let begun = stream::once(async move {
+            inner.watchers.fetch_add(1, Ordering::SeqCst);
+            in_sync
+        });
+        let sandboxes = stream::iter(now).map(move |sandbox| message(sandbox.into()));
+        let changes = changes.map(move |change| message(change.unwrap().into()));
+        RpcResponse::ok(Box::pin(sandboxes.chain(begun).chain(changes).map(Ok)))
+    }
+
+    async fn ping_sandbox(
+        &self,
+        _: RequestContext,
+        request: ServiceRequest<'_, wire::PingSandboxRequest>,
+    ) -> ServiceResult<wire::PingSandboxResponse> {
+        if !self.0.guests.lock().unwrap().contains_key(request.sandbox_id) {
+            return Err(ConnectError::not_found("not here"));
+        }
+        self.0.pings.fetch_add(1, Ordering::SeqCst);
+        RpcResponse::ok(wire::PingSandboxResponse::default())
+    }
+
+    async fn list_templates(
+        &self,
+        _: RequestContext,
+        _: ServiceRequest<'_, wire::ListTemplatesRequest>,
+    ) -> ServiceResult<wire::ListTemplatesResponse> {
+        let base = wire::Template {
+            name: "base".to_owned(),
+            aliases: vec!["minimal".to_owned()],
+            default_user: "user".to_owned(),
+            default_workdir: "/home/user".to_owned(),
+            size_bytes: 300 << 20,
+            minimum_disk_mib: 1024,
+            ..Default::default()
+        };
+        RpcResponse::ok(wire::ListTemplatesResponse { templates: vec![base], ..Default::default() })
+    }
+
+    async fn prepare_template(
+        &self,
+        _: RequestContext,
+        _: ServiceRequest<'_, wire::PrepareTemplateRequest>,
+    ) -> ServiceResult<wire::PrepareTemplateResponse> {
+        Err::<RpcResponse<wire::PrepareTemplateResponse>, _>(ConnectError::unimplemented("no templates here"))
+    }
+
+    async fn get_host(
+        &self,
+        _: RequestContext,
+        _: ServiceRequest<'_, wire::GetHostRequest>,
+    ) -> ServiceResult<wire::GetHostResponse> {
+        RpcResponse::ok(wire::GetHostResponse {
+            host_id: self.0.host_id.to_string(),
+            version: "0.0.0".to_owned(),
+            vmm: "processes".to_owned(),
+            vmm_version: "0".to_owned(),
+            accelerator: "none".to_owned(),
+            ..Default::default()
+        })
+    }
+}
+
+async fn tunnel(
+    State(inner): State<Arc<Inner>>,
+    UrlPath((id, port)): UrlPath<(String, u16)>,
+    mut request: Request,
+) -> Response {
+    assert_eq!(port, 49_983);
+    assert_eq!(request.headers()[header::UPGRADE], "wrenn-tunnel");
+    let found = {
+        let guests = inner.guests.lock().unwrap();
+        guests.get(&id).map(|guest| (guest.address, guest.alive.subscribe()))
+    };
+    let Some((address, mut alive)) = found else {
+        let body = r#"{"code":"not_found","message":"there is no such sandbox here"}"#;
+        return (StatusCode::NOT_FOUND, body).into_response();
+    };
+    inner.tunnels.fetch_add(1, Ordering::SeqCst);
+    let mut guest = TcpStream::connect(address).await.unwrap();
+    guest.set_nodelay(true).unwrap();
+    let upgrade = hyper::upgrade::on(&mut request);
+    tokio::spawn(async move {
+        let Ok(caller) = upgrade.await else { return };
+        let mut caller = TokioIo::new(caller);
+        tokio::select! {
+            _ = tokio::io::copy_bidirectional(&mut caller, &mut guest) => {}
+            // The sender falls with the sandbox.
+            _ = alive.wait_for(|alive| !alive) => {}
+        }
+    });
+    let headers = [(header::CONNECTION, "upgrade"), (header::UPGRADE, "wrenn-tunnel")];
+    (StatusCode::SWITCHING_PROTOCOLS, headers).into_response()
+}
+
+/// Long enough for anything that must not happen to have happened.
+pub(crate) const QUIET: Duration = Duration::from_millis(700);

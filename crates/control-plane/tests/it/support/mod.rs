@@ -1,0 +1,127 @@
+//! What every test stands on.
+
+pub(crate) mod agent;
+pub(crate) mod client;
+pub(crate) mod guardian;
+pub(crate) mod postgres;
+pub(crate) mod socket;
+
+use std::{path::PathBuf, time::Duration};
+
+use wrenn_control_plane::{Bounds, Config, Running};
+
+use agent::FakeAgent;
+use client::Client;
+use postgres::Cluster;
+
+/// A control plane, the agent it commands, and a client with its key.
+pub(crate) struct World {
+    pub(crate) agent: FakeAgent,
+    pub(crate) client: Client,
+    pub(crate) database_url: String,
+    running: Option<Running>,
+    directory: tempfile::TempDir,
+    bounds: Bounds,
+}
+
+/// Bounds that let a test see their end.
+pub(crate) fn short_bounds() -> Bounds {
+    Bounds {
+        database: Duration::from_millis(1500),
+        database_patient: Duration::from_millis(2500),
+        host: Duration::from_secs(2),
+        start_grace: Duration::from_millis(200),
+        host_missing: Duration::from_millis(500),
+        sweep: Duration::from_millis(300),
+        drain: Duration::from_secs(3),
+        ..Bounds::default()
+    }
+}
+
+impl World {
+    pub(crate) async fn new() -> Self {
+        Self::with(short_bounds(), Cluster::shared().database().await).await
+    }
+
+    pub(crate) async fn with(bounds: Bounds, database_url: String) -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let agent = FakeAgent::start(directory.path().join("agent.sock"));
+        let mut world = Self {
+            agent,
+            client: Client::new("127.0.0.1:1".parse().unwrap(), String::new()),
+            database_url,
+            running: None,
+            directory,
+            bounds,
+        };
+        world.start().await;
+        let key = std::fs::read_to_string(world.key_file()).unwrap().trim().to_owned();
+        world.client = Client::new(world.running.as_ref().unwrap().address(), key);
+        world.wait_for_host().await;
+        world
+    }
+
+    pub(crate) fn key_file(&self) -> PathBuf {
+        self.directory.path().join("key")
+    }
+
+    pub(crate) fn config(&self) -> Config {
+        Config {
+            listen: "127.0.0.1:0".parse().unwrap(),
+            database_url: self.database_url.clone(),
+            agent_socket: self.agent.socket().to_owned(),
+            first_key_file: Some(self.key_file()),
+            bounds: self.bounds.clone(),
+        }
+    }
+
+    async fn start(&mut self) {
+        let running = wrenn_control_plane::start(self.config()).await.unwrap();
+        self.client = self.client.at(running.address());
+        self.running = Some(running);
+    }
+
+    /// Stops the control plane and starts another over the same database.
+    pub(crate) async fn restart(&mut self) {
+        self.running.take().unwrap().stop().await;
+        self.start().await;
+        self.wait_for_host().await;
+    }
+
+    /// Stops the control plane.
+    pub(crate) async fn stop(&mut self) {
+        self.running.take().unwrap().stop().await;
+    }
+
+    /// Until the host is known, creates are refused.
+    pub(crate) async fn wait_for_host(&self) {
+        self.agent.wait_for_watcher().await;
+        eventually("the host is known", async || {
+            // Only a host that is connected lists its templates.
+            self.client.get("/v1/templates").await.status == 200
+        })
+        .await;
+    }
+
+    /// A running sandbox.
+    pub(crate) async fn sandbox(&self) -> String {
+        let answer = self.client.post("/v1/sandboxes", serde_json::json!({})).await;
+        assert_eq!(answer.status, 201, "{}", answer.text());
+        answer.json()["id"].as_str().unwrap().to_owned()
+    }
+
+    /// The rows that a statement finds, as text.
+    pub(crate) async fn database(&self) -> sqlx::PgPool {
+        sqlx::PgPool::connect(&self.database_url).await.unwrap()
+    }
+}
+
+/// Waits until something is so. The bound is for a machine that is busy with other things.
+pub(crate) async fn eventually(what: &str, mut is_so: impl AsyncFnMut() -> bool) {
+    let wait = async {
+        while !is_so().await {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    assert!(tokio::time::timeout(Duration::from_secs(20), wait).await.is_ok(), "never: {what}");
+}

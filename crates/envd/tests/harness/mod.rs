@@ -1,0 +1,296 @@
+//! A real agent on a free port of the loopback interface, and clients for it.
+#![allow(dead_code, reason = "each test program uses its part")]
+
+use std::{
+    io::{BufRead, BufReader},
+    net::SocketAddr,
+    process::{Child, Command, Stdio},
+    time::Duration,
+};
+
+use bytes::Bytes;
+use connectrpc::{
+    ConnectError,
+    client::{CallOptions, ClientBody, ClientConfig, HttpClient},
+};
+use futures::stream;
+use http::{Request, Response, StatusCode};
+use http_body_util::{BodyExt, Full, StreamBody, combinators::BoxBody};
+use hyper_util::{client::legacy::Client, rt::TokioExecutor};
+use wrenn_proto::{
+    filesystem::FilesystemClient,
+    process::{
+        __buffa::{
+            oneof::{process_event::Event, process_event::data_event, process_input, process_selector},
+            view::StartResponseView,
+        },
+        PTY, ProcessClient, ProcessConfig, ProcessInput, ProcessSelector, StartRequest, StartResponse,
+        process_event::EndEvent,
+        pty,
+    },
+};
+
+/// No wait of a test is longer.
+pub const PATIENCE: Duration = Duration::from_secs(60);
+
+/// The agent. It ends with the test.
+#[derive(Debug)]
+pub struct Agent {
+    child: Child,
+    pub address: SocketAddr,
+}
+
+impl Drop for Agent {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+impl Agent {
+    pub fn start() -> Self {
+        let mut child = Command::new(env!("CARGO_BIN_EXE_envd"))
+            .args(["agent", "--listen", "127.0.0.1:0"])
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut line = String::new();
+        BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
+        let line: serde_json::Value = serde_json::from_str(&line).unwrap();
+        assert_eq!(line["ready"], true);
+        Self { child, address: line["address"].as_str().unwrap().parse().unwrap() }
+    }
+
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    pub fn config(&self) -> ClientConfig {
+        ClientConfig::new(format!("http://{}", self.address).parse().unwrap()).json()
+    }
+
+    pub fn processes(&self) -> ProcessClient<HttpClient> {
+        ProcessClient::new(HttpClient::plaintext(), self.config())
+    }
+
+    pub fn filesystem(&self) -> FilesystemClient<HttpClient> {
+        FilesystemClient::new(HttpClient::plaintext(), self.config())
+    }
+
+    pub async fn send(&self, request: http::request::Builder, body: impl Into<Bytes>) -> Answer {
+        self.send_body(request, Full::new(body.into()).map_err(|never| match never {}).boxed()).await
+    }
+
+    /// Sends a body in pieces, without saying how long it is.
+    pub async fn send_pieces(&self, request: http::request::Builder, pieces: Vec<Bytes>) -> Answer {
+        let pieces = pieces.into_iter().map(|piece| Ok(http_body::Frame::data(piece)));
+        self.send_body(request, BodyExt::boxed(StreamBody::new(stream::iter(pieces)))).await
+    }
+
+    async fn send_body(
+        &self,
+        request: http::request::Builder,
+        body: BoxBody<Bytes, std::io::Error>,
+    ) -> Answer {
+        let request: Request<_> = request.body(body).unwrap();
+        let (mut parts, body) = request.into_parts();
+        parts.uri = format!("http://{}{}", self.address, parts.uri).parse().unwrap();
+        let client = Client::builder(TokioExecutor::new()).build_http();
+        let exchange = async {
+            let response: Response<_> = client.request(Request::from_parts(parts, body)).await.unwrap();
+            let (parts, body) = response.into_parts();
+            let body = body.collect().await.map(|body| body.to_bytes()).map_err(|error| error.to_string());
+            Answer { status: parts.status, headers: parts.headers, body }
+        };
+        tokio::time::timeout(PATIENCE, exchange).await.unwrap()
+    }
+
+    pub async fn get(&self, uri: &str) -> Answer {
+        self.send(Request::get(uri), "").await
+    }
+
+    pub async fn upload(&self, path: &str, content: impl Into<Bytes>) -> Answer {
+        let request = Request::post(format!("/files?path={}", encode(path)));
+        self.send(request.header("content-type", "application/octet-stream"), content).await
+    }
+}
+
+/// An HTTP answer; its body is an error if it broke off.
+#[derive(Debug)]
+pub struct Answer {
+    pub status: StatusCode,
+    pub headers: http::HeaderMap,
+    pub body: Result<Bytes, String>,
+}
+
+impl Answer {
+    pub fn json(&self) -> serde_json::Value {
+        serde_json::from_slice(self.body.as_ref().unwrap()).unwrap()
+    }
+
+    /// The message of an error, whose code must be the status.
+    pub fn message(&self) -> String {
+        let json = self.json();
+        assert_eq!(json["code"], self.status.as_u16());
+        json["message"].as_str().unwrap().to_owned()
+    }
+}
+
+pub fn encode(path: &str) -> String {
+    path.bytes().map(|byte| format!("%{byte:02x}")).collect()
+}
+
+/// A request to start a command with standard input from nowhere.
+pub fn command(words: &[&str]) -> StartRequest {
+    StartRequest {
+        process: ProcessConfig {
+            cmd: words[0].to_owned(),
+            args: words[1..].iter().map(|word| (*word).to_owned()).collect(),
+            ..Default::default()
+        }
+        .into(),
+        stdin: Some(false),
+        ..Default::default()
+    }
+}
+
+pub fn shell(script: &str) -> StartRequest {
+    command(&["/bin/sh", "-c", script])
+}
+
+pub fn terminal(mut request: StartRequest, cols: u32, rows: u32) -> StartRequest {
+    request.pty =
+        PTY { size: pty::Size { cols, rows, ..Default::default() }.into(), ..Default::default() }.into();
+    request
+}
+
+pub fn by_pid(pid: u32) -> ProcessSelector {
+    ProcessSelector { selector: Some(process_selector::Selector::Pid(pid)), ..Default::default() }
+}
+
+pub fn by_tag(tag: &str) -> ProcessSelector {
+    ProcessSelector { selector: Some(process_selector::Selector::Tag(tag.to_owned())), ..Default::default() }
+}
+
+pub fn stdin(bytes: &[u8]) -> ProcessInput {
+    ProcessInput { input: Some(process_input::Input::Stdin(bytes.to_vec())), ..Default::default() }
+}
+
+pub fn keys(bytes: &[u8]) -> ProcessInput {
+    ProcessInput { input: Some(process_input::Input::Pty(bytes.to_vec())), ..Default::default() }
+}
+
+pub fn as_user(name: &str) -> CallOptions {
+    use base64::{Engine, engine::general_purpose::STANDARD};
+    let value = format!("Basic {}", STANDARD.encode(format!("{name}:")));
+    CallOptions::default().with_header("authorization", value)
+}
+
+/// What a process said until now.
+#[derive(Debug, Default, Clone)]
+pub struct Seen {
+    pub pid: u32,
+    pub stdout: Vec<u8>,
+    pub stderr: Vec<u8>,
+    pub pty: Vec<u8>,
+    pub keepalives: usize,
+    pub end: Option<EndEvent>,
+}
+
+impl Seen {
+    pub fn text(&self) -> String {
+        String::from_utf8_lossy(&self.stdout).into_owned()
+    }
+
+    pub fn screen(&self) -> String {
+        String::from_utf8_lossy(&self.pty).into_owned()
+    }
+
+    pub fn end(&self) -> &EndEvent {
+        self.end.as_ref().expect("an end")
+    }
+
+    /// Takes an event in, and checks the order: start, then data, then one end.
+    pub fn take(&mut self, event: Event) {
+        assert!(self.end.is_none(), "nothing comes after the end");
+        assert_eq!(self.pid == 0, matches!(event, Event::Start(_)), "one start, and it comes first");
+        match event {
+            Event::Start(start) => self.pid = start.pid,
+            Event::Data(data) => match data.output.unwrap() {
+                data_event::Output::Stdout(bytes) => self.stdout.extend(bytes),
+                data_event::Output::Stderr(bytes) => self.stderr.extend(bytes),
+                data_event::Output::Pty(bytes) => self.pty.extend(bytes),
+            },
+            Event::Keepalive(_) => self.keepalives += 1,
+            Event::End(end) => self.end = Some(*end),
+        }
+    }
+}
+
+type Body = <HttpClient as connectrpc::client::ClientTransport>::ResponseBody;
+
+/// A process that was started, as its first client sees it.
+#[derive(Debug)]
+pub struct Running {
+    stream: connectrpc::client::ServerStream<Body, StartResponseView<'static>>,
+    pub seen: Seen,
+}
+
+impl Running {
+    pub async fn start(
+        client: &ProcessClient<HttpClient>,
+        request: StartRequest,
+        options: CallOptions,
+    ) -> Result<Self, ConnectError> {
+        let stream = client.start_with_options(request, options).await?;
+        let mut running = Self { stream, seen: Seen::default() };
+        running.next().await?;
+        Ok(running)
+    }
+
+    /// Takes one more event in; false at the end of the stream.
+    pub async fn next(&mut self) -> Result<bool, ConnectError> {
+        let message =
+            tokio::time::timeout(PATIENCE, self.stream.message::<StartResponse>()).await.unwrap()?;
+        match message {
+            Some(message) => {
+                let event = message.to_owned_message().event.into_option().unwrap().event.unwrap();
+                self.seen.take(event);
+                Ok(true)
+            }
+            None => match self.stream.error() {
+                Some(error) => Err(error.clone()),
+                None => Ok(false),
+            },
+        }
+    }
+
+    pub async fn until(&mut self, done: impl Fn(&Seen) -> bool) -> &Seen {
+        while !done(&self.seen) {
+            assert!(self.next().await.unwrap(), "the stream ended: {:?}", self.seen);
+        }
+        &self.seen
+    }
+
+    pub async fn finish(mut self) -> Result<Seen, ConnectError> {
+        while self.next().await? {}
+        assert!(self.seen.end.is_some(), "a stream without an error has an end");
+        Ok(self.seen)
+    }
+}
+
+pub async fn run_as(
+    client: &ProcessClient<HttpClient>,
+    request: StartRequest,
+    options: CallOptions,
+) -> Result<Seen, ConnectError> {
+    Running::start(client, request, options).await?.finish().await
+}
+
+pub async fn run(client: &ProcessClient<HttpClient>, request: StartRequest) -> Seen {
+    run_as(client, request, CallOptions::default()).await.unwrap()
+}
+
+#[allow(dead_code)]
+type Unused = ClientBody;

@@ -1,0 +1,425 @@
+//! The process service, over the wire, against a real agent.
+
+mod harness;
+
+use std::{collections::HashMap, fs, time::Duration};
+
+use connectrpc::{ErrorCode, client::CallOptions};
+use futures::{StreamExt, stream};
+use harness::{Agent, Running, as_user, by_pid, by_tag, command, run, run_as, shell, stdin};
+use wrenn_proto::process::{
+    __buffa::oneof::stream_input_request,
+    CloseStdinRequest, ConnectRequest, ConnectResponse, ListRequest, SendInputRequest, SendSignalRequest,
+    Signal, StreamInputRequest,
+    stream_input_request::{DataEvent, StartEvent},
+};
+
+/// `make soak` asks for more.
+fn rounds(sample: usize) -> usize {
+    std::env::var("WRENN_ROUNDS").ok().and_then(|rounds| rounds.parse().ok()).unwrap_or(sample)
+}
+
+#[tokio::test]
+async fn no_output_is_lost_however_fast_the_command_exits() {
+    let agent = Agent::start();
+    let client = agent.processes();
+    let client = &client;
+    let runs = stream::iter(0..rounds(300)).map(|turn| async move {
+        let text = format!("line {turn}");
+        let seen = run(client, command(&["/bin/echo", &text])).await;
+        assert_eq!(seen.text(), format!("{text}\n"));
+        assert_eq!(seen.end().exit_code, 0);
+    });
+    runs.buffer_unordered(8).for_each(|()| async {}).await;
+    let list = client.list(ListRequest::default()).await.unwrap().into_owned();
+    assert!(list.processes.is_empty(), "{list:?}");
+    assert_eq!(zombies(agent.pid()), 0);
+}
+
+fn zombies(parent: u32) -> usize {
+    let children = fs::read_to_string(format!("/proc/{parent}/task/{parent}/children")).unwrap();
+    children.split_whitespace().filter(|pid| is_state(pid, 'Z')).count()
+}
+
+fn is_state(pid: &str, state: char) -> bool {
+    let status = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    status.rsplit_once(") ").is_some_and(|(_, rest)| rest.starts_with(state))
+}
+
+fn runs(pid: u32) -> bool {
+    fs::exists(format!("/proc/{pid}")).unwrap() && !is_state(&pid.to_string(), 'Z')
+}
+
+/// Waits until a process that is no child of ours is gone.
+async fn gone(pid: u32) {
+    let wait = async {
+        let mut look = tokio::time::interval(Duration::from_millis(5));
+        while runs(pid) {
+            look.tick().await;
+        }
+    };
+    tokio::time::timeout(harness::PATIENCE, wait).await.unwrap();
+}
+
+#[tokio::test]
+async fn large_output_comes_whole_and_in_order_to_a_slow_reader() {
+    let agent = Agent::start();
+    let client = agent.processes();
+    let script = "seq 1 400000; seq 1 1000 >&2";
+    let mut running = Running::start(&client, shell(script), CallOptions::default()).await.unwrap();
+    // The program is held up meanwhile, by backpressure.
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    while running.next().await.unwrap() {}
+    let numbers = |upto: usize| (1..=upto).map(|number| format!("{number}\n")).collect::<String>();
+    assert!(running.seen.text() == numbers(400_000));
+    assert!(running.seen.stderr == numbers(1000).as_bytes());
+}
+
+#[tokio::test]
+async fn output_that_is_no_text_is_not_touched() {
+    let agent = Agent::start();
+    let seen = run(&agent.processes(), shell(r"printf '\377\000\303'; sleep 0.05; printf '\251'")).await;
+    assert_eq!(seen.stdout, [0xff, 0x00, 0xc3, 0xa9]);
+}
+
+#[tokio::test]
+async fn every_way_to_end() {
+    let agent = Agent::start();
+    let client = agent.processes();
+    let table = [
+        ("exit 0", 0, true, "exit status 0", false),
+        ("exit 7", 7, true, "exit status 7", true),
+        ("kill -KILL $$", -1, false, "signal: killed", true),
+        ("kill -TERM $$", -1, false, "signal: terminated", true),
+        ("kill -PIPE $$", -1, false, "signal: broken pipe", true),
+    ];
+    for (script, code, exited, status, error) in table {
+        let seen = run(&client, shell(script)).await;
+        let end = seen.end();
+        assert_eq!((end.exit_code, end.exited, end.status.as_str()), (code, exited, status), "{script}");
+        assert_eq!(end.error.as_deref(), error.then_some(status), "{script}");
+    }
+}
+
+#[tokio::test]
+async fn a_grandchild_that_keeps_the_output_open_does_not_delay_the_end() {
+    let agent = Agent::start();
+    let client = agent.processes();
+    let start = std::time::Instant::now();
+    let seen = run(&client, shell("sleep 300 & echo $!; head -c 50000 /dev/zero")).await;
+    assert!(start.elapsed() < Duration::from_secs(20));
+    let (pid, zeros) = seen.stdout.split_at(seen.stdout.len() - 50_000);
+    assert!(zeros.iter().all(|byte| *byte == 0));
+    let pid: u32 = std::str::from_utf8(pid).unwrap().trim().parse().unwrap();
+    assert!(runs(pid), "it was left in the background and goes on");
+
+    // One that never stops writing ends neither the stream late nor itself by a broken pipe.
+    let seen = run(&client, shell("yes & echo pid $!")).await;
+    let noisy = seen.text();
+    let noisy = noisy.lines().find_map(|line| line.strip_prefix("pid ")).unwrap().parse().unwrap();
+    assert_eq!(seen.end().exit_code, 0);
+    assert!(runs(noisy));
+    run(&client, shell(&format!("kill -KILL {pid} {noisy}"))).await;
+    gone(pid).await;
+    gone(noisy).await;
+}
+
+#[tokio::test]
+async fn a_time_limit_kills_the_whole_group() {
+    let agent = Agent::start();
+    let client = agent.processes();
+    let options = CallOptions::default().with_timeout(Duration::from_millis(700));
+    let script = "sleep 300 & echo $!; sleep 300";
+    let mut running = Running::start(&client, shell(script), options).await.unwrap();
+    running.until(|seen| seen.stdout.ends_with(b"\n")).await;
+    let child: u32 = running.seen.text().trim().parse().unwrap();
+    let leader = running.seen.pid;
+    let error = running.finish().await.unwrap_err();
+    assert_eq!(error.code, ErrorCode::DeadlineExceeded, "{error:?}");
+    gone(leader).await;
+    gone(child).await;
+}
+
+#[tokio::test]
+async fn a_client_that_leaves_ends_neither_its_process_nor_its_time_limit() {
+    let agent = Agent::start();
+    let client = agent.processes();
+    let running =
+        Running::start(&client, shell("seq 1 1000000; sleep 300"), CallOptions::default()).await.unwrap();
+    let free = running.seen.pid;
+    drop(running);
+    let options = CallOptions::default().with_timeout(Duration::from_millis(500));
+    let running = Running::start(&client, shell("sleep 300"), options).await.unwrap();
+    let limited = running.seen.pid;
+    drop(running);
+    gone(limited).await;
+    assert!(runs(free));
+    signal(&agent, free, Signal::SIGNAL_SIGKILL).await.unwrap();
+    gone(free).await;
+}
+
+async fn signal(agent: &Agent, pid: u32, signal: Signal) -> Result<(), connectrpc::ConnectError> {
+    let request =
+        SendSignalRequest { process: by_pid(pid).into(), signal: signal.into(), ..Default::default() };
+    agent.processes().send_signal(request).await.map(|_| ())
+}
+
+#[tokio::test]
+async fn signals_reach_the_group() {
+    let agent = Agent::start();
+    let client = agent.processes();
+    let script = "trap 'echo bye; exit 3' TERM; sleep 300 & echo $!; wait";
+    let mut running = Running::start(&client, shell(script), CallOptions::default()).await.unwrap();
+    running.until(|seen| seen.stdout.ends_with(b"\n")).await;
+    let child: u32 = running.seen.text().trim().parse().unwrap();
+    let pid = running.seen.pid;
+    signal(&agent, pid, Signal::SIGNAL_SIGTERM).await.unwrap();
+    let seen = running.finish().await.unwrap();
+    assert!(seen.text().ends_with("bye\n"));
+    assert_eq!(seen.end().exit_code, 3);
+    gone(child).await;
+    let error = signal(&agent, pid, Signal::SIGNAL_SIGTERM).await.unwrap_err();
+    assert_eq!(error.code, ErrorCode::NotFound);
+    assert_eq!(error.message.as_deref(), Some(format!("process with pid {pid} not found").as_str()));
+}
+
+#[tokio::test]
+async fn standard_input() {
+    let agent = Agent::start();
+    let client = agent.processes();
+    let mut request = command(&["/bin/cat"]);
+    request.stdin = None;
+    request.tag = Some("cat".to_owned());
+    let running = Running::start(&client, request, CallOptions::default()).await.unwrap();
+    let send = async |bytes: &[u8]| {
+        let request = SendInputRequest {
+            process: by_tag("cat").into(),
+            input: stdin(bytes).into(),
+            ..Default::default()
+        };
+        client.send_input(request).await.map(|_| ())
+    };
+    send(b"one ").await.unwrap();
+    let large = vec![b'x'; 1 << 20];
+    let event = |event| StreamInputRequest { event: Some(event), ..Default::default() };
+    let start = StartEvent { process: by_tag("cat").into(), ..Default::default() };
+    let data = DataEvent { input: stdin(&large).into(), ..Default::default() };
+    let requests = vec![
+        event(stream_input_request::Event::from(start)),
+        event(stream_input_request::Event::from(data)),
+        event(stream_input_request::Event::Keepalive(Box::default())),
+    ];
+    let finish = tokio::spawn(running.finish());
+    client.stream_input(stream::iter(requests)).await.unwrap();
+    send(b" three").await.unwrap();
+    let close = CloseStdinRequest { process: by_tag("cat").into(), ..Default::default() };
+    client.close_stdin(close).await.unwrap();
+    let seen = finish.await.unwrap().unwrap();
+    assert_eq!(seen.end().exit_code, 0);
+    assert!(seen.stdout == [b"one ".as_slice(), &large, b" three"].concat());
+
+    // From nowhere: the end is there at once, and there is nothing to write to.
+    assert_eq!(run(&client, command(&["/bin/cat"])).await.text(), "");
+    let running = Running::start(&client, shell("sleep 300"), CallOptions::default()).await.unwrap();
+    let request = SendInputRequest {
+        process: by_pid(running.seen.pid).into(),
+        input: stdin(b"x").into(),
+        ..Default::default()
+    };
+    let error = client.send_input(request).await.unwrap_err();
+    assert_eq!(
+        (error.code, error.message.as_deref()),
+        (ErrorCode::Internal, Some("stdin not enabled or closed"))
+    );
+    signal(&agent, running.seen.pid, Signal::SIGNAL_SIGKILL).await.unwrap();
+}
+
+#[tokio::test]
+async fn input_that_nobody_reads_does_not_outlive_the_process() {
+    let agent = Agent::start();
+    let client = agent.processes();
+    // The grandchild holds the pipe open and reads nothing.
+    let mut request = shell("sleep 300 & echo $!; sleep 0.5");
+    request.stdin = Some(true);
+    let mut running = Running::start(&client, request, CallOptions::default()).await.unwrap();
+    running.until(|seen| seen.stdout.ends_with(b"\n")).await;
+    let child: u32 = running.seen.text().trim().parse().unwrap();
+    let request = SendInputRequest {
+        process: by_pid(running.seen.pid).into(),
+        input: stdin(&vec![0; 1 << 20]).into(),
+        ..Default::default()
+    };
+    let (sent, seen) = tokio::join!(client.send_input(request), running.finish());
+    assert_eq!(sent.unwrap_err().code, ErrorCode::Internal);
+    assert_eq!(seen.unwrap().end().exit_code, 0);
+    run(&client, shell(&format!("kill {child}"))).await;
+}
+
+#[tokio::test]
+async fn connecting_while_it_runs_and_after_its_end() {
+    let agent = Agent::start();
+    let client = agent.processes();
+    let mut request = shell("read line; echo got $line; exit 5");
+    request.stdin = Some(true);
+    request.tag = Some("job".to_owned());
+    let running = Running::start(&client, request, CallOptions::default()).await.unwrap();
+    let pid = running.seen.pid;
+    let connect = async || {
+        let request = ConnectRequest { process: by_tag("job").into(), ..Default::default() };
+        client.connect(request).await.unwrap()
+    };
+    let mut second = connect().await;
+    let mut seen = harness::Seen::default();
+    let first = second.message::<ConnectResponse>().await.unwrap().unwrap();
+    seen.take(first.to_owned_message().event.into_option().unwrap().event.unwrap());
+    let input = SendInputRequest {
+        process: by_pid(pid).into(),
+        input: stdin(b"this\n").into(),
+        ..Default::default()
+    };
+    client.send_input(input).await.unwrap();
+    while let Some(message) = second.message::<ConnectResponse>().await.unwrap() {
+        seen.take(message.to_owned_message().event.into_option().unwrap().event.unwrap());
+    }
+    assert_eq!((seen.pid, seen.text().as_str(), seen.end().exit_code), (pid, "got this\n", 5));
+    assert_eq!(running.finish().await.unwrap().text(), "got this\n");
+
+    let mut late = connect().await;
+    let mut seen = harness::Seen::default();
+    while let Some(message) = late.message::<ConnectResponse>().await.unwrap() {
+        seen.take(message.to_owned_message().event.into_option().unwrap().event.unwrap());
+    }
+    assert_eq!((seen.pid, seen.text().as_str(), seen.end().exit_code), (pid, "", 5));
+}
+
+#[tokio::test]
+async fn the_list_tells_what_runs() {
+    let agent = Agent::start();
+    let client = agent.processes();
+    let mut request = command(&["/bin/sleep", "300"]);
+    request.tag = Some("sleeper".to_owned());
+    let running = Running::start(&client, request, CallOptions::default()).await.unwrap();
+    let list = client.list(ListRequest::default()).await.unwrap().into_owned();
+    assert_eq!(list.processes.len(), 1);
+    assert_eq!(list.processes[0].pid, running.seen.pid);
+    assert_eq!(list.processes[0].tag.as_deref(), Some("sleeper"));
+    assert_eq!(list.processes[0].config.as_option().unwrap().args, ["300"]);
+    signal(&agent, running.seen.pid, Signal::SIGNAL_SIGKILL).await.unwrap();
+    assert_eq!(running.finish().await.unwrap().end().status, "signal: killed");
+}
+
+#[tokio::test]
+async fn a_quiet_process_keeps_its_stream_alive() {
+    let agent = Agent::start();
+    let options = CallOptions::default().with_header("keepalive-ping-interval", "1");
+    let seen = run_as(&agent.processes(), shell("sleep 2.5; echo done"), options).await.unwrap();
+    assert!(seen.keepalives >= 2, "{}", seen.keepalives);
+    assert_eq!(seen.text(), "done\n");
+}
+
+#[tokio::test]
+async fn the_environment_has_layers() {
+    let agent = Agent::start();
+    let body = r#"{"envVars":{"GLOBAL":"from init","BOTH":"from init"},"defaultUser":"root"}"#;
+    assert_eq!(agent.send(http::Request::post("/init"), body).await.status, 204);
+    let client = agent.processes();
+    let mut request = shell("echo $GLOBAL, $BOTH, $HOME, $USER, $LOGNAME, $PWD; umask");
+    request.process.get_or_insert_default().envs =
+        HashMap::from([("BOTH".to_owned(), "from the request".to_owned())]).into_iter().collect();
+    let seen = run(&client, request).await;
+    assert_eq!(seen.text(), "from init, from the request, /root, root, root, /root\n0022\n");
+    let again = run(&client, shell("echo $BOTH")).await;
+    assert_eq!(again.text(), "from init\n", "what one command was given does not leak into the next");
+}
+
+#[tokio::test]
+async fn programs_run_as_the_user_that_is_named() {
+    let agent = Agent::start();
+    let script =
+        "id -un; id -gn; echo $HOME $USER; grep CapEff /proc/self/status; cat /proc/self/oom_score_adj";
+    let seen = run_as(&agent.processes(), shell(script), as_user("nobody")).await.unwrap();
+    assert_eq!(seen.text(), "nobody\nnogroup\n/nonexistent nobody\nCapEff:\t0000000000000000\n100\n");
+    let seen = run_as(&agent.processes(), shell("id -G; pwd"), as_user("nobody")).await.unwrap();
+    assert_eq!(seen.text(), "65534\n/\n", "no group of the agent is kept");
+}
+
+#[tokio::test]
+async fn what_cannot_start_is_refused_in_the_words_of_the_contract() {
+    let agent = Agent::start();
+    let client = agent.processes();
+    let with = |change: &dyn Fn(&mut wrenn_proto::process::ProcessConfig)| {
+        let mut request = command(&["/bin/true"]);
+        change(request.process.get_or_insert_default());
+        request
+    };
+    let nothing = CallOptions::default;
+    let table = [
+        (
+            with(&|config| config.cwd = Some("/nowhere".to_owned())),
+            nothing(),
+            ErrorCode::InvalidArgument,
+            "cwd '/nowhere' does not exist",
+        ),
+        (
+            with(&|config| config.cwd = Some("/etc/passwd".to_owned())),
+            nothing(),
+            ErrorCode::InvalidArgument,
+            "cwd '/etc/passwd' is not a directory",
+        ),
+        (with(&|_| {}), as_user("nosuch"), ErrorCode::Unauthenticated, "invalid username: 'nosuch'"),
+        (
+            with(&|config| config.cwd = Some("/root".to_owned())),
+            as_user("nobody"),
+            ErrorCode::InvalidArgument,
+            "cwd '/root' cannot be entered: Permission denied (os error 13)",
+        ),
+        (
+            with(&|config| config.cmd = "no-such-command".to_owned()),
+            nothing(),
+            ErrorCode::InvalidArgument,
+            "exec: \"no-such-command\": executable file not found in $PATH",
+        ),
+        (
+            with(&|config| config.cmd = "/no/such".to_owned()),
+            nothing(),
+            ErrorCode::InvalidArgument,
+            "fork/exec /no/such: No such file or directory (os error 2)",
+        ),
+        (
+            with(&|config| config.cmd = "/etc/passwd".to_owned()),
+            nothing(),
+            ErrorCode::InvalidArgument,
+            "fork/exec /etc/passwd: Permission denied (os error 13)",
+        ),
+        (
+            with(&|config| config.cmd = String::new()),
+            nothing(),
+            ErrorCode::InvalidArgument,
+            "command is empty",
+        ),
+        (
+            with(&|config| config.args = vec!["a\0b".to_owned()]),
+            nothing(),
+            ErrorCode::InvalidArgument,
+            "the command, an argument or a variable contains a zero byte",
+        ),
+        (
+            with(&|config| {
+                config.envs.insert("A=B".to_owned(), "c".to_owned());
+            }),
+            nothing(),
+            ErrorCode::InvalidArgument,
+            "invalid environment variable name 'A=B'",
+        ),
+    ];
+    for (request, options, code, message) in table {
+        let error = run_as(&client, request, options).await.unwrap_err();
+        let said = error.message.clone().unwrap_or_default();
+        assert_eq!(error.code, code, "{said}");
+        assert!(said.starts_with(message), "{said:?} is not {message:?}");
+    }
+    assert!(client.list(ListRequest::default()).await.unwrap().into_owned().processes.is_empty());
+    assert_eq!(zombies(agent.pid()), 0);
+    let error = client.send_signal(SendSignalRequest::default()).await.unwrap_err();
+    assert_eq!(error.code, ErrorCode::InvalidArgument);
+}

@@ -1,0 +1,100 @@
+//! What can be said about a machine's description before anything is started. Every driver asks here, so
+//! that the same description is refused everywhere, and with the same words.
+
+use camino::Utf8Path;
+
+use crate::{MachineSpec, VmmError, VmmResult};
+
+/// The longest path of a Unix socket, without its terminator.
+const SOCKET_PATH: usize = 107;
+/// The name of the longest socket that a driver makes in the run directory, with its slash.
+const LONGEST_SOCKET: usize = "/control.sock".len();
+/// The kernel takes 2047 characters; the drivers' own words need some.
+const COMMAND_LINE: usize = 1536;
+/// The longest name of a network interface.
+const INTERFACE_NAME: usize = 15;
+
+pub(crate) fn machine(spec: &MachineSpec) -> VmmResult<()> {
+    name(&spec.name)?;
+    for (field, path) in [("run_dir", &spec.run_dir), ("kernel", &spec.guest.kernel)] {
+        absolute(field, path)?;
+    }
+    absolute("initramfs", &spec.guest.initramfs)?;
+    if spec.run_dir.as_str().len() + LONGEST_SOCKET > SOCKET_PATH {
+        return refuse("run_dir", format!("a socket in {} would have too long a path", spec.run_dir));
+    }
+    if let Some(disk) = &spec.disk {
+        absolute("disk", &disk.path)?;
+    }
+    if let Some(network) = &spec.network {
+        absolute("network namespace", &network.namespace)?;
+        tap(&network.tap)?;
+    }
+    kernel_arguments(&spec.kernel_arguments)
+}
+
+fn refuse<T>(field: &'static str, problem: impl Into<String>) -> VmmResult<T> {
+    Err(VmmError::Spec { field, problem: problem.into() })
+}
+
+fn name(name: &str) -> VmmResult<()> {
+    let good = name.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-');
+    if name.is_empty() || name.len() > 64 || name.starts_with('-') || !good {
+        return refuse("name", "it is 1 to 64 letters, digits and dashes, the first no dash");
+    }
+    Ok(())
+}
+
+fn tap(name: &str) -> VmmResult<()> {
+    let good = name.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.'));
+    if name.is_empty() || name.len() > INTERFACE_NAME || name.starts_with('.') || !good {
+        return refuse("tap", "it is 1 to 15 letters, digits, dashes, underscores and dots");
+    }
+    Ok(())
+}
+
+fn absolute(field: &'static str, path: &Utf8Path) -> VmmResult<()> {
+    if !path.is_absolute() || path.as_str().contains('\0') {
+        return refuse(field, format!("{path} is no absolute path"));
+    }
+    Ok(())
+}
+
+fn kernel_arguments(words: &[String]) -> VmmResult<()> {
+    if words.iter().any(|word| word.is_empty() || !word.bytes().all(|byte| byte.is_ascii_graphic())) {
+        return refuse("kernel_arguments", "each is a word of visible ASCII characters");
+    }
+    if words.iter().map(|word| word.len() + 1).sum::<usize>() > COMMAND_LINE {
+        return refuse("kernel_arguments", format!("together they are longer than {COMMAND_LINE} characters"));
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn names() {
+        for good in ["a", "wrenn-0123abcd-sb-01234567", &"a".repeat(64)] {
+            assert!(name(good).is_ok(), "{good}");
+        }
+        for bad in ["", "-a", "a,b", "a b", "a/b", "../x", "ä", "a\0", &"a".repeat(65)] {
+            assert!(name(bad).is_err(), "{bad}");
+        }
+        assert!(tap("tap0").is_ok());
+        for bad in ["", "a,b", "tap0,script=/bin/sh", "0123456789abcdef", ".."] {
+            assert!(tap(bad).is_err(), "{bad}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn what_passes_is_one_word(word in ".{0,40}") {
+            if kernel_arguments(std::slice::from_ref(&word)).is_ok() {
+                prop_assert!(!word.contains(char::is_whitespace) && !word.contains('\0') && !word.is_empty());
+            }
+        }
+    }
+}
