@@ -1,10 +1,5 @@
 # The commands of this repository. They only name what `cargo xtask` does; see CONTRIBUTING.md.
 
-CACHE := $(if $(XDG_CACHE_HOME),$(XDG_CACHE_HOME),$(HOME)/.cache)/wrenn
-
-# What cargo compiles on the way to an artifact is shared by all clones on a machine. Artifacts stay in target/.
-export CARGO_BUILD_BUILD_DIR ?= $(CACHE)/build
-
 COMMANDS := bench build check demo dev down images setup soak test up
 
 .DEFAULT_GOAL := help

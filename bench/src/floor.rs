@@ -9,6 +9,10 @@
 //! It restores the same snapshot as the product, with the same VMM and arguments, because it uses the same
 //! driver. It does nothing else: no API, no database, no records, no identity for the guest, no command.
 //! What a create takes on top of it is the price of the product.
+//!
+//! There is one question under way at a time. Asking anew every millisecond, whether or not the guest has
+//! had the time to answer, was tried: the guest then has dozens of connections to accept, and the first
+//! byte comes up to three times as late. That would not be the least that anyone needs.
 
 use std::{
     io,
@@ -28,7 +32,10 @@ use wrenn_host_agent::{
     snapshot_store::Manifest,
 };
 use wrenn_types::InstanceId;
-use wrenn_vmm::{DiskSpec, GuestBundle, MachineSpec, NetworkSpec, SnapshotFiles, Vm, Vmm};
+use wrenn_vmm::{
+    DiskSpec, GuestBundle, MachineSpec, NetworkSpec, SnapshotFiles, Vm, Vmm,
+    qemu::{AcceleratorChoice, Qemu, QemuOptions},
+};
 
 /// The port of the guest agent.
 const ENVD_PORT: u16 = 49983;
@@ -191,6 +198,25 @@ impl Floor {
     pub(crate) async fn close(self) {
         self.slots.shutdown().await;
     }
+}
+
+/// What is recorded of the snapshot in a directory.
+fn read_manifest(directory: &Utf8Path) -> Result<Manifest> {
+    let text = std::fs::read(directory.join("manifest.json")).context("read the snapshot's manifest")?;
+    serde_json::from_slice(&text).context("parse the snapshot's manifest")
+}
+
+/// The driver that made a snapshot, with the accelerator that it chose.
+///
+/// # Errors
+/// There is no QEMU.
+pub(crate) async fn driver_of(directory: &Utf8Path) -> Result<Arc<dyn Vmm>> {
+    let accelerator = read_manifest(directory)?.subject.vmm.accelerator;
+    let options = QemuOptions {
+        accelerator: AcceleratorChoice::Always(accelerator),
+        ..QemuOptions::from_environment().context("read WRENN_ACCEL")?
+    };
+    Ok(Arc::new(Qemu::detect(options).await.context("find QEMU")?))
 }
 
 /// Asks `GET /health` until the first byte of an answer is there.

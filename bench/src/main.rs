@@ -11,7 +11,6 @@
 #![allow(clippy::print_stdout, clippy::print_stderr, reason = "a command line program talks to people")]
 
 mod agent;
-mod driver;
 mod floor;
 mod machine;
 mod memory;
@@ -109,7 +108,7 @@ async fn measure(arguments: &Arguments, stack: &Stack) -> Result<Results> {
     let images_directory = Utf8PathBuf::from_path_buf(stack::images()?)
         .map_err(|path| anyhow::anyhow!("{} is not UTF-8", path.display()))?;
     let images = Images::load(&images_directory)?;
-    let vmm = driver::same_as(&prepared.directory).await?;
+    let vmm = floor::driver_of(&prepared.directory).await?;
     let uplink = Uplink::Named(stack.uplink().name().parse()?);
     let machine = Machine::here(
         format!("{} {}, {}", vmm.identity().name, vmm.identity().version, vmm.identity().machine),

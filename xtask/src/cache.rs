@@ -6,6 +6,7 @@
 //!   ├── guests/<content digest>/          vmlinuz, initramfs.img, manifest.json
 //!   ├── templates/<name>-<digest>/        image.ext4, template.json
 //!   ├── tools/<tool>-<version>/           programs of the checks
+//!   ├── dependencies/                     compiled dependencies, see [`crate::dependencies`]
 //!   ├── tmp/<kind>-<name>/                one of the above while it is being made
 //!   └── locks/<kind>-<name>               held by its maker
 //! ```
@@ -62,6 +63,11 @@ impl Cache {
         self.root.join(name)
     }
 
+    /// A directory that is not made in one step, and looks after itself.
+    pub(crate) fn place(&self, name: &str) -> PathBuf {
+        self.root.join(name)
+    }
+
     /// The directory `kind/name`, made by `make` if it is not there. `make` gets an empty directory to fill.
     pub(crate) fn get_or_make(
         &self,
@@ -90,7 +96,7 @@ impl Cache {
     }
 
     /// Waits for the lock of that name. The kernel frees it with its holder, so a dead maker blocks nobody.
-    fn lock(&self, name: &str) -> Result<File> {
+    pub(crate) fn lock(&self, name: &str) -> Result<File> {
         let path = self.root.join("locks").join(name);
         let file = File::create(&path).with_context(|| format!("making {}", path.display()))?;
         match file.try_lock() {

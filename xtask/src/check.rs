@@ -8,7 +8,7 @@ use std::{
 
 use anyhow::Result;
 
-use crate::{cache::Cache, repository::Repository, step, tidy};
+use crate::{cache::Cache, dependencies, repository::Repository, step, tidy};
 
 /// Not a library of ours, so it is not in the lock file: its version is chosen here.
 const CARGO_DENY: &str = "0.20.2";
@@ -16,6 +16,8 @@ const CARGO_DENY: &str = "0.20.2";
 pub(crate) fn run(repository: &Repository) -> Result<()> {
     step::announce("rules of this repository");
     tidy::run(repository)?;
+    let cache = Cache::open()?;
+    dependencies::take(repository, &cache)?;
     step::loud("format", repository.cargo().args(["fmt", "--all", "--check"]))?;
     step::loud(
         "lints",
@@ -28,7 +30,8 @@ pub(crate) fn run(repository: &Repository) -> Result<()> {
             .args(["doc", "--workspace", "--no-deps", "--document-private-items", "--quiet"])
             .env("RUSTDOCFLAGS", "--deny warnings"),
     )?;
-    let deny = cargo_deny(repository)?;
+    dependencies::give(repository, &cache)?;
+    let deny = cargo_deny(repository, &cache)?;
     step::loud(
         "dependencies",
         Command::new(deny).current_dir(repository.root()).args(["check", "bans", "licenses", "sources"]),
@@ -36,7 +39,7 @@ pub(crate) fn run(repository: &Repository) -> Result<()> {
 }
 
 /// The program on the PATH, else one in the cache, which is built the first time.
-fn cargo_deny(repository: &Repository) -> Result<PathBuf> {
+fn cargo_deny(repository: &Repository, cache: &Cache) -> Result<PathBuf> {
     let on_path = env::var_os("PATH").and_then(|path| {
         env::split_paths(&path)
             .map(|directory| directory.join("cargo-deny"))
@@ -57,8 +60,6 @@ fn install(repository: &Repository, directory: &Path) -> Result<()> {
     command
         .args(["install", "cargo-deny", "--locked", "--version", CARGO_DENY, "--root"])
         .arg(directory)
-        // Its dependencies are not ours: sharing their build with ours gains nothing.
-        .env_remove("CARGO_BUILD_BUILD_DIR")
         .arg("--target-dir")
         .arg(directory.join("target"));
     step::quiet("building cargo-deny, once (about 3 minutes)", &repository.log("cargo-deny"), &mut command)?;

@@ -10,7 +10,7 @@ use anyhow::{Context as _, Result};
 
 use crate::{
     cache::{self, Cache},
-    guest_bundle, kernel, packages,
+    dependencies, guest_bundle, kernel, packages,
     repository::Repository,
     template,
 };
@@ -19,6 +19,7 @@ use crate::{
 pub(crate) fn make(repository: &Repository, refresh: bool) -> Result<PathBuf> {
     packages::install_missing(repository)?;
     let cache = Cache::open()?;
+    dependencies::take(repository, &cache)?;
     // The kernel first: if the network is not there, that is known before anything is compiled.
     let kernel = kernel::find(repository, &cache, refresh)?;
     let images = repository.images();

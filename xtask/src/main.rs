@@ -20,6 +20,7 @@ mod check;
 mod cpio;
 mod debian;
 mod demo;
+mod dependencies;
 mod elf;
 mod guest_bundle;
 mod host;
@@ -89,24 +90,27 @@ enum Command {
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
     let repository = Repository::find();
-    let result = match arguments.command {
-        Command::Setup => packages::install_missing(&repository),
-        Command::Images { refresh } => images::make(&repository, refresh).map(drop),
-        Command::Build => stack::build(&repository).map(drop),
-        Command::Check => check::run(&repository),
-        Command::Test { arguments } => test::run(&repository, &arguments),
-        Command::Demo => demo::run(&repository),
-        Command::Dev(arguments) => stack::run(&repository, "dev", &arguments),
-        Command::Up(arguments) => stack::run(&repository, "up", &arguments),
-        Command::Down(arguments) => stack::down(&repository, &arguments),
-        Command::Bench(arguments) => stack::bench(&repository, &arguments),
-        Command::Soak { arguments } => test::soak(&repository, &arguments),
-    };
-    match result {
+    match execute(&repository, arguments.command) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("\nerror: {error:#}");
             ExitCode::FAILURE
         }
+    }
+}
+
+fn execute(repository: &Repository, command: Command) -> anyhow::Result<()> {
+    match command {
+        Command::Setup => packages::install_missing(repository),
+        Command::Images { refresh } => images::make(repository, refresh).map(drop),
+        Command::Build => stack::build(repository).map(drop),
+        Command::Check => check::run(repository),
+        Command::Test { arguments } => test::run(repository, &arguments),
+        Command::Demo => demo::run(repository),
+        Command::Dev(arguments) => stack::run(repository, "dev", &arguments),
+        Command::Up(arguments) => stack::run(repository, "up", &arguments),
+        Command::Down(arguments) => stack::down(repository, &arguments),
+        Command::Bench(arguments) => stack::bench(repository, &arguments),
+        Command::Soak { arguments } => test::soak(repository, &arguments),
     }
 }

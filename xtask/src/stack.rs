@@ -4,7 +4,7 @@ use std::{os::unix::process::CommandExt as _, path::PathBuf, process::Command};
 
 use anyhow::{Result, bail};
 
-use crate::{host, images, repository::Repository, step};
+use crate::{cache::Cache, dependencies, host, images, repository::Repository, step};
 
 /// What is passed on to the program.
 #[derive(Debug, clap::Args)]
@@ -27,6 +27,7 @@ pub(crate) fn build(repository: &Repository) -> Result<Product> {
     let mut command = repository.cargo();
     command.args(["build", "--release", "--package", "wrenn"]);
     step::loud("building the release program", &mut command)?;
+    dependencies::give(repository, &Cache::open()?)?;
     Ok(Product { program: repository.program(), images })
 }
 

@@ -16,6 +16,8 @@ use std::{
 use anyhow::{Context as _, Result, ensure};
 
 use crate::{
+    cache::Cache,
+    dependencies,
     repository::Repository,
     stack::{self, Product},
     step,
@@ -28,6 +30,7 @@ const SOAK_CASES: &str = "20000";
 pub(crate) fn run(repository: &Repository, arguments: &[String]) -> Result<()> {
     let mut command = prepare(repository, arguments)?;
     let (report, succeeded) = follow(&mut command)?;
+    dependencies::give(repository, &Cache::open()?)?;
     println!("\n{report}");
     ensure!(succeeded, "tests failed");
     Ok(())
@@ -41,6 +44,7 @@ pub(crate) fn soak(repository: &Repository, arguments: &[String]) -> Result<()> 
         command.env("PROPTEST_CASES", SOAK_CASES);
     }
     let (report, succeeded) = follow(&mut command)?;
+    dependencies::give(repository, &Cache::open()?)?;
     let commit = step::output(
         Command::new("git").current_dir(repository.root()).args(["describe", "--always", "--dirty"]),
     )

@@ -9,7 +9,7 @@ pub struct Config {
     #[arg(long, default_value = "127.0.0.1:8000")]
     pub listen: SocketAddr,
     /// The PostgreSQL database, for example postgres:///wrenn?host=/run/postgresql.
-    #[arg(long)]
+    #[arg(long, env = "DATABASE_URL", hide_env_values = true)]
     pub database_url: String,
     /// The Unix socket of the host agent.
     #[arg(long)]

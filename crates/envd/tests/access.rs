@@ -1,4 +1,5 @@
 //! Who may do what: tokens, signatures, `/init`, `/health`, over the wire, against a real agent.
+#![allow(clippy::unwrap_used, reason = "all of this is tests")]
 
 mod harness;
 

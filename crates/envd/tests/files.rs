@@ -1,4 +1,5 @@
 //! Files up and down, over the wire, against a real agent.
+#![allow(clippy::unwrap_used, reason = "all of this is tests")]
 
 mod harness;
 

@@ -1,4 +1,5 @@
 //! The process service, over the wire, against a real agent.
+#![allow(clippy::unwrap_used, reason = "all of this is tests")]
 
 mod harness;
 
@@ -168,7 +169,7 @@ async fn signal(agent: &Agent, pid: u32, signal: Signal) -> Result<(), connectrp
 async fn signals_reach_the_group() {
     let agent = Agent::start();
     let client = agent.processes();
-    let script = "trap 'echo bye; exit 3' TERM; sleep 300 & echo $!; wait";
+    let script = "trap 'echo bye; exit 3' TERM; sh -c 'echo $$; exec sleep 300' & wait";
     let mut running = Running::start(&client, shell(script), CallOptions::default()).await.unwrap();
     running.until(|seen| seen.stdout.ends_with(b"\n")).await;
     let child: u32 = running.seen.text().trim().parse().unwrap();

@@ -50,8 +50,7 @@ pub struct Uplink {
 }
 
 impl Uplink {
-    /// Makes it. The host's own addresses answer on `lo` and on a dummy device; the internet is behind a
-    /// second namespace in real life, and here an address that is routed to a dummy device.
+    /// Makes it. The host's own addresses answer on `lo`; the internet is behind a second namespace.
     ///
     /// # Errors
     /// Without root.
@@ -64,11 +63,8 @@ impl Uplink {
         let mut uplink = Self { name, path, namespace, servers: Vec::new(), asked: Arc::default() };
         uplink.address("lo", "127.0.0.1/8").await?;
         uplink.ip("link set lo up").await?;
-        uplink.ip("link add out0 type dummy").await?;
-        uplink.ip("link set out0 up").await?;
-        uplink.ip("route add default dev out0").await?;
         for address in [PRIVATE, PRIVATE_TEN, METADATA, HOST_PUBLIC] {
-            uplink.address("out0", &format!("{address}/32")).await?;
+            uplink.address("lo", &format!("{address}/32")).await?;
         }
         for address in [PRIVATE, PRIVATE_TEN, METADATA, HOST_PUBLIC] {
             uplink.serve(SocketAddr::from((address, PORT))).await?;

@@ -20,9 +20,15 @@
 //! outlives whoever started it.
 #![warn(missing_docs)]
 
-pub mod quick;
+#[cfg(any(test, feature = "conformance"))]
+pub mod conformance;
 mod error;
+pub mod fake;
+pub mod qemu;
+pub mod quick;
 mod spec;
+mod tail;
+mod validate;
 mod vm;
 
 pub use error::{VmmError, VmmResult};

@@ -65,7 +65,10 @@ fn kernel_arguments(words: &[String]) -> VmmResult<()> {
         return refuse("kernel_arguments", "each is a word of visible ASCII characters");
     }
     if words.iter().map(|word| word.len() + 1).sum::<usize>() > COMMAND_LINE {
-        return refuse("kernel_arguments", format!("together they are longer than {COMMAND_LINE} characters"));
+        return refuse(
+            "kernel_arguments",
+            format!("together they are longer than {COMMAND_LINE} characters"),
+        );
     }
     Ok(())
 }

@@ -68,6 +68,8 @@ struct Order {
 pub(crate) enum InitError {
     #[error("the body is not what it must be: {0}")]
     Body(serde_json::Error),
+    #[error("the body is not an object")]
+    NoObject,
     #[error("{field} {problem}")]
     Field { field: &'static str, problem: &'static str },
     #[error("only the host may call this")]
@@ -82,7 +84,7 @@ impl InitError {
     /// The HTTP status of this error.
     pub(crate) fn status(&self) -> StatusCode {
         match self {
-            Self::Body(_) | Self::Field { .. } => StatusCode::BAD_REQUEST,
+            Self::Body(_) | Self::NoObject | Self::Field { .. } => StatusCode::BAD_REQUEST,
             Self::NotTheHost => StatusCode::FORBIDDEN,
             Self::Unauthorized => StatusCode::UNAUTHORIZED,
             Self::Machine(_) => StatusCode::INTERNAL_SERVER_ERROR,
@@ -104,11 +106,7 @@ pub(crate) async fn initialise(
     headers: &HeaderMap,
     body: &[u8],
 ) -> Result<(), InitError> {
-    let body: Body = if body.is_empty() {
-        Body::default()
-    } else {
-        serde_json::from_slice(body).map_err(InitError::Body)?
-    };
+    let body = Body::parse(body)?;
     let _one_at_a_time = agent.initialising.lock().await;
     let current = agent.identity();
     if let Some(token) = &current.token {
@@ -195,6 +193,15 @@ impl Order {
 }
 
 impl Body {
+    fn parse(text: &[u8]) -> Result<Self, InitError> {
+        match text.trim_ascii() {
+            b"" => Ok(Self::default()),
+            // A list of values in the order of our fields would be taken too, and nobody means that.
+            [b'[', ..] => Err(InitError::NoObject),
+            text => serde_json::from_slice(text).map_err(InitError::Body),
+        }
+    }
+
     fn check(self) -> Result<Order, InitError> {
         let refuse = |field, problem| Err(InitError::Field { field, problem });
         let given = |text: Option<String>| text.filter(|text| !text.is_empty());
@@ -259,7 +266,7 @@ mod tests {
     use super::*;
 
     fn check(json: &str) -> Result<Order, InitError> {
-        serde_json::from_str::<Body>(json).map_err(InitError::Body)?.check()
+        Body::parse(json.as_bytes())?.check()
     }
 
     #[test]

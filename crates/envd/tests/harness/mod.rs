@@ -1,5 +1,9 @@
 //! A real agent on a free port of the loopback interface, and clients for it.
-#![allow(dead_code, reason = "each test program uses its part")]
+#![allow(
+    dead_code,
+    clippy::unwrap_used,
+    reason = "each test program uses its part of this, and it is part of tests"
+)]
 
 use std::{
     io::{BufRead, BufReader},
@@ -11,7 +15,7 @@ use std::{
 use bytes::Bytes;
 use connectrpc::{
     ConnectError,
-    client::{CallOptions, ClientBody, ClientConfig, HttpClient},
+    client::{CallOptions, ClientConfig, HttpClient},
 };
 use futures::stream;
 use http::{Request, Response, StatusCode};
@@ -31,13 +35,13 @@ use wrenn_proto::{
 };
 
 /// No wait of a test is longer.
-pub const PATIENCE: Duration = Duration::from_secs(60);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 
 /// The agent. It ends with the test.
 #[derive(Debug)]
-pub struct Agent {
+pub(crate) struct Agent {
     child: Child,
-    pub address: SocketAddr,
+    pub(crate) address: SocketAddr,
 }
 
 impl Drop for Agent {
@@ -48,7 +52,7 @@ impl Drop for Agent {
 }
 
 impl Agent {
-    pub fn start() -> Self {
+    pub(crate) fn start() -> Self {
         let mut child = Command::new(env!("CARGO_BIN_EXE_envd"))
             .args(["agent", "--listen", "127.0.0.1:0"])
             .stdin(Stdio::null())
@@ -62,28 +66,28 @@ impl Agent {
         Self { child, address: line["address"].as_str().unwrap().parse().unwrap() }
     }
 
-    pub fn pid(&self) -> u32 {
+    pub(crate) fn pid(&self) -> u32 {
         self.child.id()
     }
 
-    pub fn config(&self) -> ClientConfig {
+    pub(crate) fn config(&self) -> ClientConfig {
         ClientConfig::new(format!("http://{}", self.address).parse().unwrap()).json()
     }
 
-    pub fn processes(&self) -> ProcessClient<HttpClient> {
+    pub(crate) fn processes(&self) -> ProcessClient<HttpClient> {
         ProcessClient::new(HttpClient::plaintext(), self.config())
     }
 
-    pub fn filesystem(&self) -> FilesystemClient<HttpClient> {
+    pub(crate) fn filesystem(&self) -> FilesystemClient<HttpClient> {
         FilesystemClient::new(HttpClient::plaintext(), self.config())
     }
 
-    pub async fn send(&self, request: http::request::Builder, body: impl Into<Bytes>) -> Answer {
+    pub(crate) async fn send(&self, request: http::request::Builder, body: impl Into<Bytes>) -> Answer {
         self.send_body(request, Full::new(body.into()).map_err(|never| match never {}).boxed()).await
     }
 
     /// Sends a body in pieces, without saying how long it is.
-    pub async fn send_pieces(&self, request: http::request::Builder, pieces: Vec<Bytes>) -> Answer {
+    pub(crate) async fn send_pieces(&self, request: http::request::Builder, pieces: Vec<Bytes>) -> Answer {
         let pieces = pieces.into_iter().map(|piece| Ok(http_body::Frame::data(piece)));
         self.send_body(request, BodyExt::boxed(StreamBody::new(stream::iter(pieces)))).await
     }
@@ -106,11 +110,11 @@ impl Agent {
         tokio::time::timeout(PATIENCE, exchange).await.unwrap()
     }
 
-    pub async fn get(&self, uri: &str) -> Answer {
+    pub(crate) async fn get(&self, uri: &str) -> Answer {
         self.send(Request::get(uri), "").await
     }
 
-    pub async fn upload(&self, path: &str, content: impl Into<Bytes>) -> Answer {
+    pub(crate) async fn upload(&self, path: &str, content: impl Into<Bytes>) -> Answer {
         let request = Request::post(format!("/files?path={}", encode(path)));
         self.send(request.header("content-type", "application/octet-stream"), content).await
     }
@@ -118,31 +122,31 @@ impl Agent {
 
 /// An HTTP answer; its body is an error if it broke off.
 #[derive(Debug)]
-pub struct Answer {
-    pub status: StatusCode,
-    pub headers: http::HeaderMap,
-    pub body: Result<Bytes, String>,
+pub(crate) struct Answer {
+    pub(crate) status: StatusCode,
+    pub(crate) headers: http::HeaderMap,
+    pub(crate) body: Result<Bytes, String>,
 }
 
 impl Answer {
-    pub fn json(&self) -> serde_json::Value {
+    pub(crate) fn json(&self) -> serde_json::Value {
         serde_json::from_slice(self.body.as_ref().unwrap()).unwrap()
     }
 
     /// The message of an error, whose code must be the status.
-    pub fn message(&self) -> String {
+    pub(crate) fn message(&self) -> String {
         let json = self.json();
         assert_eq!(json["code"], self.status.as_u16());
         json["message"].as_str().unwrap().to_owned()
     }
 }
 
-pub fn encode(path: &str) -> String {
+pub(crate) fn encode(path: &str) -> String {
     path.bytes().map(|byte| format!("%{byte:02x}")).collect()
 }
 
 /// A request to start a command with standard input from nowhere.
-pub fn command(words: &[&str]) -> StartRequest {
+pub(crate) fn command(words: &[&str]) -> StartRequest {
     StartRequest {
         process: ProcessConfig {
             cmd: words[0].to_owned(),
@@ -155,33 +159,33 @@ pub fn command(words: &[&str]) -> StartRequest {
     }
 }
 
-pub fn shell(script: &str) -> StartRequest {
+pub(crate) fn shell(script: &str) -> StartRequest {
     command(&["/bin/sh", "-c", script])
 }
 
-pub fn terminal(mut request: StartRequest, cols: u32, rows: u32) -> StartRequest {
+pub(crate) fn terminal(mut request: StartRequest, cols: u32, rows: u32) -> StartRequest {
     request.pty =
         PTY { size: pty::Size { cols, rows, ..Default::default() }.into(), ..Default::default() }.into();
     request
 }
 
-pub fn by_pid(pid: u32) -> ProcessSelector {
+pub(crate) fn by_pid(pid: u32) -> ProcessSelector {
     ProcessSelector { selector: Some(process_selector::Selector::Pid(pid)), ..Default::default() }
 }
 
-pub fn by_tag(tag: &str) -> ProcessSelector {
+pub(crate) fn by_tag(tag: &str) -> ProcessSelector {
     ProcessSelector { selector: Some(process_selector::Selector::Tag(tag.to_owned())), ..Default::default() }
 }
 
-pub fn stdin(bytes: &[u8]) -> ProcessInput {
+pub(crate) fn stdin(bytes: &[u8]) -> ProcessInput {
     ProcessInput { input: Some(process_input::Input::Stdin(bytes.to_vec())), ..Default::default() }
 }
 
-pub fn keys(bytes: &[u8]) -> ProcessInput {
+pub(crate) fn keys(bytes: &[u8]) -> ProcessInput {
     ProcessInput { input: Some(process_input::Input::Pty(bytes.to_vec())), ..Default::default() }
 }
 
-pub fn as_user(name: &str) -> CallOptions {
+pub(crate) fn as_user(name: &str) -> CallOptions {
     use base64::{Engine, engine::general_purpose::STANDARD};
     let value = format!("Basic {}", STANDARD.encode(format!("{name}:")));
     CallOptions::default().with_header("authorization", value)
@@ -189,30 +193,30 @@ pub fn as_user(name: &str) -> CallOptions {
 
 /// What a process said until now.
 #[derive(Debug, Default, Clone)]
-pub struct Seen {
-    pub pid: u32,
-    pub stdout: Vec<u8>,
-    pub stderr: Vec<u8>,
-    pub pty: Vec<u8>,
-    pub keepalives: usize,
-    pub end: Option<EndEvent>,
+pub(crate) struct Seen {
+    pub(crate) pid: u32,
+    pub(crate) stdout: Vec<u8>,
+    pub(crate) stderr: Vec<u8>,
+    pub(crate) pty: Vec<u8>,
+    pub(crate) keepalives: usize,
+    pub(crate) end: Option<EndEvent>,
 }
 
 impl Seen {
-    pub fn text(&self) -> String {
+    pub(crate) fn text(&self) -> String {
         String::from_utf8_lossy(&self.stdout).into_owned()
     }
 
-    pub fn screen(&self) -> String {
+    pub(crate) fn screen(&self) -> String {
         String::from_utf8_lossy(&self.pty).into_owned()
     }
 
-    pub fn end(&self) -> &EndEvent {
+    pub(crate) fn end(&self) -> &EndEvent {
         self.end.as_ref().expect("an end")
     }
 
     /// Takes an event in, and checks the order: start, then data, then one end.
-    pub fn take(&mut self, event: Event) {
+    pub(crate) fn take(&mut self, event: Event) {
         assert!(self.end.is_none(), "nothing comes after the end");
         assert_eq!(self.pid == 0, matches!(event, Event::Start(_)), "one start, and it comes first");
         match event {
@@ -232,13 +236,13 @@ type Body = <HttpClient as connectrpc::client::ClientTransport>::ResponseBody;
 
 /// A process that was started, as its first client sees it.
 #[derive(Debug)]
-pub struct Running {
+pub(crate) struct Running {
     stream: connectrpc::client::ServerStream<Body, StartResponseView<'static>>,
-    pub seen: Seen,
+    pub(crate) seen: Seen,
 }
 
 impl Running {
-    pub async fn start(
+    pub(crate) async fn start(
         client: &ProcessClient<HttpClient>,
         request: StartRequest,
         options: CallOptions,
@@ -250,7 +254,7 @@ impl Running {
     }
 
     /// Takes one more event in; false at the end of the stream.
-    pub async fn next(&mut self) -> Result<bool, ConnectError> {
+    pub(crate) async fn next(&mut self) -> Result<bool, ConnectError> {
         let message =
             tokio::time::timeout(PATIENCE, self.stream.message::<StartResponse>()).await.unwrap()?;
         match message {
@@ -266,21 +270,21 @@ impl Running {
         }
     }
 
-    pub async fn until(&mut self, done: impl Fn(&Seen) -> bool) -> &Seen {
+    pub(crate) async fn until(&mut self, done: impl Fn(&Seen) -> bool) -> &Seen {
         while !done(&self.seen) {
             assert!(self.next().await.unwrap(), "the stream ended: {:?}", self.seen);
         }
         &self.seen
     }
 
-    pub async fn finish(mut self) -> Result<Seen, ConnectError> {
+    pub(crate) async fn finish(mut self) -> Result<Seen, ConnectError> {
         while self.next().await? {}
         assert!(self.seen.end.is_some(), "a stream without an error has an end");
         Ok(self.seen)
     }
 }
 
-pub async fn run_as(
+pub(crate) async fn run_as(
     client: &ProcessClient<HttpClient>,
     request: StartRequest,
     options: CallOptions,
@@ -288,9 +292,6 @@ pub async fn run_as(
     Running::start(client, request, options).await?.finish().await
 }
 
-pub async fn run(client: &ProcessClient<HttpClient>, request: StartRequest) -> Seen {
+pub(crate) async fn run(client: &ProcessClient<HttpClient>, request: StartRequest) -> Seen {
     run_as(client, request, CallOptions::default()).await.unwrap()
 }
-
-#[allow(dead_code)]
-type Unused = ClientBody;

@@ -21,6 +21,9 @@ use super::{
     manifest, verified,
 };
 
+/// What a guest that boots writes to its memory, at most: it does not use what it does not need.
+const WRITTEN_BY_A_BOOT: u64 = 1 << 30;
+
 const BUILDING: &str = ".building-";
 const LOCK: &str = ".lock-";
 
@@ -63,7 +66,8 @@ impl SnapshotStore {
     /// committed.
     ///
     /// # Errors
-    /// [`SnapshotStoreError::Busy`] when the other does not finish within `bound`.
+    /// [`SnapshotStoreError::Busy`] when the other does not finish within `bound`, and
+    /// [`SnapshotStoreError::NoSpace`] when there is not enough room for what the guest will write.
     pub async fn begin(&self, subject: &Subject, bound: Duration) -> SnapshotStoreResult<Begin> {
         let key = subject.key();
         let path = self.lock_path(&key);
@@ -86,7 +90,9 @@ impl SnapshotStore {
             .mode(0o700)
             .create(&dir)
             .map_err(|source| SnapshotStoreError::file("make", &dir, source))?;
-        Ok(Begin::Building(Building { store: self.clone(), subject: subject.clone(), dir, _lock: lock }))
+        let building = Building { store: self.clone(), subject: subject.clone(), dir, _lock: lock };
+        self.check_room(&building.dir, subject.shape.memory.bytes().min(WRITTEN_BY_A_BOOT))?;
+        Ok(Begin::Building(building))
     }
 
     /// Removes what dead builders left, and nothing of one that lives.
@@ -106,6 +112,19 @@ impl SnapshotStore {
             }
         }
         Ok(())
+    }
+
+    /// A guest whose memory is a file on a full filesystem is killed where it writes, without a word.
+    fn check_room(&self, dir: &Utf8Path, wanted: u64) -> SnapshotStoreResult<()> {
+        let room = rustix::fs::statvfs(dir.as_str()).map_err(io::Error::from);
+        let room = room.map(|it| it.f_bavail.saturating_mul(it.f_frsize));
+        match room {
+            Ok(room) if room >= wanted => Ok(()),
+            Ok(_) => {
+                Err(SnapshotStoreError::file("make a snapshot in", dir, io::ErrorKind::StorageFull.into()))
+            }
+            Err(source) => Err(SnapshotStoreError::file("examine", dir, source)),
+        }
     }
 
     fn lock_path(&self, key: &SnapshotKey) -> Utf8PathBuf {

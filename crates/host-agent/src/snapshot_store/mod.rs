@@ -57,11 +57,10 @@ use camino::{Utf8Path, Utf8PathBuf};
 use wrenn_vmm::{DiskSpec, SnapshotFiles};
 
 pub use building::{Begin, Building};
-pub use error::{Damage, SnapshotStoreError};
 pub use digest::{Digest, ParseDigestError};
+pub use error::{Damage, SnapshotStoreError};
 pub use manifest::{FileRecord, Manifest, SnapshotKey, Subject};
 pub use verified::Verification;
-
 
 /// A shorthand for this module.
 pub type SnapshotStoreResult<T> = Result<T, SnapshotStoreError>;

@@ -330,8 +330,19 @@ async fn a_crash_while_a_damaged_one_is_replaced_leaves_the_damage_or_the_new() 
 }
 
 #[test]
-fn a_full_disk_is_named_and_nothing_is_left() {
-    let tried = own_filesystem::with(Kind::Tmpfs, 512 << 10, |at| {
+fn a_full_disk_is_named_before_a_guest_meets_it() {
+    let tried = own_filesystem::with(Kind::Tmpfs, MEMORY_BYTES / 2, |at| {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let error = runtime.block_on(store_in(at).begin(&subject(), SOON)).unwrap_err();
+        assert!(error.is_no_space(), "{error:?}");
+        assert_eq!(names(&at.join("snapshots")), Vec::<String>::new());
+    });
+    tried.or_say_skipped("a full disk");
+}
+
+#[test]
+fn a_disk_that_fills_up_is_named_and_nothing_is_left() {
+    let tried = own_filesystem::with(Kind::Tmpfs, MEMORY_BYTES + (8 << 20), |at| {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         runtime.block_on(async {
             let store = store_in(at);

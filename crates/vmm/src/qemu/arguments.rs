@@ -122,19 +122,27 @@ pub(super) fn arguments(launch: &Launch<'_>) -> VmmResult<Vec<String>> {
     // No merging of equal pages: it would tell one guest what is in the memory of another.
     let machine = machine_type(launch.accelerator);
     option("-machine", format!("{machine},memory-backend=memory,dump-guest-core=off,mem-merge=off"));
-    option("-accel", match launch.accelerator {
-        Accelerator::Tcg => "tcg,tb-size=64".to_owned(),
-        Accelerator::Kvm => "kvm".to_owned(),
-    });
+    option(
+        "-accel",
+        match launch.accelerator {
+            Accelerator::Tcg => "tcg,tb-size=64".to_owned(),
+            Accelerator::Kvm => "kvm".to_owned(),
+        },
+    );
     option("-cpu", cpu_model(launch.accelerator).to_owned());
     option("-smp", launch.shape.vcpus.get().to_string());
     option("-m", format!("{}M", memory.get()));
-    option("-object", match launch.memory {
-        Memory::Anonymous => json!({"qom-type": "memory-backend-ram", "id": "memory", "size": memory.bytes()}),
-        Memory::SharedFile(path) => memory_file(memory.bytes(), path, true),
-        Memory::PrivateFile(path) => memory_file(memory.bytes(), path, false),
-    }
-    .to_string());
+    option(
+        "-object",
+        match launch.memory {
+            Memory::Anonymous => {
+                json!({"qom-type": "memory-backend-ram", "id": "memory", "size": memory.bytes()})
+            }
+            Memory::SharedFile(path) => memory_file(memory.bytes(), path, true),
+            Memory::PrivateFile(path) => memory_file(memory.bytes(), path, false),
+        }
+        .to_string(),
+    );
 
     option("-display", "none".into());
     // Whoever holds the guest's reason to end reads it before QEMU goes: see `machine`.
@@ -146,10 +154,13 @@ pub(super) fn arguments(launch: &Launch<'_>) -> VmmResult<Vec<String>> {
         option("-chardev", format!("socket,id=control,fd={descriptor},server=on,wait=off"));
         option("-mon", "chardev=control,mode=control".into());
     }
-    option("-chardev", match launch.console {
-        Console::Ring => format!("ringbuf,id={CONSOLE},size={CONSOLE_BYTES}"),
-        Console::Socket(descriptor) => format!("socket,id={CONSOLE},fd={descriptor}"),
-    });
+    option(
+        "-chardev",
+        match launch.console {
+            Console::Ring => format!("ringbuf,id={CONSOLE},size={CONSOLE_BYTES}"),
+            Console::Socket(descriptor) => format!("socket,id={CONSOLE},fd={descriptor}"),
+        },
+    );
     option("-serial", format!("chardev:{CONSOLE}"));
 
     if let Some(disk) = launch.disk {

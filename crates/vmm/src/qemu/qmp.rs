@@ -125,7 +125,8 @@ impl Qmp {
         descriptor: Option<OwnedFd>,
         bound: Duration,
     ) -> VmmResult<Value> {
-        let lost = |kind: io::ErrorKind| VmmError::Connection { command: command.to_owned(), source: kind.into() };
+        let lost =
+            |kind: io::ErrorKind| VmmError::Connection { command: command.to_owned(), source: kind.into() };
         let (id, answer) = self.pending.enter().ok_or_else(|| lost(io::ErrorKind::ConnectionAborted))?;
         let mut message = json!({ "execute": command, "id": id });
         if !arguments.is_null() {

@@ -31,7 +31,8 @@ async fn answers_find_their_command_in_any_order() {
         writeln!(peer, r#"{{"QMP": {{"version": {{}}, "capabilities": []}}}}"#).unwrap();
         let (first, second) = (request(&mut peer), request(&mut peer));
         writeln!(peer, r#"{{"event": "STOP", "data": {{}}}}"#).unwrap();
-        writeln!(peer, r#"{{"id": {}, "error": {{"class": "GenericError", "desc": "no"}}}}"#, second["id"]).unwrap();
+        writeln!(peer, r#"{{"id": {}, "error": {{"class": "GenericError", "desc": "no"}}}}"#, second["id"])
+            .unwrap();
         writeln!(peer, r#"{{"id": {}, "return": {{"n": 1}}}}"#, first["id"]).unwrap();
         (first, peer)
     });

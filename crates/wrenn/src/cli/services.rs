@@ -1,17 +1,18 @@
 //! `wrenn agent` and `wrenn control-plane`: the two services, each as a process.
 //!
 //! Each prints one line of JSON when it is ready, logs to standard error, and stops on SIGTERM or SIGINT.
+//! Stopping the agent destroys its sandboxes first; a second signal does not wait for that.
 
-use std::io::Write as _;
-
-use anyhow::Context as _;
+use camino::Utf8PathBuf;
 use rustix::process::Signal;
-use serde_json::{Value, json};
-use tokio::signal::unix::{SignalKind, signal};
-use tokio_util::sync::CancellationToken;
+use serde_json::json;
 use wrenn_host_agent::Agent;
 
-use super::failure::Failure;
+use super::{
+    failure::Failure,
+    interrupts::Interrupts,
+    output::{Format, Output},
+};
 use crate::supervisor::unprivileged::die_with;
 
 /// A child that a supervisor started.
@@ -20,12 +21,6 @@ struct SupervisedArguments {
     /// Stop when this process, which must be the parent, ends
     #[arg(long, value_name = "PID", hide = true)]
     supervisor: Option<i32>,
-}
-
-impl SupervisedArguments {
-    fn watch(&self) -> std::io::Result<()> {
-        self.supervisor.map_or(Ok(()), |parent| die_with(parent, Signal::TERM))
-    }
 }
 
 /// Flags of `wrenn agent`.
@@ -42,52 +37,66 @@ pub(super) struct AgentArguments {
 pub(super) struct ControlPlaneArguments {
     #[command(flatten)]
     supervised: SupervisedArguments,
-    #[command(flatten)]
-    config: wrenn_control_plane::Config,
+    /// Address of the public API; port 0 takes a free one
+    #[arg(long, default_value = "127.0.0.1:8000")]
+    listen: std::net::SocketAddr,
+    /// The database, for example postgres:///wrenn?host=/run/postgresql
+    #[arg(long, env = "DATABASE_URL", hide_env_values = true)]
+    database_url: String,
+    /// Unix socket of the host agent
+    #[arg(long)]
+    agent_socket: Utf8PathBuf,
+    /// Where to write the API key that is made when the database has no team yet
+    #[arg(long)]
+    first_key_file: Option<Utf8PathBuf>,
 }
 
-/// Cancelled by SIGTERM and SIGINT, from now on.
-fn stop_signal() -> std::io::Result<CancellationToken> {
-    let (mut terminate, mut interrupt) =
-        (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
-    let stop = CancellationToken::new();
-    let told = stop.clone();
-    tokio::spawn(async move {
-        tokio::select! {
-            _ = terminate.recv() => {}
-            _ = interrupt.recv() => {}
-        }
-        told.cancel();
-    });
-    Ok(stop)
-}
-
-/// The one line by which whoever started a service learns that it is ready.
-fn say_ready(line: &Value) {
-    // Nobody may be reading: a service that a person started serves all the same.
-    let _ = writeln!(std::io::stdout().lock(), "{line}");
+impl SupervisedArguments {
+    /// To be called by the main thread, which lives as long as the process: the request belongs to the thread.
+    fn watch(&self) -> std::io::Result<()> {
+        self.supervisor.map_or(Ok(()), |parent| die_with(parent, Signal::TERM))
+    }
 }
 
 impl AgentArguments {
     pub(super) async fn execute(self) -> Result<u8, Failure> {
+        let mut interrupts = Interrupts::new()?;
         self.supervised.watch()?;
-        let stop = stop_signal()?;
-        let agent = Box::pin(Agent::start(self.config)).await.context("the host agent did not start")?;
+        let agent = Agent::start(self.config).await.map_err(|error| Failure::new(1, error))?;
         say_ready(&json!({ "ready": true, "socket": agent.socket() }));
-        stop.cancelled().await;
-        agent.stop().await;
-        Ok(0)
+        interrupts.next().await;
+        tokio::select! {
+            () = agent.stop() => Ok(0),
+            why = interrupts.next() => Ok(why.exit_code()),
+        }
     }
 }
 
 impl ControlPlaneArguments {
     pub(super) async fn execute(self) -> Result<u8, Failure> {
+        let mut interrupts = Interrupts::new()?;
         self.supervised.watch()?;
-        let stop = stop_signal()?;
-        let ready = |address| say_ready(&json!({ "ready": true, "address": address }));
-        Box::pin(wrenn_control_plane::run(self.config, stop, ready))
-            .await
-            .context("the control plane did not start")?;
-        Ok(0)
+        let config = wrenn_control_plane::Config {
+            listen: self.listen,
+            database_url: self.database_url,
+            agent_socket: self.agent_socket.into(),
+            first_key_file: self.first_key_file.map(Into::into),
+            bounds: wrenn_control_plane::Bounds::default(),
+        };
+        let running = tokio::select! {
+            started = wrenn_control_plane::start(config) => started.map_err(|error| Failure::new(1, error))?,
+            why = interrupts.next() => return Ok(why.exit_code()),
+        };
+        say_ready(&json!({ "ready": true, "address": running.address() }));
+        interrupts.next().await;
+        tokio::select! {
+            () = running.stop() => Ok(0),
+            why = interrupts.next() => Ok(why.exit_code()),
+        }
     }
+}
+
+/// Tells whoever started this process. If nobody listens, nobody waits.
+fn say_ready(line: &serde_json::Value) {
+    let _ = Output::new(Format::Json).json(line);
 }

@@ -27,7 +27,7 @@ use crate::supervisor::{
 /// How long a stack may take to come up: the sum of what its parts may take, and a little more.
 const UP_BOUND: Duration = Duration::from_secs(540);
 /// How long it may take to stop: the sum of what its parts may take.
-const DOWN_BOUND: Duration = Duration::from_secs(120);
+const DOWN_BOUND: Duration = Duration::from_secs(180);
 
 /// Flags of `wrenn dev` and `wrenn up`.
 #[derive(Debug, Clone, clap::Args)]

@@ -122,7 +122,7 @@ impl Client {
         let mut query = Vec::new();
         query.extend(filter.status.as_deref().map(|status| format!("status={}", escape(status))));
         for (name, value) in &filter.metadata {
-            query.push(format!("metadata={}", escape(&format!("{name}={value}"))));
+            query.push(format!("metadata.{}={}", escape(name), escape(value)));
         }
         let mark = if query.is_empty() { "" } else { "?" };
         let path = format!("/v1/sandboxes{mark}{}", query.join("&"));

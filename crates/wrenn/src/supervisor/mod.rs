@@ -355,8 +355,8 @@ impl Stack {
             log: self.claim.directory.log(Role::Agent),
             readiness: Readiness::Line,
             ready_within: AGENT_READY,
-            // It destroys every sandbox before it ends.
-            stop: vec![(Signal::TERM, Duration::from_secs(60))],
+            // It destroys every sandbox before it ends, and bounds that itself.
+            stop: vec![(Signal::TERM, Duration::from_secs(90))],
         }
     }
 
@@ -387,7 +387,8 @@ impl Stack {
             log: self.claim.directory.log(Role::ControlPlane),
             readiness: Readiness::Line,
             ready_within: CONTROL_PLANE_READY,
-            stop: vec![(Signal::TERM, Duration::from_secs(15))],
+            // It ends what is in flight, and bounds that itself.
+            stop: vec![(Signal::TERM, Duration::from_secs(45))],
         }
     }
 

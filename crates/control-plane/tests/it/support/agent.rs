@@ -244,8 +244,7 @@ impl Inner {
     async fn bring_up(&self, request: wire::CreateSandboxRequest) -> wire::Sandbox {
         let (envd, address) = tokio::task::spawn_blocking(|| {
             let program = envd().to_str().unwrap();
-            let mut envd =
-                Guardian::start(program, &["agent", "--listen", "127.0.0.1:0"], "KILL", None, "");
+            let mut envd = Guardian::start(program, &["agent", "--listen", "127.0.0.1:0"], "KILL", None, "");
             let line: serde_json::Value = serde_json::from_str(&envd.line()).unwrap();
             (envd, line["address"].as_str().unwrap().parse().unwrap())
         })
@@ -266,8 +265,7 @@ impl Inner {
             last_active_at_ms: now,
             ..Default::default()
         };
-        let guest =
-            Guest { sandbox: sandbox.clone(), address, alive: watch::Sender::new(true), _envd: envd };
+        let guest = Guest { sandbox: sandbox.clone(), address, alive: watch::Sender::new(true), _envd: envd };
         self.guests.lock().unwrap().insert(request.sandbox_id, guest);
         let _ = self.events.send(sandbox.clone());
         sandbox

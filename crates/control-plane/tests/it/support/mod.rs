@@ -88,6 +88,12 @@ impl World {
         self.wait_for_host().await;
     }
 
+    /// Starts another after a stop.
+    pub(crate) async fn restart_dead(&mut self) {
+        self.start().await;
+        self.wait_for_host().await;
+    }
+
     /// Stops the control plane.
     pub(crate) async fn stop(&mut self) {
         self.running.take().unwrap().stop().await;

@@ -27,7 +27,8 @@ pub(crate) struct Cluster {
 }
 
 fn programs() -> PathBuf {
-    let versions = fs::read_dir("/usr/lib/postgresql").expect("PostgreSQL is installed (apt install postgresql)");
+    let versions =
+        fs::read_dir("/usr/lib/postgresql").expect("PostgreSQL is installed (apt install postgresql)");
     let newest = versions.flatten().map(|entry| entry.path()).max().expect("a version of PostgreSQL");
     newest.join("bin")
 }
@@ -77,13 +78,8 @@ impl Cluster {
             "-c",
             "shared_buffers=16MB",
         ];
-        let guardian = Guardian::start(
-            postgres.to_str().unwrap(),
-            &arguments,
-            "INT",
-            user,
-            directory.to_str().unwrap(),
-        );
+        let guardian =
+            Guardian::start(postgres.to_str().unwrap(), &arguments, "INT", user, directory.to_str().unwrap());
         Self { directory, guardian: Mutex::new(guardian), databases: AtomicU32::new(0) }
     }
 

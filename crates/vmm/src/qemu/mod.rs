@@ -1,0 +1,148 @@
+//! QEMU's `microvm` machine: the portable driver, with KVM where KVM proves itself and with translation
+//! (TCG) everywhere else.
+//!
+//! - [`Qemu::detect`]: which QEMU, and what runs the guest (`probe`).
+//! - `arguments`: the command line, a pure function.
+//! - `qmp`, `facts`: QEMU's control protocol, and what its events have told.
+//! - `launch`: from a description to a process that answers.
+//! - `machine`: one machine, the [`Vm`](crate::Vm).
+//! - `monitor`: the task that owns the process and tells why it ended.
+//!
+//! # A restore
+//! The template's memory is a file (`share=on`) while it boots, so that saving it means saving only the
+//! devices, some 55 KB (`x-ignore-shared`). Each clone maps that file privately (`share=off`, copy on
+//! write), is given the devices' state through a passed descriptor, and stands still until it is resumed.
+//! Nothing is polled and no socket is waited for:
+//!
+//! ```text
+//!  we                                            QEMU
+//!  bind + listen control.sock, connect to it
+//!  vfork, exec with the listening socket ──────► dynamic linking, machine      (most of the time)
+//!  four commands at once, with the state's fd ─► accept, read them, load
+//!                                   ◄─────────── event: MIGRATION completed
+//! ```
+//!
+//! # How QEMU is confined, and how not yet
+//! A guest that breaks out of its virtual CPU is inside the QEMU process. What holds it there:
+//! - QEMU's seccomp filters, all of them: it cannot start a program, become another user, load anything into
+//!   the kernel or touch other processes' scheduling.
+//! - The network namespace of its sandbox: nothing of the host's network is in reach but what the
+//!   sandbox's rules let through.
+//! - No devices but serial port, one disk, one network card; no configuration files, no helper programs, no
+//!   monitor but a socket in a directory of its own, no environment, no open file but those it needs.
+//! - Its console goes into a ring of 64 KiB in its memory, its error messages into a pipe: it can fill
+//!   no disk with them.
+//!
+//! What does not hold it yet: it runs as the agent's user (root), sees the host's file system, and has no
+//! cgroup, so no bound on memory, CPU or processes. Those come with a jail: a user per machine, files passed
+//! as descriptors (`-add-fd`, `tap,fd=`), an empty root, a cgroup.
+
+mod arguments;
+mod facts;
+mod launch;
+mod machine;
+mod monitor;
+mod probe;
+mod qmp;
+
+use async_trait::async_trait;
+use camino::{Utf8Path, Utf8PathBuf};
+
+pub use self::probe::{AcceleratorChoice, QemuOptions};
+use self::{
+    arguments::{Memory, Start, kernel_command_line},
+    launch::{Engine, MemoryFile},
+    machine::Machine,
+};
+use crate::{Capabilities, MachineSpec, SnapshotFiles, Vm, Vmm, VmmError, VmmIdentity, VmmResult, validate};
+
+/// The driver.
+#[derive(Debug)]
+pub struct Qemu {
+    engine: Engine,
+    identity: VmmIdentity,
+    accelerator_reason: String,
+}
+
+impl Qemu {
+    /// The program that is used.
+    #[must_use]
+    pub fn program(&self) -> &Utf8Path {
+        &self.engine.program
+    }
+
+    /// Why guests are run as they are, in one sentence.
+    #[must_use]
+    pub fn accelerator_reason(&self) -> &str {
+        &self.accelerator_reason
+    }
+}
+
+#[async_trait]
+impl Vmm for Qemu {
+    fn identity(&self) -> &VmmIdentity {
+        &self.identity
+    }
+
+    fn capabilities(&self) -> Capabilities {
+        Capabilities { supports_uffd: false, supports_diff: false }
+    }
+
+    async fn boot(&self, spec: MachineSpec, memory_file: Option<&Utf8Path>) -> VmmResult<Box<dyn Vm>> {
+        validate::machine(&spec)?;
+        let (kernel, initramfs) = (spec.guest.kernel.clone(), spec.guest.initramfs.clone());
+        readable(&kernel)?;
+        readable(&initramfs)?;
+        let made = memory_file.map(|path| MemoryFile::create(path, spec.shape.memory.bytes())).transpose()?;
+        let command_line = kernel_command_line(self.engine.tsc_khz, &spec.kernel_arguments);
+        let start = Start::Kernel { kernel: &kernel, initramfs: &initramfs, command_line: &command_line };
+        let memory = memory_file.map_or(Memory::Anonymous, Memory::SharedFile);
+        let mut machine = launch::start(&self.engine, spec, memory, start).await?;
+        if let Err(error) = machine.booted().await {
+            return Err(ended(machine, error).await);
+        }
+        if let Some(made) = made {
+            machine.set_memory(made.keep());
+        }
+        Ok(Box::new(machine))
+    }
+
+    async fn restore(&self, spec: MachineSpec, from: &SnapshotFiles) -> VmmResult<Box<dyn Vm>> {
+        validate::machine(&spec)?;
+        let (memory, bytes) = (&from.memory, spec.shape.memory.bytes());
+        let length = std::fs::metadata(memory).map_err(cannot("open", memory))?.len();
+        if length != bytes {
+            let problem = format!("the snapshot's memory has {length} bytes, and the shape {bytes}");
+            return Err(VmmError::Spec { field: "memory", problem });
+        }
+        let state = std::fs::File::open(&from.state).map_err(cannot("open", &from.state))?;
+        let mut machine =
+            launch::start(&self.engine, spec, Memory::PrivateFile(memory), Start::Saved).await?;
+        match machine.load(state).await {
+            Ok(()) => Ok(Box::new(machine)),
+            Err(error) => Err(ended(machine, error).await),
+        }
+    }
+}
+
+/// Waits until a machine that failed is gone, so that nothing of it is left when its error is told.
+async fn ended(mut machine: Machine, error: VmmError) -> VmmError {
+    if let Err(stuck) = machine.stop().await {
+        tracing::error!(pid = machine.pid(), error = %stuck, "a QEMU that failed cannot be ended");
+    }
+    error
+}
+
+/// Fails where QEMU would, with the name of the file.
+fn readable(path: &Utf8Path) -> VmmResult<()> {
+    std::fs::File::open(path).map(drop).map_err(cannot("open", path))
+}
+
+/// An error about a file.
+fn cannot(operation: &'static str, path: &Utf8Path) -> impl FnOnce(std::io::Error) -> VmmError {
+    let path: Utf8PathBuf = path.to_owned();
+    move |source| VmmError::File { operation, path, source }
+}
+
+#[cfg(test)]
+mod tests;
