@@ -19,7 +19,8 @@ help:
 toolchain:
 	@command -v cargo >/dev/null || { echo 'cargo is missing: install Rust $(shell sed -n "s/^rust-version = //p" Cargo.toml) or newer' >&2; exit 1; }
 	@command -v cc >/dev/null || { echo '==> installing gcc and libc6-dev, to link Rust programs with'; \
-	  { apt-get install -y -q gcc libc6-dev || { apt-get update -q && apt-get install -y -q gcc libc6-dev; }; } </dev/null; }
+	  install='apt-get install --yes -qq --no-install-recommends gcc libc6-dev'; export DEBIAN_FRONTEND=noninteractive; \
+	  { $$install || { apt-get update -qq && $$install; }; } </dev/null >/dev/null; }
 
 $(COMMANDS): toolchain
 	@cargo xtask $@ $(ARGS)

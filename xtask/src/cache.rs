@@ -5,6 +5,7 @@
 //!   ├── kernels/<package>-<digest>/       vmlinuz, modules and their load order
 //!   ├── guests/<content digest>/          vmlinuz, initramfs.img, manifest.json
 //!   ├── templates/<name>-<digest>/        image.ext4, template.json
+//!   ├── programs/<name>-<digest>/         programs of this workspace, see [`crate::programs`]
 //!   ├── tools/<tool>-<version>/           programs of the checks
 //!   ├── dependencies/                     compiled dependencies, see [`crate::dependencies`]
 //!   ├── tmp/<kind>-<name>/                one of the above while it is being made

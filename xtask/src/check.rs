@@ -48,10 +48,9 @@ fn cargo_deny(repository: &Repository, cache: &Cache) -> Result<PathBuf> {
     if let Some(program) = on_path {
         return Ok(program);
     }
-    let directory =
-        Cache::open()?.get_or_make("tools", &format!("cargo-deny-{CARGO_DENY}"), |directory| {
-            install(repository, directory)
-        })?;
+    let directory = cache.get_or_make("tools", &format!("cargo-deny-{CARGO_DENY}"), |directory| {
+        install(repository, directory)
+    })?;
     Ok(directory.join("bin/cargo-deny"))
 }
 

@@ -21,8 +21,10 @@ use serde_json::json;
 use crate::{
     cache::{self, Cache},
     cpio::Archive,
+    dependencies,
     elf::Elf,
     kernel::Kernel,
+    programs,
     repository::Repository,
     step,
 };
@@ -31,18 +33,21 @@ const TARGET: &str = "x86_64-unknown-linux-gnu";
 /// What envd may weigh: it is in the memory of every sandbox.
 const ENVD_MAX_BYTES: usize = 5_000_000;
 
-/// Builds the static envd. Nothing but the kernel is needed to run it.
-pub(crate) fn build_envd(repository: &Repository) -> Result<PathBuf> {
+/// Finds or builds the static envd. Nothing but the kernel is needed to run it.
+pub(crate) fn build_envd(repository: &Repository, cache: &Cache) -> Result<PathBuf> {
     // A target directory of its own and an explicit target: the flags reach envd and what it links, and
     // neither build scripts nor any other crate of the workspace.
     let directory = repository.target().join("guest");
-    let mut command = repository.cargo();
-    command
-        .args(["build", "--profile", "guest", "--target", TARGET, "--package", "envd", "--target-dir"])
-        .arg(&directory)
-        .env("RUSTFLAGS", "-C target-feature=+crt-static");
-    step::loud("building envd, the guest agent", &mut command)?;
     let envd = directory.join(TARGET).join("guest/envd");
+    programs::find_or_build(repository, cache, &envd, || {
+        let mut command = repository.cargo();
+        command
+            .args(["build", "--profile", "guest", "--target", TARGET, "--package", "envd", "--target-dir"])
+            .arg(&directory)
+            .env("RUSTFLAGS", "-C target-feature=+crt-static");
+        step::loud("building envd, the guest agent", &mut command)?;
+        dependencies::give(repository, cache)
+    })?;
     let content = fs::read(&envd).with_context(|| format!("reading {}", envd.display()))?;
     Elf::parse(&content)
         .and_then(|elf| elf.assert_static())

@@ -27,7 +27,7 @@ pub(crate) fn make(repository: &Repository, refresh: bool) -> Result<PathBuf> {
         let template = template::make(repository, &cache, &name, refresh)?;
         link(&template, &images.join("templates").join(&name))?;
     }
-    let envd = guest_bundle::build_envd(repository)?;
+    let envd = guest_bundle::build_envd(repository, &cache)?;
     let bundle = guest_bundle::make(&cache, &kernel, &envd)?;
     link(&bundle, &images.join("guest"))?;
     Ok(images)

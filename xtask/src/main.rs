@@ -27,6 +27,7 @@ mod host;
 mod images;
 mod kernel;
 mod packages;
+mod programs;
 mod recipe;
 mod repository;
 mod root_tree;

@@ -4,7 +4,7 @@ use std::{os::unix::process::CommandExt as _, path::PathBuf, process::Command};
 
 use anyhow::{Result, bail};
 
-use crate::{cache::Cache, dependencies, host, images, repository::Repository, step};
+use crate::{cache::Cache, dependencies, host, images, programs, repository::Repository, step};
 
 /// What is passed on to the program.
 #[derive(Debug, clap::Args)]
@@ -24,11 +24,15 @@ pub(crate) struct Product {
 /// Builds images and program.
 pub(crate) fn build(repository: &Repository) -> Result<Product> {
     let images = images::make(repository, false)?;
-    let mut command = repository.cargo();
-    command.args(["build", "--release", "--package", "wrenn"]);
-    step::loud("building the release program", &mut command)?;
-    dependencies::give(repository, &Cache::open()?)?;
-    Ok(Product { program: repository.program(), images })
+    let cache = Cache::open()?;
+    let program = repository.program();
+    programs::find_or_build(repository, &cache, &program, || {
+        let mut command = repository.cargo();
+        command.args(["build", "--release", "--package", "wrenn"]);
+        step::loud("building the release program", &mut command)?;
+        dependencies::give(repository, &cache)
+    })?;
+    Ok(Product { program, images })
 }
 
 /// Builds, then becomes the program with a command that runs a stack of this clone.

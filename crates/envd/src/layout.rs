@@ -6,5 +6,3 @@ pub(crate) const READY_LINE: &str = "wrenn-guest ready";
 pub(crate) const CGROUPS: &str = "/sys/fs/cgroup";
 /// The cgroup in which the processes of users are born.
 pub(crate) const USER_CGROUP: &str = "/sys/fs/cgroup/user";
-/// The root disk.
-pub(crate) const ROOT_DISK: &str = "/dev/vda";

@@ -14,6 +14,7 @@
 
 mod agent;
 mod console;
+mod disk;
 mod init;
 mod layout;
 mod network;

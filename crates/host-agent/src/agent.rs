@@ -19,11 +19,14 @@ use tokio::net::UnixListener;
 use tokio_util::sync::CancellationToken;
 use wrenn_proto::hostagent::v1::HostAgentServiceExt as _;
 use wrenn_types::{DiskMib, HostId, InstanceId, ResourceError};
-use wrenn_vmm::VmmError;
+use wrenn_vmm::{
+    Accelerator, Vmm, VmmError,
+    qemu::{AcceleratorChoice, Qemu, QemuOptions},
+};
 
 use crate::{
     collect::{self, CollectError},
-    config::{Config, DiskDriver},
+    config::{AcceleratorFlag, Config, DiskDriver},
     images::{Images, ImagesError},
     network::{Policy, PoolConfig, SlotError, SlotPool, Uplink},
     registry::Registry,
@@ -170,8 +173,8 @@ impl Agent {
                 "collected what an earlier agent left"
             );
         }
-        let (vmm, accelerator_reason) =
-            find_vmm(&config, &images, &dir, &machines_dir).await.map_err(StartError::Vmm)?;
+        let store = SnapshotStore::new(&config.snapshots, &run_dir).map_err(StartError::Snapshots)?;
+        let (vmm, accelerator_reason) = find_vmm(&config, &images).await.map_err(StartError::Vmm)?;
         tracing::info!(vmm = ?vmm.identity(), reason = accelerator_reason, "virtual machine monitor found");
 
         let pool = PoolConfig {
@@ -185,7 +188,6 @@ impl Agent {
             DiskDriver::Qcow2 => Arc::new(Qcow2Store),
             DiskDriver::File => Arc::new(FileStore),
         };
-        let store = SnapshotStore::new(&config.snapshots, &run_dir).map_err(StartError::Snapshots)?;
         let warm = Warm::new(crate::warm::Parts {
             instance: instance.clone(),
             vmm: Arc::clone(&vmm),
@@ -225,7 +227,9 @@ impl Agent {
     pub async fn stop(self) {
         self.stopping.cancel();
         if tokio::time::timeout(CLOSE_BOUND, self.registry.close()).await.is_err() {
-            tracing::error!("some sandboxes did not end within {CLOSE_BOUND:?}; the next start collects them");
+            tracing::error!(
+                "some sandboxes did not end within {CLOSE_BOUND:?}; the next start collects them"
+            );
         }
         // Open streams end with their sandboxes; what is left is watchers.
         self.server.abort();
@@ -255,11 +259,11 @@ fn serve(
 
     let service = Arc::new(Service::new(Arc::clone(&registry), facts));
     let connect = service.register(connectrpc::Router::new());
-    let router = axum::Router::new()
-        .merge(tunnel::routes(registry))
-        .fallback_service(connect.into_axum_service());
+    let router =
+        axum::Router::new().merge(tunnel::routes(registry)).fallback_service(connect.into_axum_service());
     Ok(tokio::spawn(async move {
-        let serving = axum::serve(listener, router).with_graceful_shutdown(stopping.clone().cancelled_owned());
+        let serving =
+            axum::serve(listener, router).with_graceful_shutdown(stopping.clone().cancelled_owned());
         tokio::select! {
             outcome = serving.into_future() => outcome,
             () = async { stopping.cancelled().await; tokio::time::sleep(DRAIN_BOUND).await } => Ok(()),
@@ -268,11 +272,21 @@ fn serve(
 }
 
 /// Finds the VMM, and says why it runs guests as it does.
-async fn find_vmm(
-    _config: &Config,
-    _images: &Images,
-    _dir: &Utf8Path,
-    _machines_dir: &Utf8Path,
-) -> Result<(Arc<dyn wrenn_vmm::Vmm>, String), VmmError> {
-    Ok((Arc::new(wrenn_vmm::quick::Quick::new()), "stand-in".to_owned()))
+async fn find_vmm(config: &Config, images: &Images) -> Result<(Arc<dyn Vmm>, String), VmmError> {
+    let accelerator = match config.accelerator {
+        AcceleratorFlag::Auto => AcceleratorChoice::Auto,
+        AcceleratorFlag::Kvm => AcceleratorChoice::Always(Accelerator::Kvm),
+        AcceleratorFlag::Tcg => AcceleratorChoice::Always(Accelerator::Tcg),
+    };
+    let qemu = Qemu::detect(QemuOptions {
+        program: config.qemu.clone(),
+        accelerator,
+        guest: Some(images.guest().bundle.clone()),
+        // Beside the snapshots, because it is the same for every stack that shares them.
+        cache_file: Some(config.snapshots.join("accelerator.json")),
+        ..QemuOptions::default()
+    })
+    .await?;
+    let reason = qemu.accelerator_reason().to_owned();
+    Ok((Arc::new(qemu), reason))
 }

@@ -41,9 +41,9 @@ pub struct Config {
     #[arg(long, default_value_t = wrenn_types::DiskMib::default().get())]
     pub default_disk_mib: u32,
 
-    /// What runs guests: `auto` takes KVM where a guest comes up on it, else TCG.
-    #[arg(long, env = "WRENN_ACCEL", default_value = "auto")]
-    pub accelerator: String,
+    /// What runs guests.
+    #[arg(long, env = "WRENN_ACCEL", value_enum, default_value_t = AcceleratorFlag::Auto)]
+    pub accelerator: AcceleratorFlag,
 
     /// The QEMU to run instead of the one on the PATH.
     #[arg(long, env = "WRENN_QEMU")]
@@ -61,4 +61,15 @@ pub enum DiskDriver {
     Qcow2,
     /// A plain file per sandbox: shared blocks where the file system can, a sparse copy elsewhere.
     File,
+}
+
+/// What runs guests.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum AcceleratorFlag {
+    /// KVM where a guest has come up on it, else TCG.
+    Auto,
+    /// The processor, through the kernel.
+    Kvm,
+    /// Translation in software.
+    Tcg,
 }

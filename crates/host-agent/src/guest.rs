@@ -110,7 +110,8 @@ async fn connect(connector: &GuestConnector, bound: Duration) -> Result<TcpStrea
     let end = Instant::now() + bound;
     let mut last = None;
     loop {
-        let attempt = timeout_at(end.min(Instant::now() + CONNECT_ATTEMPT), connector.connect(ENVD_PORT)).await;
+        let attempt =
+            timeout_at(end.min(Instant::now() + CONNECT_ATTEMPT), connector.connect(ENVD_PORT)).await;
         match attempt {
             Ok(Ok(stream)) => return Ok(stream),
             Ok(Err(error)) => {
@@ -160,7 +161,11 @@ async fn ask(
 }
 
 fn request(method: &str, path: &str) -> http::request::Builder {
-    Request::builder().method(method).uri(path).header(header::HOST, "guest").header(header::CONNECTION, "close")
+    Request::builder()
+        .method(method)
+        .uri(path)
+        .header(header::HOST, "guest")
+        .header(header::CONNECTION, "close")
 }
 
 /// Waits until the guest agent answers.

@@ -7,16 +7,15 @@ use connectrpc::{ConnectError, RequestContext, Response, ServiceRequest, Service
 use futures::StreamExt as _;
 use tokio::sync::broadcast::error::RecvError;
 use wrenn_proto::hostagent::v1 as wire;
-use wrenn_types::{AccessToken, DiskMib, EndReason, InactivityTimeout, MemoryMib, SandboxId, Shape, TemplateName, Vcpus};
+use wrenn_types::{
+    AccessToken, DiskMib, EndReason, InactivityTimeout, MemoryMib, SandboxId, Shape, TemplateName, Vcpus,
+};
 
 use crate::{
     agent::HostFacts,
     registry::{CreateError, Registry},
     sandbox::{
-        End, Handle, SandboxSpec, Stage, Status,
-        bring_up::BringUpError,
-        driver::chain,
-        queue::Denied,
+        End, Handle, SandboxSpec, Stage, Status, bring_up::BringUpError, driver::chain, queue::Denied,
     },
     warm::WarmRequest,
 };
@@ -55,7 +54,10 @@ fn parse_disk(given: Option<u32>, default: DiskMib) -> Result<DiskMib, ConnectEr
     given.map_or(Ok(default), |mib| DiskMib::new(mib.into()).map_err(invalid))
 }
 
-fn parse_create(request: wire::CreateSandboxRequest, default_disk: DiskMib) -> Result<SandboxSpec, ConnectError> {
+fn parse_create(
+    request: wire::CreateSandboxRequest,
+    default_disk: DiskMib,
+) -> Result<SandboxSpec, ConnectError> {
     Ok(SandboxSpec {
         id: parse_id(&request.sandbox_id)?,
         generation: request.generation,
@@ -82,7 +84,9 @@ fn bring_up_failed(end: &End) -> ConnectError {
         Some(error) if error.is_no_space() => {
             ConnectError::resource_exhausted(format!("the host's disk is full: {message}"))
         }
-        Some(BringUpError::Template(error)) if error.is_unknown_template() => ConnectError::not_found(message),
+        Some(BringUpError::Template(error)) if error.is_unknown_template() => {
+            ConnectError::not_found(message)
+        }
         Some(BringUpError::DiskTooSmall(_)) => ConnectError::invalid_argument(message),
         Some(BringUpError::Timeout { .. }) => ConnectError::deadline_exceeded(message),
         Some(_) => ConnectError::unavailable(message),
@@ -288,7 +292,11 @@ impl wire::HostAgentService for Service {
         let disk = parse_disk(request.disk_mib, host.default_disk)?;
         let template = host.images.resolve(&name).map_err(|error| {
             let message = chain(&error);
-            if error.is_unknown_template() { ConnectError::not_found(message) } else { ConnectError::unavailable(message) }
+            if error.is_unknown_template() {
+                ConnectError::not_found(message)
+            } else {
+                ConnectError::unavailable(message)
+            }
         })?;
         let wanted = WarmRequest::for_disk(&template, shape, disk, host.default_disk).map_err(invalid)?;
         let was_there = host.warm.is_there(&wanted);
@@ -307,7 +315,8 @@ impl wire::HostAgentService for Service {
         _request: ServiceRequest<'_, wire::GetHostRequest>,
     ) -> ServiceResult<wire::GetHostResponse> {
         let host = self.registry.host();
-        let running = self.registry.all().iter().filter(|handle| handle.status().stage == Stage::Running).count();
+        let running =
+            self.registry.all().iter().filter(|handle| handle.status().stage == Stage::Running).count();
         let identity = host.vmm.identity();
         Response::ok(wire::GetHostResponse {
             host_id: self.facts.host_id.to_string(),
@@ -326,6 +335,8 @@ impl wire::HostAgentService for Service {
 impl Service {
     fn find(&self, id: &str) -> Result<Handle, ConnectError> {
         let id = parse_id(id)?;
-        self.registry.get(&id).ok_or_else(|| ConnectError::not_found(format!("there is no sandbox {id} here")))
+        self.registry
+            .get(&id)
+            .ok_or_else(|| ConnectError::not_found(format!("there is no sandbox {id} here")))
     }
 }

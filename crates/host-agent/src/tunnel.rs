@@ -95,7 +95,9 @@ async fn open(
     tokio::spawn(async move {
         match upgrade.await {
             Ok(caller) => carry(TokioIo::new(caller), guest, handle).await,
-            Err(error) => tracing::debug!(%id, error = &error as &dyn std::error::Error, "tunnel not taken up"),
+            Err(error) => {
+                tracing::debug!(%id, error = &error as &dyn std::error::Error, "tunnel not taken up")
+            }
         }
     });
     let headers = [(header::CONNECTION, "upgrade"), (header::UPGRADE, PROTOCOL)];
@@ -132,7 +134,11 @@ async fn carry(caller: impl AsyncRead + AsyncWrite, guest: tokio::net::TcpStream
     }
 }
 
-async fn copy(mut from: impl AsyncRead + Unpin, mut to: impl AsyncWrite + Unpin, handle: &Handle) -> io::Result<()> {
+async fn copy(
+    mut from: impl AsyncRead + Unpin,
+    mut to: impl AsyncWrite + Unpin,
+    handle: &Handle,
+) -> io::Result<()> {
     let mut buffer = vec![0; BUFFER];
     loop {
         let length = from.read(&mut buffer).await?;

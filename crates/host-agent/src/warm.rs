@@ -210,7 +210,10 @@ impl Warm {
             Ok(Some(snapshot)) => return Ok(snapshot),
             Ok(None) => {}
             Err(error) if SnapshotStoreError::is_unusable(&error) => {
-                tracing::warn!(error = &error as &dyn std::error::Error, "the template's snapshot is made anew");
+                tracing::warn!(
+                    error = &error as &dyn std::error::Error,
+                    "the template's snapshot is made anew"
+                );
             }
             Err(error) => return Err(WarmError::Store(error)),
         }
@@ -264,7 +267,10 @@ impl Warm {
             shape: request.shape,
             guest: self.parts.guest.clone(),
             disk: Some(disk.clone()),
-            network: Some(NetworkSpec { namespace: slot.netns_path().to_owned(), tap: slot.tap().to_owned() }),
+            network: Some(NetworkSpec {
+                namespace: slot.netns_path().to_owned(),
+                tap: slot.tap().to_owned(),
+            }),
             kernel_arguments: Vec::new(),
             keep_open: vec![slot.lock().map_err(WarmError::Slot)?],
         };

@@ -20,12 +20,11 @@
 //! outlives whoever started it.
 #![warn(missing_docs)]
 
-#[cfg(any(test, feature = "conformance"))]
+#[cfg(feature = "conformance")]
 pub mod conformance;
 mod error;
 pub mod fake;
 pub mod qemu;
-pub mod quick;
 mod spec;
 mod tail;
 mod validate;

@@ -2,6 +2,7 @@
 //! that the same description is refused everywhere, and with the same words.
 
 use camino::Utf8Path;
+use wrenn_types::Shape;
 
 use crate::{MachineSpec, VmmError, VmmResult};
 
@@ -31,6 +32,18 @@ pub(crate) fn machine(spec: &MachineSpec) -> VmmResult<()> {
         tap(&network.tap)?;
     }
     kernel_arguments(&spec.kernel_arguments)
+}
+
+/// A snapshot's memory is that of a machine of this shape.
+pub(crate) fn snapshot_memory(memory: &Utf8Path, shape: Shape) -> VmmResult<()> {
+    let file = std::fs::metadata(memory);
+    let file =
+        file.map_err(|source| VmmError::File { operation: "open", path: memory.to_owned(), source })?;
+    let (length, bytes) = (file.len(), shape.memory.bytes());
+    if length != bytes {
+        return refuse("memory", format!("the snapshot's has {length} bytes, and the shape's {bytes}"));
+    }
+    Ok(())
 }
 
 fn refuse<T>(field: &'static str, problem: impl Into<String>) -> VmmResult<T> {

@@ -2,6 +2,7 @@
 //!
 //! They need root and PostgreSQL's programs, as a stack does.
 //! The directories are below one that only root may enter, as a clone under `/root` is.
+#![allow(clippy::unwrap_used, reason = "the helpers of a test fail as the test does")]
 
 use std::{
     fs,

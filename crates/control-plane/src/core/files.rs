@@ -147,6 +147,8 @@ impl Core {
     ) -> Result<(), CoreError> {
         let paths = json!({ "path": place.path });
         self.file_operation(caller, id, "file_remove", paths, async |guest| {
+            // To the guest's agent, what is not there is as good as removed; a caller is told.
+            guest.stat(&place.path, place.user()).await?;
             guest.remove(&place.path, place.user()).await
         })
         .await

@@ -194,7 +194,8 @@ impl Core {
         let patient = self.store.with_bound(self.bounds.database_patient);
         match patient.mark_running(&id, generation, started).await {
             Ok(Some(row)) => {
-                self.routes.remember(team, id, token);
+                let route = super::routes::Route { token, timeout: spec.timeout };
+                self.routes.remember(team, id, route);
                 Ok(Created { row, phases, database: before + begin.elapsed() })
             }
             Ok(None) => {

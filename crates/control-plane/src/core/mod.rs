@@ -120,13 +120,19 @@ impl Core {
 
     /// The way to the guest of a sandbox that should be running.
     pub(crate) async fn guest(&self, caller: &Caller, id: &SandboxId) -> Result<Guest, CoreError> {
-        if let Some(token) = self.routes.find(caller.team, id) {
-            return Ok(self.guests.of(id.clone(), token));
-        }
-        let row = self.live_row(caller, id).await?;
-        let token = wrenn_types::AccessToken::from_stored(row.access_token);
-        self.routes.remember(caller.team, id.clone(), token.clone());
-        Ok(self.guests.of(id.clone(), token))
+        let route = match self.routes.find(caller.team, id) {
+            Some(route) => route,
+            None => {
+                let row = self.live_row(caller, id).await?;
+                let route = routes::Route {
+                    timeout: row.timeout(),
+                    token: wrenn_types::AccessToken::from_stored(row.access_token),
+                };
+                self.routes.remember(caller.team, id.clone(), route.clone());
+                route
+            }
+        };
+        Ok(self.guests.of(id.clone(), route.token, route.timeout))
     }
 
     /// The row of a sandbox in a state in which its guest can be asked.

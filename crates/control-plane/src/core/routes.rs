@@ -1,5 +1,5 @@
-//! Which team a sandbox belongs to and what its guest asks of callers: both never change, so they are
-//! remembered, and the database stays off the path of an exec. Whether the sandbox still runs is not
+//! Which team a sandbox belongs to, what its guest asks of callers and how long it may be idle: these never
+//! change, so they are remembered, and the database stays off the path of an exec. Whether the sandbox still runs is not
 //! remembered: its host says so each time a tunnel is opened, and breaks the tunnels when it ends.
 
 use std::{
@@ -7,29 +7,36 @@ use std::{
     sync::{PoisonError, RwLock},
 };
 
-use wrenn_types::{AccessToken, SandboxId, TeamId};
+use wrenn_types::{AccessToken, InactivityTimeout, SandboxId, TeamId};
 
 /// How many are remembered. With more, all are forgotten and asked for again.
 const ROOM: usize = 65_536;
 
+/// The way to one guest.
+#[derive(Debug, Clone)]
+pub(super) struct Route {
+    pub(super) token: AccessToken,
+    pub(super) timeout: InactivityTimeout,
+}
+
 #[derive(Debug, Default)]
 pub(super) struct Routes {
-    routes: RwLock<HashMap<SandboxId, (TeamId, AccessToken)>>,
+    routes: RwLock<HashMap<SandboxId, (TeamId, Route)>>,
 }
 
 impl Routes {
-    pub(super) fn find(&self, team: TeamId, id: &SandboxId) -> Option<AccessToken> {
+    pub(super) fn find(&self, team: TeamId, id: &SandboxId) -> Option<Route> {
         let routes = self.routes.read().unwrap_or_else(PoisonError::into_inner);
-        let (owner, token) = routes.get(id)?;
-        (*owner == team).then(|| token.clone())
+        let (owner, route) = routes.get(id)?;
+        (*owner == team).then(|| route.clone())
     }
 
-    pub(super) fn remember(&self, team: TeamId, id: SandboxId, token: AccessToken) {
+    pub(super) fn remember(&self, team: TeamId, id: SandboxId, route: Route) {
         let mut routes = self.routes.write().unwrap_or_else(PoisonError::into_inner);
         if routes.len() >= ROOM {
             routes.clear();
         }
-        routes.insert(id, (team, token));
+        routes.insert(id, (team, route));
     }
 
     pub(super) fn forget(&self, id: &SandboxId) {

@@ -13,17 +13,18 @@ use std::{error::Error as StdError, path::PathBuf, time::Duration};
 use base64::{Engine as _, engine::general_purpose::STANDARD};
 use connectrpc::{
     ConnectError, ErrorCode,
-    client::{CallOptions, ClientBody, ClientConfig, ServiceTransport},
+    client::{BoxFuture, CallOptions, ClientBody, ClientConfig, ClientTransport},
 };
-use http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
+use http::{HeaderMap, HeaderName, HeaderValue, Request, Response, StatusCode, header};
 use hyper_util::{
     client::legacy::{Client, Error as ClientError},
     rt::{TokioExecutor, TokioTimer},
 };
-use wrenn_types::{AccessToken, SandboxId};
+use wrenn_types::{AccessToken, InactivityTimeout, SandboxId};
 
 use crate::host::{TunnelConnector, TunnelError};
 
+use body::Lingering;
 pub(crate) use body::{Pieces, upload_body};
 pub(crate) use files::Download;
 pub(crate) use process::{End, Input, Launch, ProcessEvent, ProcessStream, Selector, Signal};
@@ -33,7 +34,23 @@ const PORT: u16 = 49_983;
 const ACCESS_TOKEN: HeaderName = HeaderName::from_static("x-access-token");
 
 type Http = Client<TunnelConnector, ClientBody>;
-type Transport = ServiceTransport<Http>;
+
+/// The HTTP client as the RPC library wants it.
+#[derive(Debug, Clone)]
+struct Transport(Http);
+
+impl ClientTransport for Transport {
+    type ResponseBody = Lingering;
+    type Error = ClientError;
+
+    fn send(
+        &self,
+        request: Request<ClientBody>,
+    ) -> BoxFuture<'static, Result<Response<Lingering>, ClientError>> {
+        let answer = self.0.request(request);
+        Box::pin(async move { Ok(answer.await?.map(Lingering::new)) })
+    }
+}
 
 /// Why a guest did not do what it was asked.
 #[derive(Debug, thiserror::Error)]
@@ -166,8 +183,8 @@ impl Guests {
     }
 
     /// The guest of one sandbox.
-    pub(crate) fn of(&self, id: SandboxId, token: AccessToken) -> Guest {
-        Guest { id, token, http: self.http.clone(), question: self.question }
+    pub(crate) fn of(&self, id: SandboxId, token: AccessToken, timeout: InactivityTimeout) -> Guest {
+        Guest { id, token, timeout, http: self.http.clone(), question: self.question }
     }
 }
 
@@ -176,6 +193,7 @@ impl Guests {
 pub(crate) struct Guest {
     id: SandboxId,
     token: AccessToken,
+    timeout: InactivityTimeout,
     http: Http,
     question: Duration,
 }
@@ -205,7 +223,7 @@ impl Guest {
             .parse()
             .map_err(|error: http::uri::InvalidUri| GuestError::Lost(Box::new(error)))?;
         let config = ClientConfig::new(address).proto().with_default_headers(self.headers(user)?);
-        Ok((ServiceTransport::new(self.http.clone()), config))
+        Ok((Transport(self.http.clone()), config))
     }
 
     fn question(&self) -> CallOptions {

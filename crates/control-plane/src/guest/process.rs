@@ -4,14 +4,24 @@ use std::{collections::BTreeMap, time::Duration};
 
 use bytes::Bytes;
 use connectrpc::client::{CallOptions, ServerStream};
-use hyper::body::Incoming;
 use wrenn_api::ProcessInfo;
 use wrenn_proto::process::{self as proto, __buffa as generated};
+use wrenn_types::InactivityTimeout;
 
-use super::{Guest, GuestError, Transport};
+use super::{Guest, GuestError, Transport, body::Lingering};
 
-/// How often a guest is asked to say that a silent process is still there.
-const KEEPALIVE_SECONDS: &str = "30";
+/// How often a guest is asked to say that a silent process is still there, in seconds.
+///
+/// What it says is a byte in the tunnel, and bytes in the tunnel are what the host's inactivity clock goes
+/// by: so a command that somebody waits for is activity, as long as it says so more often than the clock
+/// runs out.
+fn keepalive_seconds(timeout: InactivityTimeout) -> u32 {
+    const USUAL: u32 = 30;
+    match timeout.get() {
+        0 => USUAL,
+        seconds => (seconds / 3).clamp(1, USUAL),
+    }
+}
 
 /// A process to start.
 #[derive(Debug, Clone, Default)]
@@ -94,8 +104,8 @@ pub(crate) struct ProcessStream {
 
 #[derive(Debug)]
 enum Events {
-    Started(ServerStream<Incoming, generated::view::StartResponseView<'static>>),
-    Joined(ServerStream<Incoming, generated::view::ConnectResponseView<'static>>),
+    Started(ServerStream<Lingering, generated::view::StartResponseView<'static>>),
+    Joined(ServerStream<Lingering, generated::view::ConnectResponseView<'static>>),
 }
 
 impl ProcessStream {
@@ -151,7 +161,8 @@ impl Guest {
     }
 
     fn streaming(&self) -> CallOptions {
-        CallOptions::default().with_header("keepalive-ping-interval", KEEPALIVE_SECONDS)
+        CallOptions::default()
+            .with_header("keepalive-ping-interval", keepalive_seconds(self.timeout).to_string())
     }
 
     /// Starts a process. The first event says its process id.

@@ -85,6 +85,11 @@ impl<T: DeserializeOwned> FromRequest<Arc<Core>> for JsonBody<T> {
 
 /// A value from JSON text; the error names the field.
 pub(crate) fn parse_json<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, CoreError> {
+    // A struct can be read from an array of its fields too, which nobody means to send.
+    if bytes.trim_ascii_start().first() == Some(&b'[') {
+        let message = "the body is not the JSON that this route takes: it is an array, not an object";
+        return Err(CoreError::Invalid(message.to_owned()));
+    }
     let mut json = serde_json::Deserializer::from_slice(bytes);
     let value = serde_path_to_error::deserialize(&mut json).map_err(|error| {
         let path = error.path().to_string();

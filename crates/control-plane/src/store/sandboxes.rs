@@ -43,6 +43,11 @@ impl SandboxRow {
         SandboxState::from_word(&self.state).unwrap_or(SandboxState::Error)
     }
 
+    /// How long it may be idle; the table's own check admits no number out of bounds.
+    pub(crate) fn timeout(&self) -> InactivityTimeout {
+        InactivityTimeout::new(self.timeout_sec.into()).unwrap_or_default()
+    }
+
     /// Why it ended.
     pub(crate) fn end_reason(&self) -> Option<EndReason> {
         let word = self.end_reason.clone()?;

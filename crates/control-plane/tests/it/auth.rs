@@ -42,8 +42,8 @@ async fn without_a_known_key_nothing_is_answered_but_that() {
         let answer = client.post_bytes(&format!("/v1/sandboxes/{id}/exec"), "not json").await;
         assert_eq!(answer.status, 401);
         assert_eq!(client.delete("/v1/sandboxes/../..").await.status.as_u16() / 100, 4);
-        let refused = super::support::socket::Socket::open(&client, &format!("/v1/sandboxes/{id}/terminal"));
-        assert!(refused.await.is_err());
+        let path = format!("/v1/sandboxes/{id}/terminal");
+        assert!(super::support::socket::Socket::open(&client, &path).await.is_err());
     }
     assert_eq!(world.client.with_key("").get("/health").await.status, 200);
 }

@@ -154,8 +154,8 @@ async fn ids_that_are_none() {
             .collect();
         check(&world, &cases).await;
     }
-    // No id at all is no route.
-    check(&world, &[case(Method::POST, "/v1/sandboxes//exec", "{}", 404, "not_found", "route")]).await;
+    // And no id at all.
+    check(&world, &[case(Method::POST, "/v1/sandboxes//exec", "{}", 404, "not_found", "")]).await;
     assert!(world.agent.destroyed().is_empty());
 }
 

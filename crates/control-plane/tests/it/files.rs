@@ -177,7 +177,7 @@ async fn large_files_pass_through_without_being_held() {
         let response =
             world.client.send(world.client.request(Method::GET, &url).body(full("")).unwrap()).await;
         assert_eq!(response.headers()["content-length"], (PIECE * PIECES).to_string().as_str());
-        let (mut length, mut numbers) = (0, 0);
+        let (mut length, mut numbers) = (0_usize, 0);
         let mut body = response.into_body();
         while let Some(frame) = body.frame().await {
             let data = frame.unwrap().into_data().unwrap();

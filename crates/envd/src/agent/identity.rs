@@ -26,6 +26,7 @@ use super::{
 };
 use crate::{
     console::{chain, say},
+    disk,
     network::GATEWAY,
 };
 
@@ -141,7 +142,7 @@ pub(crate) async fn initialise(
 
 /// Changes the machine. Growing the disk is mostly waiting, so it goes on beside the rest.
 async fn carry_out(order: &Order) -> Result<(), InitError> {
-    let disk = order.disk_bytes.map(|bytes| tokio::task::spawn_blocking(move || machine::grow_root(bytes)));
+    let disk = order.disk_bytes.map(|bytes| tokio::task::spawn_blocking(move || disk::grow_root(bytes)));
     let rest = change_machine(order);
     let disk = match disk {
         None => Ok(()),
@@ -150,7 +151,8 @@ async fn carry_out(order: &Order) -> Result<(), InitError> {
             Err(_) => return Err(InitError::Machine("growing the disk was interrupted".to_owned())),
         },
     };
-    rest.and(disk).map_err(|error| InitError::Machine(chain(&error)))
+    rest.map_err(|error| InitError::Machine(chain(&error)))?;
+    disk.map_err(|error| InitError::Machine(chain(&error)))
 }
 
 /// Randomness first: nothing else may draw from a generator that other clones share.

@@ -1,4 +1,4 @@
-//! What `/init` does to the machine: randomness, clock, names, and the size of the root disk.
+//! What `/init` does to the machine: randomness, clock and names. (The disk is in [`crate::disk`].)
 //!
 //! Each step is one function and does no more than it must: this is on the path of every create. Nothing is
 //! synced to the disk, because a crash before the first snapshot loses the sandbox anyway.
@@ -7,7 +7,6 @@ use std::{
     fs, io,
     net::IpAddr,
     path::{Path, PathBuf},
-    time::Duration,
 };
 
 use rustix::{
@@ -15,16 +14,8 @@ use rustix::{
     system::sethostname,
     time::{ClockId, Timespec, clock_settime},
 };
-use wrenn_guest_linux::{
-    block::{ResizeError, resize_ext4},
-    entropy::{EntropyError, Random},
-    uevent::Uevents,
-};
+use wrenn_guest_linux::entropy::{EntropyError, Random};
 
-/// How long the disk may take to show the size that the host gave it.
-const DISK_LIMIT: Duration = Duration::from_secs(5);
-/// The root disk's size, in sectors of 512 bytes.
-const DISK_SIZE: &str = "/sys/class/block/vda/size";
 /// Marks our line in `/etc/hosts`, so that a new name replaces the old one.
 const HOSTS_MARK: &str = "# this sandbox";
 
@@ -43,12 +34,6 @@ pub(crate) enum MachineError {
         #[source]
         source: io::Error,
     },
-    #[error("cannot listen for changes of the disk")]
-    Uevents(#[source] Errno),
-    #[error("the disk did not show {wanted} bytes within {DISK_LIMIT:?}")]
-    DiskSize { wanted: u64 },
-    #[error("cannot grow the root file system")]
-    Resize(#[source] ResizeError),
 }
 
 /// Mixes fresh bytes into the kernel's generator and makes it use them at once.
@@ -102,22 +87,6 @@ pub(crate) fn set_machine_id(root: &Path, id: &str) -> Result<(), MachineError> 
 pub(crate) fn set_dns_servers(root: &Path, servers: &[IpAddr]) -> Result<(), MachineError> {
     let text: String = servers.iter().map(|server| format!("nameserver {server}\n")).collect();
     write(&root.join("etc/resolv.conf"), &text)
-}
-
-/// Waits until the root disk shows `bytes`, then grows its file system to them.
-pub(crate) fn grow_root(bytes: u64) -> Result<(), MachineError> {
-    let shows_it = || disk_bytes().is_some_and(|size| size >= bytes);
-    if !shows_it() {
-        let events = Uevents::open().map_err(MachineError::Uevents)?;
-        if !events.wait_until(DISK_LIMIT, shows_it).map_err(MachineError::Uevents)? {
-            return Err(MachineError::DiskSize { wanted: bytes });
-        }
-    }
-    resize_ext4(Path::new("/"), bytes).map_err(MachineError::Resize)
-}
-
-fn disk_bytes() -> Option<u64> {
-    fs::read_to_string(DISK_SIZE).ok()?.trim().parse::<u64>().ok()?.checked_mul(512)
 }
 
 /// Writes a small file, unless it holds this text already. A symbolic link is replaced and not followed: in many

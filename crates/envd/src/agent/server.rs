@@ -37,8 +37,9 @@ const VERSION: &str = env!("CARGO_PKG_VERSION");
 const VERSION_HEADER: &str = "x-wrenn-envd-version";
 /// How many connections there may be at once; more wait to be accepted.
 const MAXIMUM_CONNECTIONS: usize = 4096;
-/// How long a client may take to send the head of a request, and to begin the next one.
-const HEAD_LIMIT: Duration = Duration::from_secs(60);
+/// How long a client may take to send the head of a request, and to begin the next one: longer than those who keep
+/// connections open for later keep them, so that it is never us who closes one that is about to be used.
+const HEAD_LIMIT: Duration = Duration::from_secs(620);
 /// The most that one message of a client may hold.
 const MAXIMUM_MESSAGE: usize = 4 << 20;
 /// How long to let others go on when there are no descriptors left for a connection. Nothing tells when there are.

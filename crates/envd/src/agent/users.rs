@@ -47,7 +47,11 @@ impl Accounts {
 
     /// The name of a user number, or the number itself.
     pub(crate) fn user_name(&self, uid: u32) -> String {
-        self.users().find(|user| user.uid == uid).map_or_else(|| uid.to_string(), |user| user.name)
+        match self.users().find(|user| user.uid == uid) {
+            Some(user) => user.name,
+            None if uid == 0 => root().name,
+            None => uid.to_string(),
+        }
     }
 
     /// The name of a group number, or the number itself.
@@ -147,6 +151,7 @@ mod tests {
         let bare = accounts.user("bare").unwrap();
         assert_eq!((bare.home.as_str(), bare.shell.as_str()), ("/", "/bin/sh"));
         assert_eq!(Accounts::default().user("root").unwrap().uid, 0);
+        assert_eq!(Accounts::default().user_name(0), "root");
         assert_eq!(Accounts::default().user("user"), None);
     }
 

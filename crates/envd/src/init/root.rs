@@ -9,12 +9,19 @@ use std::{
 
 use rustix::{
     io::Errno,
-    mount::{MountFlags, mount, mount_move},
+    mount::{mount, mount_move},
     process::{chdir, chroot},
 };
-use wrenn_guest_linux::uevent::Uevents;
+use wrenn_guest_linux::{
+    block::{MOUNT_FLAGS, MOUNT_OPTIONS},
+    uevent::Uevents,
+};
 
-use crate::{console::say, layout::ROOT_DISK, tree};
+use crate::{
+    console::{chain, say},
+    disk::{self, DiskError, ROOT_DISK},
+    tree,
+};
 
 /// How long the disk may take to appear, if the machine has a device for it.
 const DISK_LIMIT: Duration = Duration::from_secs(10);
@@ -52,7 +59,7 @@ pub(super) fn enter(events: Option<&Uevents>) -> Result<(), RootError> {
         return Ok(());
     }
     make_directory(NEW_ROOT)?;
-    mount(ROOT_DISK, NEW_ROOT, "ext4", MountFlags::NOATIME, c"").map_err(RootError::Mount)?;
+    mount(ROOT_DISK, NEW_ROOT, "ext4", MOUNT_FLAGS, MOUNT_OPTIONS).map_err(RootError::Mount)?;
     for name in MOVED {
         let (from, to) = (format!("/{name}"), format!("{NEW_ROOT}/{name}"));
         make_directory(&to)?;
@@ -64,7 +71,16 @@ pub(super) fn enter(events: Option<&Uevents>) -> Result<(), RootError> {
     chroot(".").map_err(RootError::Change)?;
     chdir("/").map_err(RootError::Change)?;
     make_temporary("/tmp");
+    if let Err(error) = grow() {
+        say(format_args!("{}", chain(&error)));
+    }
     Ok(())
+}
+
+/// Lets the file system fill its disk. Done at boot, it is in the snapshot that a boot is made for, and costs the
+/// sandboxes that start from it nothing.
+fn grow() -> Result<(), DiskError> {
+    disk::bytes().map_or(Ok(()), disk::grow_root)
 }
 
 fn wait_for_disk(events: Option<&Uevents>) -> bool {

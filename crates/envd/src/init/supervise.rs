@@ -69,7 +69,10 @@ pub(super) fn run() {
         }
         while let Ok(Some((pid, status))) = wait(WaitOptions::NOHANG) {
             if agent.as_ref().is_ok_and(|agent| *agent == pid) {
-                say(format_args!("the agent died: {status:?}"));
+                match (status.exit_status(), status.terminating_signal()) {
+                    (_, Some(signal)) => say(format_args!("the agent was ended by signal {signal}")),
+                    (code, None) => say(format_args!("the agent exited with code {}", code.unwrap_or(-1))),
+                }
                 agent = Err(io::ErrorKind::BrokenPipe.into());
             }
         }

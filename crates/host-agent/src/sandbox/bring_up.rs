@@ -282,8 +282,13 @@ impl Planned {
     async fn run(mut self) -> Result<Up, BringUpError> {
         let host = Arc::clone(&self.course.host);
         let template = host.images.resolve(&self.course.spec.template).map_err(BringUpError::Template)?;
-        let request = WarmRequest::for_disk(&template, self.course.spec.shape, self.course.spec.disk, host.default_disk)
-            .map_err(BringUpError::DiskTooSmall)?;
+        let request = WarmRequest::for_disk(
+            &template,
+            self.course.spec.shape,
+            self.course.spec.disk,
+            host.default_disk,
+        )
+        .map_err(BringUpError::DiskTooSmall)?;
         let warm = self
             .course
             .step("snapshot", crate::warm::BUILD_BOUND, async {
@@ -325,7 +330,9 @@ impl Recorded {
         let made = self
             .course
             .step("disk", DISK_BOUND, async {
-                blocking(move || host.disks.clone_disk(&base, &target, size)).await.map_err(BringUpError::Disk)
+                blocking(move || host.disks.clone_disk(&base, &target, size))
+                    .await
+                    .map_err(BringUpError::Disk)
             })
             .await;
         match made {

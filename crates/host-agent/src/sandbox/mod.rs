@@ -157,7 +157,8 @@ impl Handle {
     /// # Errors
     /// The reason why the queue denies it.
     pub fn request(&self, request: queue::Request) -> Result<queue::Queued, queue::Denied> {
-        let verdict = self.inner.requests.lock().unwrap_or_else(std::sync::PoisonError::into_inner).put(request);
+        let verdict =
+            self.inner.requests.lock().unwrap_or_else(std::sync::PoisonError::into_inner).put(request);
         self.inner.requested.notify_one();
         verdict
     }

@@ -109,15 +109,10 @@ impl Vmm for Qemu {
 
     async fn restore(&self, spec: MachineSpec, from: &SnapshotFiles) -> VmmResult<Box<dyn Vm>> {
         validate::machine(&spec)?;
-        let (memory, bytes) = (&from.memory, spec.shape.memory.bytes());
-        let length = std::fs::metadata(memory).map_err(cannot("open", memory))?.len();
-        if length != bytes {
-            let problem = format!("the snapshot's memory has {length} bytes, and the shape {bytes}");
-            return Err(VmmError::Spec { field: "memory", problem });
-        }
+        validate::snapshot_memory(&from.memory, spec.shape)?;
         let state = std::fs::File::open(&from.state).map_err(cannot("open", &from.state))?;
         let mut machine =
-            launch::start(&self.engine, spec, Memory::PrivateFile(memory), Start::Saved).await?;
+            launch::start(&self.engine, spec, Memory::PrivateFile(&from.memory), Start::Saved).await?;
         match machine.load(state).await {
             Ok(()) => Ok(Box::new(machine)),
             Err(error) => Err(ended(machine, error).await),
@@ -143,6 +138,3 @@ fn cannot(operation: &'static str, path: &Utf8Path) -> impl FnOnce(std::io::Erro
     let path: Utf8PathBuf = path.to_owned();
     move |source| VmmError::File { operation, path, source }
 }
-
-#[cfg(test)]
-mod tests;

@@ -152,7 +152,10 @@ impl Monitor {
         let reason = match by_guest {
             Some(reason) => reason,
             None if ending.is_wished() => ExitReason::Stopped,
-            None => unexpected(exit, facts.borrow().shutdown, errors).await,
+            None => {
+                let shutdown = facts.borrow().shutdown;
+                unexpected(exit, shutdown, errors).await
+            }
         };
         tracing::debug!(pid = child.pid(), ?reason, "a QEMU is gone");
         self.exit.send_replace(Some(reason));

@@ -270,10 +270,11 @@ fn parse(line: &[u8]) -> Option<Message> {
         return Some(Message::Event(event, message["data"].take()));
     }
     let id = message["id"].as_u64()?;
-    let answer = match (message.get_mut("return"), message.get("error")) {
-        (Some(value), _) => Ok(value.take()),
-        (None, Some(error)) => Err(error["desc"].as_str().unwrap_or("without a reason").to_owned()),
-        (None, None) => return None,
+    let answer = if let Some(value) = message.get_mut("return") {
+        Ok(value.take())
+    } else {
+        let error = message.get("error")?;
+        Err(error["desc"].as_str().unwrap_or("without a reason").to_owned())
     };
     Some(Message::Answer(id, answer))
 }

@@ -17,7 +17,7 @@ use super::{
     interrupts::{Interrupted, Interrupts},
     output::Output,
 };
-use crate::client::{Client, Error as ClientError, ExecEvent, ExecInput};
+use crate::client::{Client, ClientError, ExecEvent, ExecInput};
 
 /// How long a command may take to end after Ctrl-C. The server kills it after three seconds.
 const STOP_BOUND: Duration = Duration::from_secs(6);

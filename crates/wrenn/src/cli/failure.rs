@@ -5,7 +5,7 @@ use std::fmt::Write as _;
 use wrenn_api::{ErrorBody, ErrorCode};
 
 use super::output::{Format, Output};
-use crate::client::{EndpointError, Error as ClientError};
+use crate::client::{ClientError, EndpointError};
 
 /// `run`, `exec` and `shell` failed themselves.
 pub(super) const OF_COMMAND: u8 = 125;

@@ -87,19 +87,26 @@ enum Command {
         /// Which shell
         shell: clap_complete::Shell,
     },
-    /// Become another program as an unprivileged user
-    #[command(hide = true)]
-    Unprivileged(unprivileged::Arguments),
+}
+
+/// How this program starts itself to become another one; for nobody else, and so in no help and no completion.
+#[derive(Debug, Parser)]
+struct BecomeArguments {
+    #[command(flatten)]
+    arguments: unprivileged::Arguments,
 }
 
 /// Runs the command line of this process.
 #[must_use]
 pub fn main() -> ExitCode {
+    // Before there is any thread: it changes what belongs to the whole process.
+    if std::env::args_os().nth(1).is_some_and(|word| word == unprivileged::WORD) {
+        let BecomeArguments { arguments } = BecomeArguments::parse_from(std::env::args_os().skip(1));
+        return ExitCode::from(Failure::new(1, arguments.become_it()).report(Output::new(Format::Table)));
+    }
     let Arguments { output, command } = Arguments::parse();
     let output = Output::new(output);
     let result = match command {
-        // Before there is any thread: it changes what belongs to the whole process.
-        Command::Unprivileged(arguments) => Err(Failure::new(1, arguments.become_it())),
         Command::Completions { shell } => completions(shell, output),
         command => run_command(command, output),
     };
@@ -128,7 +135,7 @@ fn run_command(command: Command, output: Output) -> Result<u8, Failure> {
             Command::Down(arguments) => arguments.execute(output).await,
             Command::Agent(arguments) => arguments.execute().await,
             Command::ControlPlane(arguments) => arguments.execute().await,
-            Command::Completions { .. } | Command::Unprivileged(_) => Ok(0),
+            Command::Completions { .. } => Ok(0),
         }
     });
     // A read of the terminal or of a pipe may be under way in a thread of its own, and would be waited for.

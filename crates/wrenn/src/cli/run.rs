@@ -21,7 +21,7 @@ use super::{
     output::Output,
     sandbox::print_phases,
 };
-use crate::client::{Client, Created, Error as ClientError};
+use crate::client::{Client, ClientError, Created};
 
 /// Seconds until a sandbox that nobody uses any more is destroyed. While its command runs it is told every half
 /// minute that somebody waits for it.

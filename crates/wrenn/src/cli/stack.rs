@@ -266,7 +266,7 @@ fn summary(ready: &StackReady, detached: bool) -> String {
         "Wrenn is ready.".to_owned(),
         format!("API      {}    (Swagger UI at {}/docs)", ready.base_url, ready.base_url),
         format!("Key      {key}"),
-        format!("Try      wrenn run -- python3 -c 'print(6 * 7)'"),
+        "Try      wrenn run -- python3 -c 'print(6 * 7)'".to_owned(),
         format!("Logs     {dir}/logs"),
         format!("Stop     {stop}"),
     ]

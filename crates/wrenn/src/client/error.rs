@@ -6,7 +6,7 @@ use wrenn_api::ErrorCode;
 
 /// A call that did not do what it should.
 #[derive(Debug, thiserror::Error)]
-pub enum Error {
+pub enum ClientError {
     /// No connection to the API.
     #[error("cannot connect to {base_url}")]
     Connect {
@@ -71,7 +71,7 @@ pub enum Error {
 /// Any cause.
 pub type Source = Box<dyn std::error::Error + Send + Sync>;
 
-impl Error {
+impl ClientError {
     /// The code of the reason, where the API gave one.
     #[must_use]
     pub fn code(&self) -> Option<ErrorCode> {

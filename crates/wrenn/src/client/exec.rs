@@ -8,7 +8,7 @@ use wrenn_api::{
 use wrenn_types::SandboxId;
 
 use super::{
-    Client, Error, http, path_of,
+    Client, ClientError, http, path_of,
     socket::{Outgoing, Received, Socket},
 };
 
@@ -47,7 +47,7 @@ impl Client {
     ///
     /// # Errors
     /// No connection. That the command cannot be run is told by [`ExecStream::next`].
-    pub async fn exec_stream(&self, id: &SandboxId, start: StartExec) -> Result<ExecStream, Error> {
+    pub async fn exec_stream(&self, id: &SandboxId, start: StartExec) -> Result<ExecStream, ClientError> {
         let socket = Socket::open(&self.transport.endpoint, &path_of(id, "/exec/stream")).await?;
         let start = StartExec { encoding: Some(Encoding::Base64), ..start };
         socket.outgoing().frame(&ExecClientFrame::Start(start)).await?;
@@ -60,9 +60,9 @@ impl ExecStream {
     ///
     /// # Errors
     /// The command could not be run, or the connection broke.
-    pub async fn next(&mut self) -> Result<ExecEvent, Error> {
+    pub async fn next(&mut self) -> Result<ExecEvent, ClientError> {
         let bytes = |data: &str| {
-            let decoded = Encoding::Base64.decode(data).map_err(|error| Error::Unexpected {
+            let decoded = Encoding::Base64.decode(data).map_err(|error| ClientError::Unexpected {
                 call: "the stream of a command".to_owned(),
                 status: 101,
                 source: Some(error.into()),
@@ -73,7 +73,7 @@ impl ExecStream {
             let frame = match self.socket.next().await? {
                 Some(Received::Frame(frame)) => frame,
                 Some(Received::Bytes(_)) => continue,
-                None => return Err(Error::Closed),
+                None => return Err(ClientError::Closed),
             };
             return match frame {
                 ExecServerFrame::Start { pid } => Ok(ExecEvent::Started(pid)),
@@ -99,7 +99,7 @@ impl ExecInput {
     ///
     /// # Errors
     /// The connection is gone.
-    pub async fn write(&self, bytes: &[u8]) -> Result<(), Error> {
+    pub async fn write(&self, bytes: &[u8]) -> Result<(), ClientError> {
         let data = Encoding::Base64.encode(bytes);
         self.outgoing.frame(&ExecClientFrame::Stdin { data, encoding: Some(Encoding::Base64) }).await
     }
@@ -108,7 +108,7 @@ impl ExecInput {
     ///
     /// # Errors
     /// The connection is gone.
-    pub async fn close(&self) -> Result<(), Error> {
+    pub async fn close(&self) -> Result<(), ClientError> {
         self.outgoing.frame(&ExecClientFrame::StdinClose).await
     }
 
@@ -116,7 +116,7 @@ impl ExecInput {
     ///
     /// # Errors
     /// The connection is gone.
-    pub async fn stop(&self) -> Result<(), Error> {
+    pub async fn stop(&self) -> Result<(), ClientError> {
         self.outgoing.frame(&ExecClientFrame::Stop).await
     }
 }

@@ -12,7 +12,7 @@ use wrenn_api::{FileEntry, files::FileEntryBody, files::PathRequest};
 use wrenn_types::SandboxId;
 
 use super::{
-    Client, Error,
+    Client, ClientError,
     http::{Call, IDLE_BOUND, escape},
     path_of,
 };
@@ -33,7 +33,12 @@ impl Client {
     ///
     /// # Errors
     /// There is nothing.
-    pub async fn stat(&self, id: &SandboxId, path: &str, user: Option<&str>) -> Result<FileEntry, Error> {
+    pub async fn stat(
+        &self,
+        id: &SandboxId,
+        path: &str,
+        user: Option<&str>,
+    ) -> Result<FileEntry, ClientError> {
         let request = PathRequest { path: path.to_owned(), user: user.map(str::to_owned) };
         let call = Call::new(Method::POST, path_of(id, "/files/stat")).json(&request)?;
         Ok(self.transport.ask::<FileEntryBody>(call).await?.value.entry)
@@ -43,7 +48,12 @@ impl Client {
     ///
     /// # Errors
     /// It is not there, or is not a file.
-    pub async fn download(&self, id: &SandboxId, path: &str, user: Option<&str>) -> Result<Download, Error> {
+    pub async fn download(
+        &self,
+        id: &SandboxId,
+        path: &str,
+        user: Option<&str>,
+    ) -> Result<Download, ClientError> {
         let response = self.transport.send(Call::new(Method::GET, file_route(id, path, user))).await?;
         let length = response.headers().get(CONTENT_LENGTH);
         let length = length.and_then(|value| value.to_str().ok()?.parse().ok());
@@ -61,7 +71,7 @@ impl Client {
         user: Option<&str>,
         source: impl AsyncRead + Send + 'static,
         length: Option<u64>,
-    ) -> Result<(), Error> {
+    ) -> Result<(), ClientError> {
         let source = source.take(length.unwrap_or(u64::MAX));
         let frames = ReaderStream::with_capacity(source, PIECE).map_ok(Frame::data);
         let body = BodyExt::boxed_unsync(StreamBody::new(frames));
@@ -75,7 +85,7 @@ impl Download {
     ///
     /// # Errors
     /// The connection broke or stands still.
-    pub async fn chunk(&mut self) -> Result<Option<Bytes>, Error> {
+    pub async fn chunk(&mut self) -> Result<Option<Bytes>, ClientError> {
         let call = || "the download of a file".to_owned();
         loop {
             match tokio::time::timeout(IDLE_BOUND, self.body.frame()).await {
@@ -84,9 +94,11 @@ impl Download {
                     Ok(bytes) => return Ok(Some(bytes)),
                     Err(_trailers) => {}
                 },
-                Ok(Some(Err(error))) => return Err(Error::Broken { call: call(), source: error.into() }),
+                Ok(Some(Err(error))) => {
+                    return Err(ClientError::Broken { call: call(), source: error.into() });
+                }
                 Ok(None) => return Ok(None),
-                Err(_) => return Err(Error::Timeout { call: call(), bound: IDLE_BOUND }),
+                Err(_) => return Err(ClientError::Timeout { call: call(), bound: IDLE_BOUND }),
             }
         }
     }

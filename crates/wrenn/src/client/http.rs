@@ -24,7 +24,7 @@ use wrenn_api::{API_KEY_HEADER, ErrorBody, ErrorCode};
 
 use super::{
     endpoint::Endpoint,
-    error::{Error, Source},
+    error::{ClientError, Source},
 };
 
 /// How long a connection may take to be made.
@@ -61,8 +61,8 @@ impl Call {
         Self { method, path: path.into(), body, json: false, length: None, bound: CALL_BOUND }
     }
 
-    pub(super) fn json(mut self, value: &impl Serialize) -> Result<Self, Error> {
-        let text = serde_json::to_vec(value).map_err(|error| Error::Request(error.into()))?;
+    pub(super) fn json(mut self, value: &impl Serialize) -> Result<Self, ClientError> {
+        let text = serde_json::to_vec(value).map_err(|error| ClientError::Request(error.into()))?;
         self.body = Full::new(Bytes::from(text)).map_err(|never| match never {}).boxed_unsync();
         self.json = true;
         Ok(self)
@@ -96,19 +96,19 @@ impl Transport {
     }
 
     /// Sends a call and waits for the head of its answer; an answer that is an error becomes one.
-    pub(super) async fn send(&self, call: Call) -> Result<Response<Incoming>, Error> {
+    pub(super) async fn send(&self, call: Call) -> Result<Response<Incoming>, ClientError> {
         let name = call.name();
         let bound = call.bound;
         let answer = self.exchange(call);
         let response = match tokio::time::timeout(bound, answer).await {
             Ok(response) => response?,
-            Err(_) => return Err(Error::Timeout { call: name, bound }),
+            Err(_) => return Err(ClientError::Timeout { call: name, bound }),
         };
         refuse(&name, response).await
     }
 
     /// Sends a call with a streamed body. Only standing still is bounded, not the whole.
-    pub(super) async fn send_stream(&self, mut call: Call) -> Result<Response<Incoming>, Error> {
+    pub(super) async fn send_stream(&self, mut call: Call) -> Result<Response<Incoming>, ClientError> {
         let name = call.name();
         let progress = Arc::new(Progress::new());
         call.body = Watched { inner: call.body, progress: Arc::clone(&progress) }.boxed_unsync();
@@ -118,19 +118,19 @@ impl Transport {
             match tokio::time::timeout(IDLE_BOUND, &mut answer).await {
                 Ok(response) => break response?,
                 Err(_) if progress.idle() < IDLE_BOUND => {}
-                Err(_) => return Err(Error::Timeout { call: name, bound: IDLE_BOUND }),
+                Err(_) => return Err(ClientError::Timeout { call: name, bound: IDLE_BOUND }),
             }
         };
         refuse(&name, response).await
     }
 
     /// Sends a call whose answer is JSON.
-    pub(super) async fn ask<T: DeserializeOwned>(&self, call: Call) -> Result<Answer<T>, Error> {
+    pub(super) async fn ask<T: DeserializeOwned>(&self, call: Call) -> Result<Answer<T>, ClientError> {
         let name = call.name();
         let response = self.send(call).await?;
         let (head, body) = response.into_parts();
         let bytes = collect(&name, body).await?;
-        let value = serde_json::from_slice(&bytes).map_err(|error| Error::Unexpected {
+        let value = serde_json::from_slice(&bytes).map_err(|error| ClientError::Unexpected {
             call: name,
             status: head.status.as_u16(),
             source: Some(error.into()),
@@ -138,7 +138,7 @@ impl Transport {
         Ok(Answer { value, status: head.status, headers: head.headers })
     }
 
-    async fn exchange(&self, call: Call) -> Result<Response<Incoming>, Error> {
+    async fn exchange(&self, call: Call) -> Result<Response<Incoming>, ClientError> {
         let name = call.name();
         let base = &self.endpoint.base;
         let mut request = Request::builder()
@@ -152,12 +152,12 @@ impl Transport {
         if let Some(length) = call.length {
             request = request.header("content-length", length);
         }
-        let request = request.body(call.body).map_err(|error| Error::Request(error.into()))?;
+        let request = request.body(call.body).map_err(|error| ClientError::Request(error.into()))?;
         self.pool.request(request).await.map_err(|error| {
             if error.is_connect() {
-                Error::Connect { base_url: base.to_string(), source: error.into() }
+                ClientError::Connect { base_url: base.to_string(), source: error.into() }
             } else {
-                Error::Broken { call: name, source: error.into() }
+                ClientError::Broken { call: name, source: error.into() }
             }
         })
     }
@@ -172,7 +172,7 @@ pub(super) struct Answer<T> {
 }
 
 /// The answer, or the error that it is.
-async fn refuse(name: &str, response: Response<Incoming>) -> Result<Response<Incoming>, Error> {
+async fn refuse(name: &str, response: Response<Incoming>) -> Result<Response<Incoming>, ClientError> {
     let status = response.status();
     if status.is_success() {
         return Ok(response);
@@ -182,26 +182,28 @@ async fn refuse(name: &str, response: Response<Incoming>) -> Result<Response<Inc
 }
 
 /// The error that an answer with this status and body is.
-pub(super) fn refusal(name: &str, status: StatusCode, body: &[u8]) -> Error {
+pub(super) fn refusal(name: &str, status: StatusCode, body: &[u8]) -> ClientError {
     match serde_json::from_slice::<ErrorBody>(body) {
-        Ok(body) => {
-            Error::Refused { status: status.as_u16(), code: body.error.code, message: body.error.message }
-        }
-        Err(_) => Error::Unexpected { call: name.to_owned(), status: status.as_u16(), source: None },
+        Ok(body) => ClientError::Refused {
+            status: status.as_u16(),
+            code: body.error.code,
+            message: body.error.message,
+        },
+        Err(_) => ClientError::Unexpected { call: name.to_owned(), status: status.as_u16(), source: None },
     }
 }
 
 /// The error that a frame of a WebSocket tells.
-pub(super) fn refusal_of_frame(message: String, code: Option<ErrorCode>) -> Error {
-    Error::Refused { status: 0, code: code.unwrap_or(ErrorCode::Other), message }
+pub(super) fn refusal_of_frame(message: String, code: Option<ErrorCode>) -> ClientError {
+    ClientError::Refused { status: 0, code: code.unwrap_or(ErrorCode::Other), message }
 }
 
-async fn collect(name: &str, body: Incoming) -> Result<Bytes, Error> {
-    let broken = |source: Source| Error::Broken { call: name.to_owned(), source };
+async fn collect(name: &str, body: Incoming) -> Result<Bytes, ClientError> {
+    let broken = |source: Source| ClientError::Broken { call: name.to_owned(), source };
     match tokio::time::timeout(CALL_BOUND, Limited::new(body, LARGEST_ANSWER).collect()).await {
         Ok(Ok(collected)) => Ok(collected.to_bytes()),
         Ok(Err(error)) => Err(broken(error)),
-        Err(_) => Err(Error::Timeout { call: name.to_owned(), bound: CALL_BOUND }),
+        Err(_) => Err(ClientError::Timeout { call: name.to_owned(), bound: CALL_BOUND }),
     }
 }
 
@@ -289,6 +291,6 @@ mod tests {
             (Some(ErrorCode::NotFound), "no such sandbox".to_owned())
         );
         let other = refusal("GET /x", StatusCode::BAD_GATEWAY, b"<html>");
-        assert!(matches!(other, Error::Unexpected { status: 502, .. }));
+        assert!(matches!(other, ClientError::Unexpected { status: 502, .. }));
     }
 }

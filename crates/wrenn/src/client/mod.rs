@@ -30,7 +30,7 @@ use wrenn_types::SandboxId;
 use self::http::{Call, Transport, escape};
 pub use self::{
     endpoint::{BaseUrl, Endpoint, EndpointError},
-    error::{Error, Source},
+    error::{ClientError, Source},
     exec::{ExecEvent, ExecInput, ExecStream},
     files::Download,
     terminal::{Terminal, TerminalEvent, TerminalInput},
@@ -81,7 +81,7 @@ impl Client {
     ///
     /// # Errors
     /// It does not.
-    pub async fn health(&self) -> Result<Health, Error> {
+    pub async fn health(&self) -> Result<Health, ClientError> {
         Ok(self.transport.ask(Call::new(Method::GET, "/health")).await?.value)
     }
 
@@ -89,7 +89,7 @@ impl Client {
     ///
     /// # Errors
     /// The server refuses, or the sandbox does not come up.
-    pub async fn create(&self, request: &CreateSandbox) -> Result<Created, Error> {
+    pub async fn create(&self, request: &CreateSandbox) -> Result<Created, ClientError> {
         let started = tokio::time::Instant::now();
         let call = Call::new(Method::POST, "/v1/sandboxes").json(request)?.within(CREATE_BOUND);
         let answer = self.transport.ask::<Sandbox>(call).await?;
@@ -101,7 +101,7 @@ impl Client {
         {
             if started.elapsed() > CREATE_BOUND {
                 let call = format!("create of {}", sandbox.id);
-                return Err(Error::Timeout { call, bound: CREATE_BOUND });
+                return Err(ClientError::Timeout { call, bound: CREATE_BOUND });
             }
             tokio::time::sleep(POLL_EVERY).await;
             sandbox = self.get(&sandbox.id).await?;
@@ -118,7 +118,7 @@ impl Client {
     ///
     /// # Errors
     /// The server refuses.
-    pub async fn list(&self, filter: &ListFilter) -> Result<Vec<Sandbox>, Error> {
+    pub async fn list(&self, filter: &ListFilter) -> Result<Vec<Sandbox>, ClientError> {
         let mut query = Vec::new();
         query.extend(filter.status.as_deref().map(|status| format!("status={}", escape(status))));
         for (name, value) in &filter.metadata {
@@ -133,7 +133,7 @@ impl Client {
     ///
     /// # Errors
     /// It is not known.
-    pub async fn get(&self, id: &SandboxId) -> Result<Sandbox, Error> {
+    pub async fn get(&self, id: &SandboxId) -> Result<Sandbox, ClientError> {
         Ok(self.transport.ask(Call::new(Method::GET, path_of(id, ""))).await?.value)
     }
 
@@ -141,7 +141,7 @@ impl Client {
     ///
     /// # Errors
     /// It was never known.
-    pub async fn delete(&self, id: &SandboxId) -> Result<(), Error> {
+    pub async fn delete(&self, id: &SandboxId) -> Result<(), ClientError> {
         let call = Call::new(Method::DELETE, path_of(id, "")).within(DELETE_BOUND);
         self.transport.send(call).await.map(drop)
     }
@@ -150,7 +150,7 @@ impl Client {
     ///
     /// # Errors
     /// It does not run.
-    pub async fn ping(&self, id: &SandboxId) -> Result<(), Error> {
+    pub async fn ping(&self, id: &SandboxId) -> Result<(), ClientError> {
         self.transport.send(Call::new(Method::POST, path_of(id, "/ping"))).await.map(drop)
     }
 
@@ -158,7 +158,7 @@ impl Client {
     ///
     /// # Errors
     /// It could not be run, or took too long.
-    pub async fn exec(&self, id: &SandboxId, request: &ExecRequest) -> Result<ExecResponse, Error> {
+    pub async fn exec(&self, id: &SandboxId, request: &ExecRequest) -> Result<ExecResponse, ClientError> {
         let seconds = request.timeout_sec.unwrap_or(DEFAULT_EXEC_SECONDS);
         let bound = Duration::from_secs(u64::try_from(seconds).unwrap_or(0)) + Duration::from_secs(15);
         let call = Call::new(Method::POST, path_of(id, "/exec")).json(request)?.within(bound);
@@ -173,7 +173,7 @@ impl Client {
         &self,
         id: &SandboxId,
         request: &ExecRequest,
-    ) -> Result<BackgroundProcess, Error> {
+    ) -> Result<BackgroundProcess, ClientError> {
         let request = ExecRequest { background: Some(true), ..request.clone() };
         let call = Call::new(Method::POST, path_of(id, "/exec")).json(&request)?;
         Ok(self.transport.ask(call).await?.value)

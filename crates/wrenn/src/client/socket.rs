@@ -17,7 +17,7 @@ use wrenn_api::API_KEY_HEADER;
 
 use super::{
     endpoint::Endpoint,
-    error::Error,
+    error::ClientError,
     http::{CALL_BOUND, CONNECT_BOUND, refusal},
 };
 
@@ -51,37 +51,37 @@ pub(super) struct Outgoing(mpsc::Sender<Message>);
 
 impl Outgoing {
     /// Sends a text frame.
-    pub(super) async fn frame(&self, frame: &impl Serialize) -> Result<(), Error> {
-        let text = serde_json::to_string(frame).map_err(|error| Error::Request(error.into()))?;
-        self.0.send(Message::text(text)).await.map_err(|_| Error::Closed)
+    pub(super) async fn frame(&self, frame: &impl Serialize) -> Result<(), ClientError> {
+        let text = serde_json::to_string(frame).map_err(|error| ClientError::Request(error.into()))?;
+        self.0.send(Message::text(text)).await.map_err(|_| ClientError::Closed)
     }
 
     /// Sends a binary frame.
-    pub(super) async fn bytes(&self, bytes: Vec<u8>) -> Result<(), Error> {
-        self.0.send(Message::binary(bytes)).await.map_err(|_| Error::Closed)
+    pub(super) async fn bytes(&self, bytes: Vec<u8>) -> Result<(), ClientError> {
+        self.0.send(Message::binary(bytes)).await.map_err(|_| ClientError::Closed)
     }
 }
 
 impl Socket {
     /// Opens a WebSocket at a path.
-    pub(super) async fn open(endpoint: &Endpoint, path: &str) -> Result<Self, Error> {
+    pub(super) async fn open(endpoint: &Endpoint, path: &str) -> Result<Self, ClientError> {
         let base = &endpoint.base;
         let name = format!("GET {path}");
         let connect = TcpStream::connect((base.host.as_str(), base.port));
         let connected = tokio::time::timeout(CONNECT_BOUND, connect).await;
         let stream = connected.unwrap_or_else(|_| Err(std::io::ErrorKind::TimedOut.into()));
-        let stream =
-            stream.map_err(|source| Error::Connect { base_url: base.to_string(), source: source.into() })?;
+        let stream = stream
+            .map_err(|source| ClientError::Connect { base_url: base.to_string(), source: source.into() })?;
         // Keys that are typed should not wait for more of them. If the option is refused, they wait.
         let _ = stream.set_nodelay(true);
 
         let request = format!("ws://{}{}{path}", base.authority, base.prefix).into_client_request();
-        let mut request = request.map_err(|error| Error::Request(error.into()))?;
+        let mut request = request.map_err(|error| ClientError::Request(error.into()))?;
         let key = endpoint
             .key
             .expose()
             .parse()
-            .map_err(|error: http::header::InvalidHeaderValue| Error::Request(error.into()))?;
+            .map_err(|error: http::header::InvalidHeaderValue| ClientError::Request(error.into()))?;
         request.headers_mut().insert(API_KEY_HEADER, key);
         let opened = tokio::time::timeout(CALL_BOUND, client_async(request, stream)).await;
         let (socket, _) = match opened {
@@ -90,8 +90,8 @@ impl Socket {
                 let body = answer.body().as_deref().unwrap_or_default();
                 return Err(refusal(&name, answer.status(), body));
             }
-            Ok(Err(error)) => return Err(Error::Broken { call: name, source: error.into() }),
-            Err(_) => return Err(Error::Timeout { call: name, bound: CALL_BOUND }),
+            Ok(Err(error)) => return Err(ClientError::Broken { call: name, source: error.into() }),
+            Err(_) => return Err(ClientError::Timeout { call: name, bound: CALL_BOUND }),
         };
 
         let (mut sink, incoming) = socket.split();
@@ -120,18 +120,20 @@ impl Socket {
     }
 
     /// The next frame; none if the other side closed the connection in order.
-    pub(super) async fn next<T: DeserializeOwned>(&mut self) -> Result<Option<Received<T>>, Error> {
+    pub(super) async fn next<T: DeserializeOwned>(&mut self) -> Result<Option<Received<T>>, ClientError> {
         let call = || "the stream of a command".to_owned();
         loop {
             let message = match tokio::time::timeout(SILENCE, self.incoming.next()).await {
                 Ok(Some(Ok(message))) => message,
                 Ok(Some(Err(tungstenite::Error::ConnectionClosed)) | None) => return Ok(None),
-                Ok(Some(Err(error))) => return Err(Error::Broken { call: call(), source: error.into() }),
-                Err(_) => return Err(Error::Silent(SILENCE)),
+                Ok(Some(Err(error))) => {
+                    return Err(ClientError::Broken { call: call(), source: error.into() });
+                }
+                Err(_) => return Err(ClientError::Silent(SILENCE)),
             };
             match message {
                 Message::Text(text) => {
-                    let frame = serde_json::from_str(&text).map_err(|error| Error::Unexpected {
+                    let frame = serde_json::from_str(&text).map_err(|error| ClientError::Unexpected {
                         call: call(),
                         status: 101,
                         source: Some(error.into()),

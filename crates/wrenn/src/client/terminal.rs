@@ -5,7 +5,7 @@ use wrenn_api::stream::{StartTerminal, TerminalClientFrame, TerminalServerFrame}
 use wrenn_types::SandboxId;
 
 use super::{
-    Client, Error, http, path_of,
+    Client, ClientError, http, path_of,
     socket::{Outgoing, Received, Socket},
 };
 
@@ -44,7 +44,7 @@ impl Client {
     ///
     /// # Errors
     /// No connection. That it cannot be run is told by [`Terminal::next`].
-    pub async fn terminal(&self, id: &SandboxId, start: StartTerminal) -> Result<Terminal, Error> {
+    pub async fn terminal(&self, id: &SandboxId, start: StartTerminal) -> Result<Terminal, ClientError> {
         self.open_terminal(id, &TerminalClientFrame::Start(start)).await
     }
 
@@ -52,11 +52,15 @@ impl Client {
     ///
     /// # Errors
     /// No connection. That there is none is told by [`Terminal::next`].
-    pub async fn connect_terminal(&self, id: &SandboxId, tag: &str) -> Result<Terminal, Error> {
+    pub async fn connect_terminal(&self, id: &SandboxId, tag: &str) -> Result<Terminal, ClientError> {
         self.open_terminal(id, &TerminalClientFrame::Connect { tag: tag.to_owned() }).await
     }
 
-    async fn open_terminal(&self, id: &SandboxId, first: &TerminalClientFrame) -> Result<Terminal, Error> {
+    async fn open_terminal(
+        &self,
+        id: &SandboxId,
+        first: &TerminalClientFrame,
+    ) -> Result<Terminal, ClientError> {
         let socket = Socket::open(&self.transport.endpoint, &path_of(id, "/terminal")).await?;
         socket.outgoing().frame(first).await?;
         Ok(Terminal { socket })
@@ -68,12 +72,12 @@ impl Terminal {
     ///
     /// # Errors
     /// It could not be run, or the connection broke.
-    pub async fn next(&mut self) -> Result<TerminalEvent, Error> {
+    pub async fn next(&mut self) -> Result<TerminalEvent, ClientError> {
         loop {
             let frame = match self.socket.next().await? {
                 Some(Received::Bytes(bytes)) => return Ok(TerminalEvent::Output(bytes)),
                 Some(Received::Frame(frame)) => frame,
-                None => return Err(Error::Closed),
+                None => return Err(ClientError::Closed),
             };
             return match frame {
                 TerminalServerFrame::Started { tag, pid } => Ok(TerminalEvent::Started { tag, pid }),
@@ -102,7 +106,7 @@ impl TerminalInput {
     ///
     /// # Errors
     /// The connection is gone.
-    pub async fn write(&self, bytes: &[u8]) -> Result<(), Error> {
+    pub async fn write(&self, bytes: &[u8]) -> Result<(), ClientError> {
         self.outgoing.bytes(bytes.to_vec()).await
     }
 
@@ -110,7 +114,7 @@ impl TerminalInput {
     ///
     /// # Errors
     /// The connection is gone.
-    pub async fn resize(&self, cols: u32, rows: u32) -> Result<(), Error> {
+    pub async fn resize(&self, cols: u32, rows: u32) -> Result<(), ClientError> {
         self.outgoing.frame(&TerminalClientFrame::Resize { cols, rows }).await
     }
 }

@@ -58,11 +58,13 @@ pub(super) enum Readiness {
     Postgres(Arc<Cluster>),
 }
 
+/// Makes the command to run; it is given what the child said when it was ready the last time.
+pub(super) type MakeCommand = Box<dyn Fn(Option<&Ready>) -> Command + Send + Sync>;
+
 /// What to run, and how long each thing may take.
 pub(super) struct Recipe {
     pub(super) role: Role,
-    /// The command; it is given what the child said when it was ready the last time.
-    pub(super) command: Box<dyn Fn(Option<&Ready>) -> Command + Send + Sync>,
+    pub(super) command: MakeCommand,
     pub(super) log: Utf8PathBuf,
     pub(super) readiness: Readiness,
     pub(super) ready_within: Duration,

@@ -208,7 +208,7 @@ pub struct StackReady {
 
 /// Why a stack did not come up or did not stay up.
 #[derive(Debug, thiserror::Error)]
-pub enum Error {
+pub enum StackError {
     /// The directory is not ours to use.
     #[error(transparent)]
     Claim(#[from] ClaimError),
@@ -247,9 +247,9 @@ pub enum Error {
 /// Runs a stack until a signal ends it.
 ///
 /// # Errors
-/// [`Error`] if it does not come up or stay up; everything that was started is stopped by then.
-pub async fn run(config: Config, observer: Observer) -> Result<(), Error> {
-    let mut signals = Signals::new().map_err(Error::Signals)?;
+/// [`StackError`] if it does not come up or stay up; everything that was started is stopped by then.
+pub async fn run(config: Config, observer: Observer) -> Result<(), StackError> {
+    let mut signals = Signals::new().map_err(StackError::Signals)?;
     let claim = Claim::take(&config.directory, &config.run_root).await?;
     let children = Children::new(claim.directory.children());
     let collect = async {
@@ -259,7 +259,7 @@ pub async fn run(config: Config, observer: Observer) -> Result<(), Error> {
     tokio::select! {
         result = collect => {
             let directory = claim.directory.root().to_owned();
-            result.map_err(|source| Error::Collect { directory, source })?;
+            result.map_err(|source| StackError::Collect { directory, source })?;
         }
         () = signals.next() => return Ok(()),
     }
@@ -297,7 +297,7 @@ struct Stack {
 }
 
 impl Stack {
-    async fn bring_up(&mut self) -> Result<(), Error> {
+    async fn bring_up(&mut self) -> Result<(), StackError> {
         let database_url = match &self.config.database_url {
             Some(url) => url.clone(),
             None => {
@@ -309,7 +309,7 @@ impl Stack {
         };
         self.keep(self.agent()).await;
         let ready = self.keep(self.control_plane(database_url)).await;
-        let address = ready.address.ok_or(Error::NoAddress)?;
+        let address = ready.address.ok_or(StackError::NoAddress)?;
         self.announce(address)
     }
 
@@ -400,14 +400,15 @@ impl Stack {
     }
 
     /// Writes what clients need, and says that everything is ready.
-    fn announce(&self, address: SocketAddr) -> Result<(), Error> {
+    fn announce(&self, address: SocketAddr) -> Result<(), StackError> {
         let directory = &self.claim.directory;
         let base_url = format!("http://{}", reachable(address));
         let api_key = known_key(directory);
         let mut variables = vec![(env_file::BASE_URL, base_url.as_str())];
         variables.extend(api_key.as_ref().map(|key| (env_file::API_KEY, key.expose())));
         let write = |path: Utf8PathBuf, content: &[u8]| {
-            files::write_atomically(&path, PRIVATE, content).map_err(|source| Error::Write { path, source })
+            files::write_atomically(&path, PRIVATE, content)
+                .map_err(|source| StackError::Write { path, source })
         };
         write(directory.env(), env_file::render(&variables).as_bytes())?;
 
@@ -418,7 +419,7 @@ impl Stack {
             dir: directory.root().to_owned(),
         };
         let line = serde_json::to_vec(&ready)
-            .map_err(|error| Error::Write { path: directory.ready(), source: error.into() })?;
+            .map_err(|error| StackError::Write { path: directory.ready(), source: error.into() })?;
         write(directory.ready(), &line)?;
         (self.shared.observer)(Event::StackReady(ready));
         Ok(())

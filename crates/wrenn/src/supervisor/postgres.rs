@@ -169,7 +169,7 @@ impl Cluster {
             self.own_file(&new.join("pg_hba.conf"), "local all all peer map=wrenn\n")?;
             self.own_file(&new.join("pg_ident.conf"), &format!("wrenn root {DATABASE_ROLE}\n"))?;
             fs::rename(&new, &self.data)?;
-            fs::File::open(self.data.parent().unwrap_or(Utf8Path::new("/")))?.sync_all()
+            fs::File::open(self.data.parent().unwrap_or_else(|| Utf8Path::new("/")))?.sync_all()
         };
         configure().map_err(failed(&new))
     }

@@ -24,6 +24,9 @@ use rustix::{
     process::{Pid, Signal},
 };
 
+/// The first word of the command line that asks for this.
+pub const WORD: &str = "unprivileged";
+
 /// What to become, and as whom.
 #[derive(Debug, clap::Args)]
 pub struct Arguments {
@@ -50,7 +53,7 @@ pub struct Arguments {
 /// Why the program did not start.
 #[derive(Debug, thiserror::Error)]
 #[error("cannot {step}")]
-pub struct Error {
+pub struct BecomeError {
     step: &'static str,
     #[source]
     source: io::Error,
@@ -59,7 +62,7 @@ pub struct Error {
 impl Arguments {
     /// The command line of `wrenn` that asks for this.
     pub(super) fn command_line(&self) -> Vec<String> {
-        let mut line = vec!["unprivileged".to_owned()];
+        let mut line = vec![WORD.to_owned()];
         for (flag, value) in [
             ("--uid", self.uid.to_string()),
             ("--gid", self.gid.to_string()),
@@ -86,16 +89,16 @@ impl Arguments {
 
     /// Becomes the program; returns only if that failed. Call it before any thread is made.
     #[must_use]
-    pub fn become_it(&self) -> Error {
+    pub fn become_it(&self) -> BecomeError {
         match self.try_become() {
             Err(error) => error,
             Ok(never) => match never {},
         }
     }
 
-    fn try_become(&self) -> Result<std::convert::Infallible, Error> {
-        fn at<T, E: Into<io::Error>>(step: &'static str, result: Result<T, E>) -> Result<T, Error> {
-            result.map_err(|error| Error { step, source: error.into() })
+    fn try_become(&self) -> Result<std::convert::Infallible, BecomeError> {
+        fn at<T, E: Into<io::Error>>(step: &'static str, result: Result<T, E>) -> Result<T, BecomeError> {
+            result.map_err(|error| BecomeError { step, source: error.into() })
         }
 
         at("make a mount namespace", unshare(CloneFlags::CLONE_NEWNS))?;
@@ -114,11 +117,11 @@ impl Arguments {
         at("enter the root directory", std::env::set_current_dir("/"))?;
         rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o077));
         // `command` has at least one word: the parser asks for it.
-        let (program, arguments) = self
-            .command
-            .split_first()
-            .ok_or(Error { step: "start nothing", source: io::ErrorKind::InvalidInput.into() })?;
-        Err(Error { step: "start the program", source: Command::new(program).args(arguments).exec() })
+        let (program, arguments) = self.command.split_first().ok_or_else(|| BecomeError {
+            step: "start nothing",
+            source: io::ErrorKind::InvalidInput.into(),
+        })?;
+        Err(BecomeError { step: "start the program", source: Command::new(program).args(arguments).exec() })
     }
 }
 

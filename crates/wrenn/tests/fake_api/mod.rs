@@ -25,7 +25,7 @@ use tokio::sync::Notify;
 use wrenn_api::Encoding;
 
 /// The one key that is known.
-pub const KEY: &str = "wrn_0123456789abcdef0123456789abcdef";
+pub(crate) const KEY: &str = "wrn_0123456789abcdef0123456789abcdef";
 
 #[derive(Default)]
 struct Shared {
@@ -51,7 +51,7 @@ impl Shared {
 }
 
 /// The running API.
-pub struct FakeApi {
+pub(crate) struct FakeApi {
     shared: Arc<Shared>,
     address: std::net::SocketAddr,
     server: tokio::task::JoinHandle<()>,
@@ -65,7 +65,7 @@ impl Drop for FakeApi {
 
 impl FakeApi {
     /// Starts it on a free port.
-    pub async fn start() -> Self {
+    pub(crate) async fn start() -> Self {
         let shared = Arc::new(Shared::default());
         let routes = Router::new()
             .route("/v1/sandboxes", post(create).get(list))
@@ -85,30 +85,30 @@ impl FakeApi {
         Self { shared, address, server }
     }
 
-    pub fn base_url(&self) -> String {
+    pub(crate) fn base_url(&self) -> String {
         format!("http://{}", self.address)
     }
 
     /// A sandbox that is there already.
-    pub fn put_sandbox(&self) -> String {
+    pub(crate) fn put_sandbox(&self) -> String {
         self.shared.add_sandbox()
     }
 
-    pub fn sandboxes(&self) -> BTreeSet<String> {
+    pub(crate) fn sandboxes(&self) -> BTreeSet<String> {
         self.shared.sandboxes.lock().unwrap().clone()
     }
 
-    pub fn file(&self, path: &str) -> Option<Bytes> {
+    pub(crate) fn file(&self, path: &str) -> Option<Bytes> {
         self.shared.files.lock().unwrap().get(path).cloned()
     }
 
     /// What was asked of one kind.
-    pub fn requests(&self, what: &str) -> Vec<Value> {
+    pub(crate) fn requests(&self, what: &str) -> Vec<Value> {
         let requests = self.shared.requests.lock().unwrap();
         requests.iter().filter(|(found, _)| found == what).map(|(_, value)| value.clone()).collect()
     }
 
-    pub async fn until_requested(&self, what: &str) {
+    pub(crate) async fn until_requested(&self, what: &str) {
         let waiting = async {
             loop {
                 let notified = self.shared.requested.notified();
@@ -124,7 +124,7 @@ impl FakeApi {
     }
 
     /// Lets a create of the template `slow` go on.
-    pub fn release(&self) {
+    pub(crate) fn release(&self) {
         self.shared.released.notify_one();
     }
 }
@@ -167,7 +167,7 @@ async fn create(State(shared): State<Arc<Shared>>, Json(request): Json<Value>) -
 
 async fn list(State(shared): State<Arc<Shared>>, RawQuery(query): RawQuery) -> Json<Value> {
     shared.note("query", query.into());
-    shared.sandboxes.lock().unwrap().iter().map(|id| sandbox(id)).collect::<Vec<_>>().into()
+    Json(shared.sandboxes.lock().unwrap().iter().map(|id| sandbox(id)).collect())
 }
 
 async fn one(State(shared): State<Arc<Shared>>, Path(id): Path<String>) -> Response {

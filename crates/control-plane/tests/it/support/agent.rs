@@ -74,7 +74,7 @@ pub(crate) struct FakeAgent {
 }
 
 /// Builds `envd` once and says where it is.
-fn envd() -> &'static Path {
+pub(crate) fn envd() -> &'static Path {
     static ENVD: OnceLock<PathBuf> = OnceLock::new();
     ENVD.get_or_init(|| {
         if let Some(given) = std::env::var_os("WRENN_ENVD") {

@@ -8,6 +8,7 @@ pub(crate) mod socket;
 
 use std::{path::PathBuf, time::Duration};
 
+use tokio::runtime::Runtime;
 use wrenn_control_plane::{Bounds, Config, Running};
 
 use agent::FakeAgent;
@@ -20,6 +21,8 @@ pub(crate) struct World {
     pub(crate) client: Client,
     pub(crate) database_url: String,
     running: Option<Running>,
+    /// What the control plane runs on, so that it can die without a word.
+    runtime: Option<Runtime>,
     directory: tempfile::TempDir,
     bounds: Bounds,
 }
@@ -45,12 +48,14 @@ impl World {
 
     pub(crate) async fn with(bounds: Bounds, database_url: String) -> Self {
         let directory = tempfile::tempdir().unwrap();
+        tokio::task::spawn_blocking(agent::envd).await.unwrap();
         let agent = FakeAgent::start(directory.path().join("agent.sock"));
         let mut world = Self {
             agent,
             client: Client::new("127.0.0.1:1".parse().unwrap(), String::new()),
             database_url,
             running: None,
+            runtime: None,
             directory,
             bounds,
         };
@@ -76,27 +81,34 @@ impl World {
     }
 
     async fn start(&mut self) {
-        let running = wrenn_control_plane::start(self.config()).await.unwrap();
+        let runtime =
+            tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
+        let running = runtime.spawn(wrenn_control_plane::start(self.config())).await.unwrap().unwrap();
+        self.runtime = Some(runtime);
         self.client = self.client.at(running.address());
         self.running = Some(running);
     }
 
     /// Stops the control plane and starts another over the same database.
     pub(crate) async fn restart(&mut self) {
-        self.running.take().unwrap().stop().await;
+        self.stop().await;
         self.start().await;
         self.wait_for_host().await;
     }
 
-    /// Starts another after a stop.
-    pub(crate) async fn restart_dead(&mut self) {
+    /// The control plane dies as by `kill -9`, and another is started.
+    pub(crate) async fn kill_and_start(&mut self) {
+        self.runtime.take().unwrap().shutdown_background();
+        self.running = None;
         self.start().await;
         self.wait_for_host().await;
     }
 
     /// Stops the control plane.
     pub(crate) async fn stop(&mut self) {
-        self.running.take().unwrap().stop().await;
+        let (running, runtime) = (self.running.take().unwrap(), self.runtime.take().unwrap());
+        runtime.spawn(running.stop()).await.unwrap();
+        runtime.shutdown_background();
     }
 
     /// Until the host is known, creates are refused.
@@ -130,4 +142,12 @@ pub(crate) async fn eventually(what: &str, mut is_so: impl AsyncFnMut() -> bool)
         }
     };
     assert!(tokio::time::timeout(Duration::from_secs(20), wait).await.is_ok(), "never: {what}");
+}
+
+impl Drop for World {
+    fn drop(&mut self) {
+        if let Some(runtime) = self.runtime.take() {
+            runtime.shutdown_background();
+        }
+    }
 }

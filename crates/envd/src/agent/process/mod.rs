@@ -2,10 +2,10 @@
 //!
 //! | module | what it is |
 //! |---|---|
-//! | [`launch`] | from a request to a process that runs |
+//! | [`mod@launch`] | from a request to a process that runs |
 //! | [`running`] | a process: its output to every subscriber, its input, its end |
 //! | [`registry`] | all processes, by number and tag |
-//! | [`events`] | what one client sees of a process |
+//! | [`mod@events`] | what one client sees of a process |
 //! | [`end`] | how a process ended, in the words of the contract |
 //! | [`channel`] | pipes and terminals that do not block |
 //!

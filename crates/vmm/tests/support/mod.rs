@@ -1,0 +1,90 @@
+//! A guest that counts, made from the guest kernel and busybox.
+
+use std::{fmt::Write as _, io::Write as _, path::Path};
+
+use camino::{Utf8Path, Utf8PathBuf};
+use wrenn_vmm::GuestBundle;
+
+/// What the guest does: see `wrenn_vmm::conformance`. The command line decides how it ends.
+const INIT: &str = r#"#!/bin/busybox sh
+/bin/busybox mount -t proc proc /proc
+exec > /dev/console 2>&1
+echo "wrenn-guest ready"
+case "$(/bin/busybox cat /proc/cmdline)" in
+*conformance=poweroff*) /bin/busybox poweroff -f ;;
+*conformance=reboot*) /bin/busybox reboot -f ;;
+*conformance=panic*) exit 1 ;;
+esac
+token=$(/bin/busybox od -An -N8 -tx8 /dev/urandom)
+n=0
+while true; do
+    n=$((n + 1))
+    echo "tick" $token $n
+    /bin/busybox usleep 20000
+done
+"#;
+
+/// Says on the real standard error that something was not tested: test runners hide what is printed.
+pub(crate) fn skipped(why: &str) {
+    writeln!(std::io::stderr(), "skipped: {why}").unwrap();
+}
+
+/// The guest's kernel and an initramfs in `directory`; or why there is none.
+pub(crate) fn counting_guest(directory: &Utf8Path) -> Result<GuestBundle, String> {
+    let kernel = kernel().ok_or("no guest kernel: `make` fetches it, WRENN_KERNEL names another")?;
+    let busybox =
+        wrenn_host_linux::process::find_program("busybox").ok_or("no busybox: package busybox-static")?;
+    let busybox = std::fs::read(&busybox).map_err(|error| format!("{}: {error}", busybox.display()))?;
+    let initramfs = directory.join("initramfs");
+    let mut archive = Archive::default();
+    for name in ["bin", "dev", "proc"] {
+        archive.entry(name, 0o040_755, (0, 0), b"");
+    }
+    archive.entry("dev/console", 0o020_600, (5, 1), b"");
+    archive.entry("dev/urandom", 0o020_644, (1, 9), b"");
+    archive.entry("bin/busybox", 0o100_755, (0, 0), &busybox);
+    archive.entry("init", 0o100_755, (0, 0), INIT.as_bytes());
+    std::fs::write(&initramfs, archive.end()).map_err(|error| error.to_string())?;
+    Ok(GuestBundle { id: "counting".to_owned(), kernel, initramfs })
+}
+
+fn kernel() -> Option<Utf8PathBuf> {
+    let named = std::env::var("WRENN_KERNEL").ok().map(Utf8PathBuf::from);
+    let built = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../target/images/guest/vmlinuz");
+    named.into_iter().chain(Utf8PathBuf::from_path_buf(built).ok()).find(|path| path.is_file())
+}
+
+/// The format of an initramfs: `cpio -H newc`.
+#[derive(Default)]
+struct Archive {
+    bytes: Vec<u8>,
+    entries: u32,
+}
+
+impl Archive {
+    fn entry(&mut self, name: &str, mode: u32, device: (u32, u32), content: &[u8]) {
+        self.entries += 1;
+        let mut header = "070701".to_owned();
+        let length = u32::try_from(content.len()).unwrap();
+        let name_length = u32::try_from(name.len() + 1).unwrap();
+        let (inode, links) = (self.entries, 1);
+        for field in [inode, mode, 0, 0, links, 0, length, 0, 0, device.0, device.1, name_length, 0] {
+            write!(header, "{field:08x}").unwrap();
+        }
+        self.bytes.extend_from_slice(header.as_bytes());
+        self.bytes.extend_from_slice(name.as_bytes());
+        self.bytes.push(0);
+        self.align();
+        self.bytes.extend_from_slice(content);
+        self.align();
+    }
+
+    fn align(&mut self) {
+        self.bytes.resize(self.bytes.len().next_multiple_of(4), 0);
+    }
+
+    fn end(mut self) -> Vec<u8> {
+        self.entry("TRAILER!!!", 0, (0, 0), b"");
+        self.bytes
+    }
+}
