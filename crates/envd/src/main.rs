@@ -17,6 +17,7 @@ mod console;
 mod disk;
 mod init;
 mod layout;
+mod names;
 mod network;
 mod tree;
 

@@ -21,6 +21,7 @@
 
 mod find;
 mod spawn;
+mod step;
 
 use std::{
     io,
@@ -38,7 +39,8 @@ use tokio::io::{Interest, unix::AsyncFd};
 
 pub use self::{
     find::{Found, find_by_argument},
-    spawn::{Spawn, SpawnError, Step, find_program},
+    spawn::{Spawn, find_program},
+    step::{SpawnError, Step},
 };
 
 /// How long a process may take to vanish once it was killed: longer than any that is not stuck in the kernel.

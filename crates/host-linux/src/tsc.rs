@@ -70,6 +70,17 @@ mod tests {
         assert_eq!(khz(u64::MAX, Duration::from_nanos(1)), None);
     }
 
+    #[cfg(target_arch = "x86_64")]
+    #[test]
+    fn this_processor_counts_at_a_rate_that_one_can_have() {
+        let first = Sample::now();
+        while first.at.elapsed() < Duration::from_millis(20) {
+            std::hint::spin_loop();
+        }
+        let khz = Sample::now().khz_since(&first).unwrap();
+        assert!((100_000..10_000_000).contains(&khz), "{khz} kHz");
+    }
+
     #[test]
     fn a_sample_does_not_precede_an_earlier_one() {
         let first = Sample::now();

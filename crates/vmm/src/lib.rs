@@ -8,13 +8,14 @@
 //!            boot                    pause
 //!   spec ───────────► running ◄──────────────► paused ◄─────────── restore ◄─── spec + snapshot
 //!                        │          resume       │
-//!                        │                       └─ snapshot: stays paused
+//!                        │                       └─ snapshot ──► saved: its memory is the snapshot's, it
+//!                        │                                       can only be stopped
 //!                        ▼
 //!                      exited  (stop, or by itself: the reason is published once, at once)
 //! ```
 //!
 //! Drivers: [`qemu`] (the `microvm` machine, everywhere) and [`fake`] (no machine at all: for faults and
-//! scale). Every driver passes [`conformance`], the fake included, so that the fake cannot lie.
+//! scale). Every driver passes the cases of `conformance`, the fake included, so that the fake cannot lie.
 //!
 //! Nobody here knows of sandboxes, templates or policies. A VMM process is in a session of its own and
 //! outlives whoever started it.

@@ -1,4 +1,5 @@
 //! The fake passes what every driver passes, so that it cannot lie.
+#![allow(clippy::unwrap_used)]
 
 use camino::{Utf8Path, Utf8PathBuf};
 use wrenn_vmm::{

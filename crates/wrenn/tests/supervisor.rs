@@ -279,6 +279,8 @@ async fn what_a_killed_supervisor_leaves_is_collected() {
     assert!(place.log("postgres.log").contains("database system is shut down"));
     // The script of this test asked for no such signal. The next supervisor asks it to stop, and waits.
     assert!(children.iter().any(|(role, pid)| role == "agent" && !is_gone(*pid)));
+    let down = timeout(BOUND, place.wrenn(&["down"]).output()).await.unwrap().unwrap();
+    assert!(String::from_utf8(down.stderr).unwrap().contains("the next start collects"));
     assert!(!place.log("agent.log").contains("stopped"));
     let instance = place.instance();
     let dev = place.dev().await;
@@ -432,6 +434,22 @@ async fn up_and_down_may_be_said_twice() {
     assert_eq!(serde_json::from_str::<Value>(&stopped).unwrap()["stopped"], true);
     assert!(is_gone(supervisor) && children.iter().all(|(_, pid)| is_gone(*pid)));
     say(&["down"]).await;
+}
+
+#[tokio::test]
+async fn a_service_without_its_supervisor_does_not_start() {
+    // As when the supervisor was killed between the fork and the first instruction of the child.
+    for service in ["agent", "control-plane"] {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_wrenn"));
+        command.args([service, "--supervisor", "1"]).stdin(Stdio::null());
+        if service == "control-plane" {
+            command.args(["--database-url", "postgres:///", "--agent-socket", "/nonexistent"]);
+        }
+        let output = timeout(BOUND, command.output()).await.unwrap().unwrap();
+        assert_eq!(output.status.code(), Some(1));
+        let said = String::from_utf8(output.stderr).unwrap();
+        assert!(said.contains("the supervisor that started this process is gone"), "{said}");
+    }
 }
 
 #[tokio::test]

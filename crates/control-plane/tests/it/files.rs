@@ -228,6 +228,32 @@ async fn forms_have_a_cap_and_streams_have_none() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_large_upload_that_is_refused_is_told_why() {
+    let world = World::new().await;
+    let id = world.sandbox().await;
+    let scratch = tempfile::tempdir().unwrap();
+    for (path, status, code) in [
+        (scratch.path().to_str().unwrap(), 400, "invalid_request"),
+        // Every write to it finds the disk full.
+        ("/dev/full", 507, "disk_full"),
+    ] {
+        for announced in [true, false] {
+            let mut request =
+                world.client.request(Method::PUT, &format!("/v1/sandboxes/{id}/files?path={path}"));
+            if announced {
+                request = request.header("content-length", PIECE * PIECES);
+            }
+            let answer = world.client.whole(request.body(large_body()).unwrap()).await;
+            assert_eq!((answer.status.as_u16(), answer.code().as_str()), (status, code), "{}", answer.text());
+        }
+    }
+    let wrong = world.client.with_key("wrn_00000000000000000000000000000000");
+    let request = wrong.request(Method::PUT, &format!("/v1/sandboxes/{id}/files?path=/tmp/x"));
+    let answer = wrong.whole(request.body(large_body()).unwrap()).await;
+    assert_eq!((answer.status.as_u16(), answer.code().as_str()), (401, "unauthorized"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn an_upload_that_breaks_off_is_no_file() {
     let world = World::new().await;
     let id = world.sandbox().await;
@@ -261,7 +287,7 @@ async fn an_upload_that_breaks_off_is_no_file() {
                 .await
                 .unwrap();
         assert!(!rows.iter().any(|status| status == "success"), "{rows:?}");
-        rows.len() >= 1
+        !rows.is_empty()
     })
     .await;
     // And the sandbox is none the worse for it.

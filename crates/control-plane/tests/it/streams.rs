@@ -220,7 +220,7 @@ async fn a_terminal_in_the_binary_dialect() {
     socket.send(json!({"type": "input", "data": "c3R0eSBzaXplCg=="})).await;
     shown_until(&mut socket, "40 120").await;
     socket.send(json!({"type": "resize", "cols": 0, "rows": 40})).await;
-    let error = socket.json().await;
+    let error = socket.json_between().await;
     assert_eq!((&error["type"], &error["fatal"]), (&json!("error"), &json!(false)));
 
     // The process survives the connection, and is found again by its tag.

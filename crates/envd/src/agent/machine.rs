@@ -16,6 +16,8 @@ use rustix::{
 };
 use wrenn_guest_linux::entropy::{EntropyError, Random};
 
+use crate::names;
+
 /// Marks our line in `/etc/hosts`, so that a new name replaces the old one.
 const HOSTS_MARK: &str = "# this sandbox";
 
@@ -59,11 +61,12 @@ pub(crate) fn set_hostname(root: &Path, hostname: &str) -> Result<(), MachineErr
 }
 
 fn write_hostname(root: &Path, hostname: &str) -> Result<(), MachineError> {
-    write(&root.join("etc/hostname"), &format!("{hostname}\n"))?;
+    write(root, "hostname", &format!("{hostname}\n"))?;
     let hosts = root.join("etc/hosts");
+    let hosts = names::in_memory(root, "hosts").unwrap_or(hosts);
     // Bytes that are no text are somebody's comment in another encoding; they do not survive.
     let current = fs::read(&hosts).map(|bytes| String::from_utf8_lossy(&bytes).into_owned());
-    write(&hosts, &hosts_with(&current.unwrap_or_default(), hostname))
+    write(root, "hosts", &hosts_with(&current.unwrap_or_default(), hostname))
 }
 
 /// The host table with our name in it: everything else is kept, our earlier line is replaced.
@@ -80,18 +83,26 @@ fn hosts_with(current: &str, hostname: &str) -> String {
 
 /// Gives the machine its id.
 pub(crate) fn set_machine_id(root: &Path, id: &str) -> Result<(), MachineError> {
-    write(&root.join("etc/machine-id"), &format!("{id}\n"))
+    write(root, "machine-id", &format!("{id}\n"))
 }
 
 /// Names the servers that answer for names.
 pub(crate) fn set_dns_servers(root: &Path, servers: &[IpAddr]) -> Result<(), MachineError> {
     let text: String = servers.iter().map(|server| format!("nameserver {server}\n")).collect();
-    write(&root.join("etc/resolv.conf"), &text)
+    write(root, "resolv.conf", &text)
+}
+
+/// Writes `/etc/NAME`: where it is kept in memory, else on the disk.
+fn write(root: &Path, name: &str, text: &str) -> Result<(), MachineError> {
+    match names::in_memory(root, name) {
+        Some(path) => fs::write(&path, text).map_err(|source| MachineError::Write { path, source }),
+        None => write_to_disk(&root.join("etc").join(name), text),
+    }
 }
 
 /// Writes a small file, unless it holds this text already. A symbolic link is replaced and not followed: in many
 /// images `/etc/resolv.conf` points to what a service that does not run here would have made.
-fn write(path: &Path, text: &str) -> Result<(), MachineError> {
+fn write_to_disk(path: &Path, text: &str) -> Result<(), MachineError> {
     use std::{io::Write, os::unix::fs::OpenOptionsExt};
     let open = || {
         let no_follow = rustix::fs::OFlags::NOFOLLOW.bits().cast_signed();
@@ -154,14 +165,14 @@ mod tests {
     fn a_file_that_holds_the_text_is_left_alone() {
         let root = tempfile::tempdir().unwrap();
         let path = root.path().join("file");
-        write(&path, "text").unwrap();
+        write_to_disk(&path, "text").unwrap();
         let mut permissions = fs::metadata(&path).unwrap().permissions();
         std::os::unix::fs::PermissionsExt::set_mode(&mut permissions, 0o600);
         fs::set_permissions(&path, permissions).unwrap();
         let before = fs::metadata(&path).unwrap().modified().unwrap();
-        write(&path, "text").unwrap();
+        write_to_disk(&path, "text").unwrap();
         assert_eq!(fs::metadata(&path).unwrap().modified().unwrap(), before);
-        write(&path, "other").unwrap();
+        write_to_disk(&path, "other").unwrap();
         assert_eq!(fs::read_to_string(&path).unwrap(), "other");
     }
 }

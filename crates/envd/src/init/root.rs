@@ -20,6 +20,7 @@ use wrenn_guest_linux::{
 use crate::{
     console::{chain, say},
     disk::{self, DiskError, ROOT_DISK},
+    names,
     tree,
 };
 
@@ -71,6 +72,10 @@ pub(super) fn enter(events: Option<&Uevents>) -> Result<(), RootError> {
     chroot(".").map_err(RootError::Change)?;
     chdir("/").map_err(RootError::Change)?;
     make_temporary("/tmp");
+    if let Err(error) = names::move_to_memory(Path::new("/")) {
+        // They are written where they are, then: slower, and no less right.
+        say(format_args!("cannot keep the machine's names in memory: {error}"));
+    }
     if let Err(error) = grow() {
         say(format_args!("{}", chain(&error)));
     }

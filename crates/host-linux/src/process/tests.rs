@@ -60,16 +60,24 @@ async fn the_child_gets_what_it_is_given_and_nothing_else() {
     let number = kept.as_raw_fd();
     let script = format!(
         "env; pwd; cat /proc/self/oom_score_adj; for f in /proc/$$/fd/*; do echo \"${{f##*/}}\"; done; \
-         tr '\\0' '\\n' < /proc/$$/fd/{number}; echo; cat /proc/self/status"
+         tr '\\0' '\\n' < /proc/$$/fd/{number}; echo; cat /proc/self/status /proc/self/limits"
     );
     let said = output(&script, |spawn| {
-        spawn.env("A", "1").env("A", "2").current_dir("/usr").oom_score_adj(500).keep_open(kept)
+        spawn
+            .env("A", "1")
+            .env("A", "2")
+            .current_dir("/usr")
+            .oom_score_adj(500)
+            .no_core_dump()
+            .keep_open(kept)
     })
     .await;
     let lines: Vec<&str> = said.lines().collect();
     assert!(lines.contains(&"A=2") && !lines.contains(&"A=1"), "{said}");
     assert!(!said.contains("CARGO"), "the environment is not inherited: {said}");
     assert!(lines.contains(&"/usr") && lines.contains(&"500"), "{said}");
+    let core = lines.iter().find_map(|line| line.strip_prefix("Max core file size")).unwrap();
+    assert_eq!(core.split_whitespace().take(2).collect::<Vec<_>>(), ["0", "0"]);
     let descriptors: Vec<&str> = lines.iter().copied().filter(|l| l.parse::<u32>().is_ok()).collect();
     let own = number.to_string();
     assert!(descriptors.contains(&own.as_str()), "{said}");

@@ -11,7 +11,8 @@ async fn boot_error(bench: &Bench<'_>, spec: MachineSpec) -> VmmError {
 }
 
 pub(super) async fn impossible_machines_are_refused(bench: &Bench<'_>) {
-    let changes: [(&str, fn(&mut MachineSpec)); 8] = [
+    type Change = fn(&mut MachineSpec);
+    let changes: [(&str, Change); 8] = [
         ("name", |spec| spec.name = String::new()),
         ("name", |spec| spec.name = "a,debug-threads=on".to_owned()),
         ("name", |spec| spec.name = "../../x".to_owned()),

@@ -75,6 +75,7 @@ pub(super) async fn start(
         .current_dir("/")
         .new_session()
         .oom_score_adj(OOM_SCORE)
+        .no_core_dump()
         .stderr(stderr)
         .keep_open(control.listener);
     if let Some(network) = &spec.network {

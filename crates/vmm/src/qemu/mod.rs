@@ -5,7 +5,7 @@
 //! - `arguments`: the command line, a pure function.
 //! - `qmp`, `facts`: QEMU's control protocol, and what its events have told.
 //! - `launch`: from a description to a process that answers.
-//! - `machine`: one machine, the [`Vm`](crate::Vm).
+//! - `machine`: one machine, the [`Vm`].
 //! - `monitor`: the task that owns the process and tells why it ended.
 //!
 //! # A restore

@@ -135,7 +135,7 @@ impl Qemu {
 }
 
 fn find(program: Option<&Utf8Path>) -> VmmResult<Utf8PathBuf> {
-    let wanted = program.unwrap_or(Utf8Path::new(DEFAULT_PROGRAM));
+    let wanted = program.unwrap_or_else(|| Utf8Path::new(DEFAULT_PROGRAM));
     let missing = |problem: &str| VmmError::Unavailable {
         program: wanted.to_string(),
         problem: problem.to_owned(),
@@ -263,6 +263,7 @@ async fn probe(program: &Utf8Path, guest: &GuestBundle, bound: Duration) -> VmmR
         .current_dir("/")
         .keep_open(OwnedFd::from(theirs))
         .stderr(stderr)
+        .no_core_dump()
         .die_with_parent();
     let begin = Instant::now();
     let child = start(spawn).await.map_err(failed)?;

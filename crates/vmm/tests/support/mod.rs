@@ -1,4 +1,5 @@
 //! A guest that counts, made from the guest kernel and busybox.
+#![allow(clippy::unwrap_used)]
 
 use std::{fmt::Write as _, io::Write as _, path::Path};
 
@@ -26,7 +27,8 @@ done
 
 /// Says on the real standard error that something was not tested: test runners hide what is printed.
 pub(crate) fn skipped(why: &str) {
-    writeln!(std::io::stderr(), "skipped: {why}").unwrap();
+    // If it cannot be said, there is nobody to say it to.
+    drop(std::io::stderr().write_all(format!("skipped: {why}\n").as_bytes()));
 }
 
 /// The guest's kernel and an initramfs in `directory`; or why there is none.

@@ -134,6 +134,7 @@ impl DevArguments {
                 line = lines.next_line() => match line? {
                     Some(line) => {
                         if let Ok(ready) = serde_json::from_str::<StackReady>(&line) {
+                            progress.show();
                             return tell(&ready);
                         }
                     }
@@ -201,13 +202,16 @@ impl DevArguments {
 
 impl DownArguments {
     pub(super) async fn execute(self, output: Output) -> Result<u8, Failure> {
-        let stopped = match Directory::existing(&self.dir) {
-            Ok(directory) => supervisor::stop(&directory, DOWN_BOUND).await?,
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Stopped::Nothing,
+        let (stopped, was_killed) = match Directory::existing(&self.dir) {
+            Ok(directory) => (supervisor::stop(&directory, DOWN_BOUND).await?, directory.was_killed()),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => (Stopped::Nothing, false),
             Err(error) => return Err(error.into()),
         };
         let (was_running, words) = match stopped {
             Stopped::Ended => (true, "stopped"),
+            Stopped::Nothing if was_killed => {
+                (false, "nothing runs there; it was killed, and the next start collects what it left")
+            }
             Stopped::Nothing => (false, "nothing runs there"),
             Stopped::StillRuns(holder) => {
                 return Err(anyhow::anyhow!("process {} was told to stop and still runs", holder.pid).into());

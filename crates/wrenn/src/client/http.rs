@@ -155,12 +155,21 @@ impl Transport {
         let request = request.body(call.body).map_err(|error| ClientError::Request(error.into()))?;
         self.pool.request(request).await.map_err(|error| {
             if error.is_connect() {
-                ClientError::Connect { base_url: base.to_string(), source: error.into() }
+                ClientError::Connect { base_url: base.to_string(), source: innermost(&error).into() }
             } else {
                 ClientError::Broken { call: name, source: error.into() }
             }
         })
     }
+}
+
+/// The cause of a failed connection. The layers around it say only that it failed.
+fn innermost(error: &dyn std::error::Error) -> String {
+    let mut cause = error;
+    while let Some(next) = cause.source() {
+        cause = next;
+    }
+    cause.to_string()
 }
 
 /// A JSON answer.

@@ -153,6 +153,13 @@ impl Directory {
         self.root.join("pg")
     }
 
+    /// Whether the last stack of this directory ended without stopping its processes: one that stops in order
+    /// removes its record of them.
+    #[must_use]
+    pub fn was_killed(&self) -> bool {
+        self.children().exists()
+    }
+
     fn lock(&self) -> Utf8PathBuf {
         self.root.join("lock")
     }

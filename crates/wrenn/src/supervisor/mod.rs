@@ -11,7 +11,7 @@
 //!                                        done ◄─ postgres ◄─ agent ◄─ control plane   (in this order, each bounded)
 //! ```
 //!
-//! - Each child has a keeper (see [`keeper`]): a child that ends by itself is started again, and one that ends again
+//! - Each child has a keeper (see `keeper.rs`): a child that ends by itself is started again, and one that ends again
 //!   and again takes the stack down with an error that shows the end of its log.
 //! - Stopping the agent destroys its sandboxes. It is stopped after the control plane, so that no create comes in
 //!   between, and before the database.

@@ -57,8 +57,12 @@ struct Guest {
 struct Inner {
     host_id: HostId,
     guests: Mutex<HashMap<String, Guest>>,
+    /// What is being brought up.
+    starting: Mutex<HashMap<String, wire::Sandbox>>,
     faults: Mutex<Faults>,
     released: Notify,
+    /// Its fall cuts all tunnels, as the death of a real agent does.
+    serving: watch::Sender<bool>,
     events: broadcast::Sender<wire::Sandbox>,
     creates: Mutex<Vec<wire::CreateSandboxRequest>>,
     destroyed: Mutex<Vec<(String, u64)>>,
@@ -99,8 +103,10 @@ impl FakeAgent {
         let inner = Inner {
             host_id: HostId::random(),
             guests: Mutex::default(),
+            starting: Mutex::default(),
             faults: Mutex::default(),
             released: Notify::new(),
+            serving: watch::Sender::new(true),
             events: broadcast::Sender::new(1024),
             creates: Mutex::default(),
             destroyed: Mutex::default(),
@@ -116,6 +122,7 @@ impl FakeAgent {
     /// Listens, with whatever sandboxes there are.
     pub(crate) fn serve(&mut self) {
         let _ = std::fs::remove_file(&self.socket);
+        self.inner.serving.send_replace(true);
         let listener = UnixListener::bind(&self.socket).unwrap();
         std::fs::set_permissions(&self.socket, std::fs::Permissions::from_mode(0o600)).unwrap();
         let rpc = RpcRouter::new().add_service(Arc::new(Service(Arc::clone(&self.inner))));
@@ -145,6 +152,7 @@ impl FakeAgent {
 
     /// The process is gone, and its connections with it. Its sandboxes live on, as they would.
     pub(crate) async fn go_away(&mut self) {
+        self.inner.serving.send_replace(false);
         let server = self.server.take().unwrap();
         server.abort();
         let _ = server.await;
@@ -231,6 +239,14 @@ impl Drop for FakeAgent {
 }
 
 impl Inner {
+    /// All there is, in whatever stage.
+    fn all(&self) -> Vec<wire::Sandbox> {
+        let mut all: HashMap<String, wire::Sandbox> = self.starting.lock().unwrap().clone();
+        let guests = self.guests.lock().unwrap();
+        all.extend(guests.iter().map(|(id, guest)| (id.clone(), guest.sandbox.clone())));
+        all.into_values().collect()
+    }
+
     async fn held(&self, which: impl Fn(&Faults) -> bool) {
         loop {
             let released = self.released.notified();
@@ -298,12 +314,22 @@ impl wire::HostAgentService for Service {
         // As in the real agent, what has begun goes on when the caller has gone.
         let inner = Arc::clone(&self.0);
         let sandbox = tokio::spawn(async move {
+            let id = request.sandbox_id.clone();
+            let starting = wire::Sandbox {
+                sandbox_id: id.clone(),
+                generation: request.generation,
+                state: wire::SandboxState::SANDBOX_STATE_STARTING.into(),
+                ..Default::default()
+            };
+            inner.starting.lock().unwrap().insert(id.clone(), starting);
             inner.held(|faults| faults.hold_creates).await;
             let fault = inner.faults.lock().unwrap().create.clone();
-            if let Some(error) = fault {
-                return Err(error);
-            }
-            Ok(inner.bring_up(request).await)
+            let outcome = match fault {
+                Some(error) => Err(error),
+                None => Ok(inner.bring_up(request).await),
+            };
+            inner.starting.lock().unwrap().remove(&id);
+            outcome
         });
         let sandbox = sandbox.await.unwrap()?;
         let phase = |name: &str, start_micros, duration_micros| wire::Phase {
@@ -355,7 +381,7 @@ impl wire::HostAgentService for Service {
         _: RequestContext,
         _: ServiceRequest<'_, wire::ListSandboxesRequest>,
     ) -> ServiceResult<wire::ListSandboxesResponse> {
-        let sandboxes = self.0.guests.lock().unwrap().values().map(|guest| guest.sandbox.clone()).collect();
+        let sandboxes = self.0.all();
         RpcResponse::ok(wire::ListSandboxesResponse { sandboxes, ..Default::default() })
     }
 
@@ -365,8 +391,7 @@ impl wire::HostAgentService for Service {
         _: ServiceRequest<'_, wire::WatchSandboxesRequest>,
     ) -> ServiceResult<ServiceStream<wire::WatchSandboxesResponse>> {
         let changes = BroadcastStream::new(self.0.events.subscribe());
-        let now: Vec<wire::Sandbox> =
-            self.0.guests.lock().unwrap().values().map(|guest| guest.sandbox.clone()).collect();
+        let now = self.0.all();
         let message = |event| wire::WatchSandboxesResponse { event: Some(event), ..Default::default() };
         let in_sync = message(wire::watch_sandboxes_response::InSync::default().into());
         let inner = Arc::clone(&self.0);
@@ -448,6 +473,7 @@ async fn tunnel(
         return (StatusCode::NOT_FOUND, body).into_response();
     };
     inner.tunnels.fetch_add(1, Ordering::SeqCst);
+    let mut serving = inner.serving.subscribe();
     let mut guest = TcpStream::connect(address).await.unwrap();
     guest.set_nodelay(true).unwrap();
     let upgrade = hyper::upgrade::on(&mut request);
@@ -458,6 +484,7 @@ async fn tunnel(
             _ = tokio::io::copy_bidirectional(&mut caller, &mut guest) => {}
             // The sender falls with the sandbox.
             _ = alive.wait_for(|alive| !alive) => {}
+            _ = serving.wait_for(|serving| !serving) => {}
         }
     });
     let headers = [(header::CONNECTION, "upgrade"), (header::UPGRADE, "wrenn-tunnel")];

@@ -23,12 +23,9 @@ begin "$@"
 while read -r word; do
     case $word in
         stop) finish; echo stopped ;;
-        freeze) kill -STOP $pid; echo frozen ;;
-        thaw) kill -CONT $pid; echo thawed ;;
         start) begin "$@"; echo started ;;
     esac
 done
-kill -CONT $pid 2>/dev/null
 finish
 if [ -n "$REMOVE" ]; then rm -rf "$REMOVE"; fi
 "#;

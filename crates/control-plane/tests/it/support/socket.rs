@@ -55,12 +55,20 @@ impl Socket {
         }
     }
 
-    /// The next text frame.
-    #[track_caller]
-    pub(crate) fn json(&mut self) -> impl Future<Output = Value> {
-        async move {
+    /// The next text frame; there must be no other before it.
+    pub(crate) async fn json(&mut self) -> Value {
+        match self.next().await {
+            Said::Text(value) => value,
+            other => panic!("not a text frame: {other:?}"),
+        }
+    }
+
+    /// The next text frame, after whatever a terminal shows before it.
+    pub(crate) async fn json_between(&mut self) -> Value {
+        loop {
             match self.next().await {
-                Said::Text(value) => value,
+                Said::Text(value) => return value,
+                Said::Binary(_) => {}
                 other => panic!("not a text frame: {other:?}"),
             }
         }
