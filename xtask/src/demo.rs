@@ -94,10 +94,14 @@ fn print_table(phases: &Phases) {
     let width = phases.iter().map(|(name, _)| name.len()).max().unwrap_or(0);
     println!();
     for (name, took) in phases {
-        let took =
-            took.map_or_else(|| "-".to_owned(), |took| format!("{:.1} ms", took.as_secs_f64() * 1000.0));
-        println!("{name:width$}  {took:>12}");
+        println!("{name:width$}  {:>10}", took.map_or_else(|| "-".to_owned(), in_words));
     }
+}
+
+/// A duration with the precision that is of interest.
+fn in_words(duration: Duration) -> String {
+    let seconds = duration.as_secs_f64();
+    if seconds < 10.0 { format!("{:.1} ms", seconds * 1000.0) } else { format!("{seconds:.0} s   ") }
 }
 
 fn log(directory: &Path) -> PathBuf {

@@ -94,6 +94,10 @@ fn follow(command: &mut Command) -> Result<(Report, bool)> {
         }
     }
     let status = child.wait().context("waiting for cargo test")?;
+    if !status.success() && report.failed == 0 {
+        // Something did not compile, or a test program ended before it could count.
+        report.failed = 1;
+    }
     Ok((report, status.success()))
 }
 

@@ -7,8 +7,8 @@
 //!                                                └─ guest ── its own protocol, through a tunnel ──► envd
 //! ```
 //!
-//! - [`http`] translates; [`core`] decides; [`store`] remembers.
-//! - [`host`] commands the host agent and opens tunnels; [`guest`] speaks to `envd` through them.
+//! - `http` translates; `core` decides; `store` remembers.
+//! - `host` commands the host agent and opens tunnels; `guest` speaks to `envd` through them.
 //! - Nothing that must outlive the process is anywhere but in the database: any number of these can run
 //!   over one.
 //!
@@ -19,6 +19,7 @@ mod core;
 mod guest;
 mod host;
 mod http;
+mod lingering;
 mod store;
 
 use std::{

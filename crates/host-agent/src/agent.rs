@@ -38,6 +38,8 @@ use crate::{
     warm::Warm,
 };
 
+/// What is true until the machine is started anew; the stacks of a machine share it.
+const RUN_DIR: &str = "/run/wrenn";
 /// How long open calls may take to end once the agent is to stop.
 const DRAIN_BOUND: Duration = Duration::from_secs(5);
 /// How long the bring-downs may take.
@@ -98,6 +100,7 @@ pub struct HostFacts {
 #[derive(Debug)]
 pub struct Agent {
     socket: Utf8PathBuf,
+    machines_dir: Utf8PathBuf,
     registry: Arc<Registry>,
     slots: SlotPool,
     stopping: CancellationToken,
@@ -139,7 +142,7 @@ where
 /// The directory of the short-pathed files of an instance.
 #[must_use]
 pub fn run_dir(instance: &InstanceId) -> Utf8PathBuf {
-    Utf8PathBuf::from(format!("/run/wrenn/{instance}"))
+    Utf8Path::new(RUN_DIR).join(instance.as_str())
 }
 
 impl Agent {
@@ -173,7 +176,7 @@ impl Agent {
                 "collected what an earlier agent left"
             );
         }
-        let store = SnapshotStore::new(&config.snapshots, &run_dir).map_err(StartError::Snapshots)?;
+        let store = SnapshotStore::new(&config.snapshots, Utf8Path::new(RUN_DIR)).map_err(StartError::Snapshots)?;
         let (vmm, accelerator_reason) = find_vmm(&config, &images).await.map_err(StartError::Vmm)?;
         tracing::info!(vmm = ?vmm.identity(), reason = accelerator_reason, "virtual machine monitor found");
 
@@ -205,7 +208,7 @@ impl Agent {
             slots: slots.clone(),
             warm,
             sandboxes_dir,
-            machines_dir,
+            machines_dir: machines_dir.clone(),
             dns_servers: config.dns_servers,
             default_disk,
         });
@@ -214,7 +217,7 @@ impl Agent {
         let socket = config.socket.unwrap_or_else(|| run_dir.join("agent.sock"));
         let stopping = CancellationToken::new();
         let server = serve(&socket, Arc::clone(&registry), facts, stopping.clone())?;
-        Ok(Self { socket, registry, slots, stopping, server })
+        Ok(Self { socket, machines_dir, registry, slots, stopping, server })
     }
 
     /// Where it listens.
@@ -236,6 +239,11 @@ impl Agent {
         let _ = self.server.await;
         let _ = fs::remove_file(&self.socket);
         self.slots.shutdown().await;
+        // Empty by now, unless a machine did not end: then the next start needs what is in them.
+        let _ = fs::remove_dir(&self.machines_dir);
+        if let Some(run_dir) = self.machines_dir.parent() {
+            let _ = fs::remove_dir(run_dir);
+        }
     }
 }
 

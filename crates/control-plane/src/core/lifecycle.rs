@@ -1,8 +1,9 @@
 //! Create, list, get, delete, ping.
 //!
 //! ```text
-//! create:  row `starting` ──► host creates ──► row `running` ──► 201
-//!              │                   │ fails          │ cannot be written, or was deleted meanwhile
+//! create:  row `starting` ──► host creates ──► row `running` ──► 201     (the row reaches the disk
+//!              │                   │ fails          │                    while the host works)
+//!              │                   │                │ cannot be written, or was deleted meanwhile
 //!              │                   ▼                ▼
 //!              └─ row removed ◄────┴─ host destroys ┘
 //!
@@ -182,7 +183,10 @@ impl Core {
             environment: spec.environment,
             allow_internet_access: spec.allow_internet_access,
         };
-        let (observed, phases) = match self.host.create(command, self.bounds.create).await {
+        // The row becomes durable while the host works, so that nobody waits for the disk.
+        let patient = self.store.with_bound(self.bounds.database_patient);
+        let (created, flushed) = tokio::join!(self.host.create(command, self.bounds.create), patient.flush());
+        let (observed, phases) = match created {
             Ok(created) => created,
             Err(error) => {
                 self.undo_start(&id, generation, &error, audience).await;
@@ -191,8 +195,11 @@ impl Core {
         };
         let begin = std::time::Instant::now();
         let started = Started { disk_mib: observed.disk_mib, at: observed.started_at };
-        let patient = self.store.with_bound(self.bounds.database_patient);
-        match patient.mark_running(&id, generation, started).await {
+        let marked = match flushed {
+            Ok(()) => patient.mark_running(&id, generation, started).await,
+            Err(error) => Err(error),
+        };
+        match marked {
             Ok(Some(row)) => {
                 let route = super::routes::Route { token, timeout: spec.timeout };
                 self.routes.remember(team, id, route);

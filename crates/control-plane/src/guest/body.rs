@@ -17,7 +17,6 @@ use connectrpc::{ConnectError, client::ClientBody};
 use futures::Stream;
 use http_body::{Body, Frame, SizeHint};
 use http_body_util::BodyExt as _;
-use hyper::body::Incoming;
 use tokio::time::{Instant, Sleep};
 
 /// The pieces of a body, each within a bound.
@@ -72,60 +71,6 @@ where
             let message = format!("no data for {:?}", self.bound);
             Some(Err(io::Error::new(io::ErrorKind::TimedOut, message)))
         })
-    }
-}
-
-/// The body of an answer that is read to its end even when its reader is satisfied earlier: a stream of
-/// events is over for its reader with the last event, and a connection can be used again only once the end
-/// of the body has been read too.
-#[derive(Debug)]
-pub(crate) struct Lingering(Option<Incoming>);
-
-/// How much and how long an abandoned body is read for its end.
-const LINGERING_FRAMES: usize = 4;
-const LINGERING: Duration = Duration::from_secs(1);
-
-impl Lingering {
-    pub(crate) fn new(body: Incoming) -> Self {
-        Self(Some(body))
-    }
-}
-
-impl Body for Lingering {
-    type Data = Bytes;
-    type Error = hyper::Error;
-
-    fn poll_frame(
-        mut self: Pin<&mut Self>,
-        context: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
-        match &mut self.0 {
-            Some(body) => Pin::new(body).poll_frame(context),
-            None => Poll::Ready(None),
-        }
-    }
-
-    fn is_end_stream(&self) -> bool {
-        self.0.as_ref().is_none_or(Body::is_end_stream)
-    }
-
-    fn size_hint(&self) -> SizeHint {
-        self.0.as_ref().map_or_else(SizeHint::default, Body::size_hint)
-    }
-}
-
-impl Drop for Lingering {
-    fn drop(&mut self) {
-        let Some(mut body) = self.0.take().filter(|body| !body.is_end_stream()) else { return };
-        // Without a runtime the process is ending, and its connections with it.
-        let Ok(runtime) = tokio::runtime::Handle::try_current() else { return };
-        runtime.spawn(tokio::time::timeout(LINGERING, async move {
-            for _ in 0..LINGERING_FRAMES {
-                if !matches!(body.frame().await, Some(Ok(_))) {
-                    break;
-                }
-            }
-        }));
     }
 }
 

@@ -22,15 +22,20 @@ use hyper_util::{
 };
 use wrenn_types::{AccessToken, InactivityTimeout, SandboxId};
 
-use crate::host::{TunnelConnector, TunnelError};
+use crate::{
+    host::{TunnelConnector, TunnelError},
+    lingering::{Lingering, Patience},
+};
 
-use body::Lingering;
 pub(crate) use body::{Pieces, upload_body};
 pub(crate) use files::Download;
 pub(crate) use process::{End, Input, Launch, ProcessEvent, ProcessStream, Selector, Signal};
 
 /// Where `envd` listens in every guest.
 const PORT: u16 = 49_983;
+/// For the end of a stream of events whose last one was read. Much more is only in a stream that goes on,
+/// and that one is to be broken off.
+const ABANDONED: Patience = Patience { bytes: 64 * 1024, time: Duration::from_secs(1) };
 const ACCESS_TOKEN: HeaderName = HeaderName::from_static("x-access-token");
 
 type Http = Client<TunnelConnector, ClientBody>;
@@ -48,7 +53,7 @@ impl ClientTransport for Transport {
         request: Request<ClientBody>,
     ) -> BoxFuture<'static, Result<Response<Lingering>, ClientError>> {
         let answer = self.0.request(request);
-        Box::pin(async move { Ok(answer.await?.map(Lingering::new)) })
+        Box::pin(async move { Ok(answer.await?.map(|body| Lingering::new(body, ABANDONED))) })
     }
 }
 

@@ -8,7 +8,8 @@ use wrenn_api::ProcessInfo;
 use wrenn_proto::process::{self as proto, __buffa as generated};
 use wrenn_types::InactivityTimeout;
 
-use super::{Guest, GuestError, Transport, body::Lingering};
+use super::{Guest, GuestError, Transport};
+use crate::lingering::Lingering;
 
 /// How often a guest is asked to say that a silent process is still there, in seconds.
 ///

@@ -10,8 +10,12 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tower::ServiceExt as _;
 
+use crate::lingering::{Lingering, Patience};
+
 /// How long a connection may take to send the head of a request, and how long it may stay open without one.
 const HEAD: Duration = Duration::from_secs(60);
+/// For the rest of a body that was refused, so that its sender gets to read why.
+const REFUSED: Patience = Patience { bytes: 256 << 20, time: Duration::from_secs(10) };
 /// The pause after an accept that failed, as it does when there are no more file descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
@@ -43,7 +47,11 @@ async fn connect(stream: TcpStream, app: Router, stop: CancellationToken) {
     let _ = stream.set_nodelay(true);
     let service = service_fn(move |request: Request<Incoming>| {
         let app = app.clone();
-        async move { app.oneshot(request.map(Body::new)).await.map_err(|never: Infallible| match never {}) }
+        async move {
+            app.oneshot(request.map(|body| Body::new(Lingering::new(body, REFUSED))))
+                .await
+                .map_err(|never: Infallible| match never {})
+        }
     });
     let connection = http1::Builder::new()
         .timer(TokioTimer::new())

@@ -53,7 +53,7 @@ pub(super) async fn exec_stream(
 ) -> Result<Response, ApiError> {
     Ok(upgrade?.max_message_size(MESSAGE).on_upgrade(move |socket| async move {
         let tasks = core.tasks().clone();
-        tasks.track_future(run_command(core, caller, id, socket)).await;
+        tasks.track_future(Box::pin(run_command(core, caller, id, socket))).await;
     }))
 }
 

@@ -70,7 +70,7 @@ pub(super) async fn terminal(
 ) -> Result<Response, ApiError> {
     Ok(upgrade?.max_message_size(MESSAGE).on_upgrade(move |socket| async move {
         let tasks = core.tasks().clone();
-        tasks.track_future(serve(core, caller, id, socket, dialect)).await;
+        tasks.track_future(Box::pin(serve(core, caller, id, socket, dialect))).await;
     }))
 }
 

@@ -43,7 +43,7 @@ impl Store {
     /// Notes that these keys were used now.
     pub(crate) async fn touch_keys(&self, ids: &[Uuid]) -> Result<(), StoreError> {
         self.run("note the use of API keys", || {
-            sqlx::query!("UPDATE api_keys SET last_used = now() WHERE id = ANY($1)", ids).execute(&self.pool)
+            sqlx::query!("UPDATE api_keys SET last_used = now() WHERE id = ANY($1)", ids).execute(&self.hasty)
         })
         .await
         .map(drop)

@@ -4,6 +4,10 @@
 //! its connections have gone stale, and once [`Store::bound`] has passed the caller is told that the
 //! database does not answer. For that to be right, every statement here is safe to repeat: reads,
 //! compare-and-set updates, and inserts that do nothing where the row is there already.
+//!
+//! A commit that waits for the disk takes milliseconds, so a create waits for none. Its row is written
+//! without waiting, is made durable by [`Store::flush`] while the host works, and that the sandbox runs can
+//! be told again by its host should the database lose it. What nobody else could tell again waits.
 
 mod audit;
 mod hosts;
@@ -67,6 +71,9 @@ pub enum StoreError {
 #[derive(Debug, Clone)]
 pub(crate) struct Store {
     pool: PgPool,
+    /// Connections whose commits do not wait for the disk: a crash of the database can lose the last of
+    /// them, in the order in which they were made.
+    hasty: PgPool,
     bound: Duration,
 }
 
@@ -79,17 +86,17 @@ impl Store {
             .application_name("wrenn")
             // The bound of the client ends the wait; this ends the work.
             .options([("statement_timeout", bound.as_millis().to_string())]);
-        let pool = PgPoolOptions::new()
+        let pool_options = PgPoolOptions::new()
             .max_connections(16)
             .acquire_timeout(bound)
             .idle_timeout(Duration::from_secs(600))
             // A check before each use would cost a round trip per statement. A stale connection shows
             // itself by failing, and the statement is then tried again.
-            .test_before_acquire(false)
-            .connect_lazy_with(options);
-        let store = Self { pool, bound };
-        let patient = Self { pool: store.pool.clone(), bound: patience };
-        patient.run("connect", || sqlx::query("SELECT 1").execute(&store.pool)).await?;
+            .test_before_acquire(false);
+        let hasty = options.clone().options([("synchronous_commit", "off")]);
+        let hasty = pool_options.clone().connect_lazy_with(hasty);
+        let store = Self { pool: pool_options.connect_lazy_with(options), hasty, bound };
+        store.with_bound(patience).run("connect", || sqlx::query("SELECT 1").execute(&store.pool)).await?;
         MIGRATIONS.run(&store.pool).await.map_err(StoreError::Migrate)?;
         Ok(store)
     }
@@ -97,11 +104,22 @@ impl Store {
     /// Waits for the statements in flight and closes the connections.
     pub(crate) async fn close(&self) {
         self.pool.close().await;
+        self.hasty.close().await;
     }
 
     /// The same database with another bound: background work can wait longer than a request.
     pub(crate) fn with_bound(&self, bound: Duration) -> Self {
-        Self { pool: self.pool.clone(), bound }
+        Self { bound, ..self.clone() }
+    }
+
+    /// Waits until everything that was committed before is on the disk.
+    pub(crate) async fn flush(&self) -> Result<(), StoreError> {
+        // A message that nobody reads, in a transaction that waits: the log is one sequence.
+        self.run("flush the log", || {
+            sqlx::query!("SELECT pg_logical_emit_message(true, 'wrenn', '')::text").fetch_one(&self.pool)
+        })
+        .await
+        .map(drop)
     }
 
     async fn run<T, Fut>(&self, operation: &'static str, attempt: impl Fn() -> Fut) -> Result<T, StoreError>

@@ -110,7 +110,7 @@ fn small(number: u32) -> i32 {
 }
 
 impl Store {
-    /// Writes a new sandbox in state `starting`, or says that its id is taken.
+    /// Writes a new sandbox in state `starting`, or says that its id is taken. Durable after a flush.
     pub(crate) async fn insert_sandbox(&self, new: &NewSandbox) -> Result<Option<SandboxRow>, StoreError> {
         self.run("write a sandbox", || {
             sqlx::query_as!(
@@ -132,7 +132,7 @@ impl Store {
                 new.allow_internet_access,
                 new.access_token.expose(),
             )
-            .fetch_optional(&self.pool)
+            .fetch_optional(&self.hasty)
         })
         .await
     }
@@ -229,7 +229,8 @@ impl Store {
         .await
     }
 
-    /// To `running`, if it is still what this generation was meant to bring up (or its host was away).
+    /// To `running`, if it is still what this generation was meant to bring up (or its host was away). Not
+    /// waited for: as long as the row itself is durable, its host can tell this again.
     pub(crate) async fn mark_running(
         &self,
         id: &SandboxId,
@@ -249,13 +250,13 @@ impl Store {
                 small(started.disk_mib),
                 jiff_sqlx::Timestamp::from(started.at) as _,
             )
-            .fetch_optional(&self.pool)
+            .fetch_optional(&self.hasty)
         })
         .await
     }
 
     /// To `stopping` with the next generation, from any state that has not ended; answers the row as it is
-    /// then, whoever changed it.
+    /// then, whoever changed it. Not waited for: should it be lost, the sandbox is found gone from its host.
     pub(crate) async fn mark_stopping(
         &self,
         team: TeamId,
@@ -272,7 +273,7 @@ impl Store {
                     id.as_str(),
                     team.0,
                 )
-                .fetch_optional(&self.pool)
+                .fetch_optional(&self.hasty)
             })
             .await?;
         match changed {
@@ -354,7 +355,7 @@ impl Store {
                 &ids,
                 &times as &[jiff_sqlx::Timestamp],
             )
-            .execute(&self.pool)
+            .execute(&self.hasty)
         })
         .await
         .map(drop)

@@ -147,32 +147,3 @@ async fn background_commands_run_on_until_they_are_ended() {
     eventually("both have ended", async || processes().await.is_empty()).await;
     assert_eq!(world.client.delete(&format!("{base}/processes/{pid}")).await.status, 404);
 }
-
-#[tokio::test(flavor = "multi_thread")]
-async fn tmp_latency() {
-    let world = World::new().await;
-    let mut times = vec![];
-    let id = world.sandbox().await;
-    for _ in 0..200 {
-        let t = Instant::now();
-        let body = json!({"cmd": "/bin/true"});
-        assert_eq!(world.client.post(&format!("/v1/sandboxes/{id}/exec"), body).await.status, 200);
-        times.push(t.elapsed());
-    }
-    times.sort();
-    eprintln!("exec p50 {:?} p99 {:?}; tunnels {}", times[100], times[198], world.agent.tunnels());
-    for i in 0..20 {
-        let a = world.client.post("/v1/sandboxes", json!({})).await;
-        if i > 15 {
-            eprintln!("{:?}", a.headers["server-timing"]);
-        }
-    }
-    let mut times = vec![];
-    for _ in 0..200 {
-        let t = Instant::now();
-        assert_eq!(world.client.get("/v1/templates").await.status, 200);
-        times.push(t.elapsed());
-    }
-    times.sort();
-    eprintln!("templates p50 {:?} p99 {:?}", times[100], times[198]);
-}

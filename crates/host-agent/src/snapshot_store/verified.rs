@@ -108,7 +108,8 @@ fn remembered(path: &Utf8Path) -> Option<Record> {
 
 /// Not made durable: it says nothing after a boot.
 fn write(path: &Utf8Path, record: &Record) -> SnapshotStoreResult<()> {
-    let half = path.with_extension("new");
+    // Several stacks may share the directory.
+    let half = path.with_extension(format!("new-{}", std::process::id()));
     let text = serde_json::to_vec(record).expect("plain data is always JSON");
     let written: io::Result<()> = fs::write(&half, text).and_then(|()| fs::rename(&half, path));
     written.map_err(|source| SnapshotStoreError::file("write", path, source))
