@@ -128,6 +128,7 @@ async fn connect(connector: &GuestConnector, bound: Duration) -> Result<TcpStrea
     }
 }
 
+/// Asks one thing on a connection of its own, and waits for the end of the answer.
 async fn ask(
     connector: &GuestConnector,
     call: &'static str,
@@ -142,10 +143,10 @@ async fn ask(
         let conversation = async {
             let answer = sender.send_request(request).await.map_err(broken)?;
             let status = answer.status();
+            let body = Limited::new(answer.into_body(), ANSWER_LIMIT).collect().await;
             if status.is_success() {
                 return Ok(());
             }
-            let body = Limited::new(answer.into_body(), ANSWER_LIMIT).collect().await;
             let message = body.map(|body| String::from_utf8_lossy(&body.to_bytes()).into_owned());
             Err(GuestError::Refused { call, status, message: message.unwrap_or_default() })
         };
@@ -203,4 +204,33 @@ pub async fn initialise(
     }
     let request = request.body(Full::from(body)).map_err(|error| GuestError::Broken(Box::new(error)))?;
     ask(connector, "POST /init", request, bound).await
+}
+
+/// Runs a program in the guest and waits until it has ended, well or not: what it leaves in the guest's
+/// memory is what it is run for.
+///
+/// # Errors
+/// The guest did not answer in time, or would not start anything.
+pub async fn exercise(
+    connector: &GuestConnector,
+    user: &str,
+    program: &[&str],
+    bound: Duration,
+) -> Result<(), GuestError> {
+    let [command, arguments @ ..] = program else { return Ok(()) };
+    let message = serde_json::json!({ "process": { "cmd": command, "args": arguments }, "stdin": false });
+    let message = message.to_string();
+    let length = u32::try_from(message.len()).map_err(|error| GuestError::Broken(Box::new(error)))?;
+    // One message of a Connect stream: a byte of flags, the length, the message.
+    let mut body = vec![0];
+    body.extend(length.to_be_bytes());
+    body.extend(message.as_bytes());
+    let credentials = base64::engine::general_purpose::STANDARD.encode(format!("{user}:"));
+    let request = request("POST", "/process.Process/Start")
+        .header(header::CONTENT_TYPE, "application/connect+json")
+        .header("connect-protocol-version", "1")
+        .header(header::AUTHORIZATION, format!("Basic {credentials}"))
+        .body(Full::from(body))
+        .map_err(|error| GuestError::Broken(Box::new(error)))?;
+    ask(connector, "process.Process/Start", request, bound).await
 }

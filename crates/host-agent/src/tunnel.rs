@@ -113,21 +113,25 @@ fn stage_word(stage: Stage) -> &'static str {
     }
 }
 
-/// Copies both directions until both have ended, one has failed, or the sandbox is no longer running.
+/// Copies both directions until both have ended, the caller is gone, or the sandbox is no longer running.
 async fn carry(caller: impl AsyncRead + AsyncWrite, guest: tokio::net::TcpStream, handle: Handle) {
     let (caller_read, caller_write) = tokio::io::split(caller);
     let (guest_read, guest_write) = guest.into_split();
     let mut watch = handle.watch();
     let both = async {
-        tokio::try_join!(
-            copy(caller_read, guest_write, &handle),
-            // The guest closing its side for good ends the tunnel: nobody would read what still comes in.
-            copy(guest_read, caller_write, &handle),
-        )
+        let up = copy(caller_read, guest_write, &handle);
+        let down = copy(guest_read, caller_write, &handle);
+        tokio::pin!(up, down);
+        tokio::select! {
+            // A guest that takes no more may still have something to say: why it took no more.
+            _ = &mut up => drop(down.await),
+            // A caller that takes no more is gone; one that was told the end may still be sending.
+            told = &mut down => if told.is_ok() { drop(up.await) },
+        }
     };
     tokio::select! {
         // A broken stream is the normal end of a tunnel whose caller has gone: there is nobody to tell.
-        _ = both => {}
+        () = both => {}
         // Dropping the streams here breaks them without a proper end, so that a caller cannot take the end
         // of the sandbox for the end of its answer.
         _ = watch.wait_for(|status| matches!(status.stage, Stage::Stopping | Stage::Stopped)) => {}

