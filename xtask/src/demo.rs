@@ -5,7 +5,7 @@
 
 use std::{
     fs,
-    io::{BufRead as _, BufReader},
+    io::{BufRead as _, BufReader, ErrorKind},
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     sync::mpsc,
@@ -37,8 +37,7 @@ pub(crate) fn run(repository: &Repository) -> Result<()> {
     host::require_sandboxes()?;
     let mut phases = Phases::new();
     let product = timed(&mut phases, "set up (packages, images, programs)", || stack::build(repository))?;
-    let directory = std::env::temp_dir().join(format!("wrenn-demo-{}", std::process::id()));
-    fs::create_dir(&directory).with_context(|| format!("making {}", directory.display()))?;
+    let directory = make_directory(&std::env::temp_dir())?;
     let result = use_stack(&product, &directory, &mut phases);
     match result {
         Ok(()) => cache::remove(&directory)?,
@@ -106,6 +105,21 @@ fn in_words(duration: Duration) -> String {
 
 fn log(directory: &Path) -> PathBuf {
     directory.join("stack.log")
+}
+
+/// A new directory. Not in the clone, which may be where the database's unprivileged user cannot go.
+fn make_directory(parent: &Path) -> Result<PathBuf> {
+    let mut number = std::process::id();
+    loop {
+        let directory = parent.join(format!("wrenn-demo-{number}"));
+        match fs::create_dir(&directory) {
+            Err(error) if error.kind() == ErrorKind::AlreadyExists => number += 1,
+            result => {
+                result.with_context(|| format!("making {}", directory.display()))?;
+                return Ok(directory);
+            }
+        }
+    }
 }
 
 /// A stack of the demo's own.

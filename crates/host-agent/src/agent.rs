@@ -176,7 +176,8 @@ impl Agent {
                 "collected what an earlier agent left"
             );
         }
-        let store = SnapshotStore::new(&config.snapshots, Utf8Path::new(RUN_DIR)).map_err(StartError::Snapshots)?;
+        let store =
+            SnapshotStore::new(&config.snapshots, Utf8Path::new(RUN_DIR)).map_err(StartError::Snapshots)?;
         let (vmm, accelerator_reason) = find_vmm(&config, &images).await.map_err(StartError::Vmm)?;
         tracing::info!(vmm = ?vmm.identity(), reason = accelerator_reason, "virtual machine monitor found");
 

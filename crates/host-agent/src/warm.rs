@@ -40,8 +40,11 @@ const GROW_BOUND: Duration = Duration::from_secs(60);
 /// What is run in a template before it is saved, so that the first command of a clone finds programs,
 /// libraries and the agent's own paths in memory and does not read them from its disk. A template without
 /// one of them is none the worse.
-const EXERCISES: [&[&str]; 3] =
-    [&["/bin/true"], &["/bin/bash", "-l", "-c", "exec /bin/sh -c 'id; env; ls'"], &["python3", "-c", "import json, os, sys"]];
+const EXERCISES: [&[&str]; 3] = [
+    &["/bin/true"],
+    &["/bin/bash", "-l", "-c", "exec /bin/sh -c 'id; env; ls'"],
+    &["python3", "-c", "import json, os, sys"],
+];
 /// How often each is run. After the first, the disk is not read any more; the second and third settle what
 /// the kernel and the agent allocate once.
 const EXERCISE_ROUNDS: usize = 3;

@@ -125,7 +125,8 @@ impl Client {
             request = request.header(*name, *value);
         }
         let mut sender = self.connection().await?;
-        let answer = timeout(BOUND, sender.send_request(request.body(body)?)).await.context("no answer")??;
+        let answer =
+            timeout(BOUND, sender.send_request(request.body(body)?)).await.context("no answer")??;
         self.connection = Some(sender);
         Ok(answer)
     }

@@ -2,7 +2,7 @@
 //!
 //! - [`stack`]: a whole stack, started as a person starts one, on free ports and in a directory of its own.
 //! - [`http`]: plain HTTP/1.1 against it, with nothing between a test and the bytes.
-//! - [`mod@socket`]: WebSockets.
+//! - [`mod@socket`][]: WebSockets.
 //! - [`uplink`]: a namespace that stands for everything outside of a host, in which a test can put the
 //!   internet, a private network and a metadata service, and ask each of them as a control.
 

@@ -54,7 +54,8 @@ fn repository() -> PathBuf {
 
 /// The `wrenn` binary under test: `WRENN_BIN`, else the release build.
 pub fn binary() -> Result<PathBuf> {
-    let path = env::var_os("WRENN_BIN").map_or_else(|| repository().join("target/release/wrenn"), PathBuf::from);
+    let path =
+        env::var_os("WRENN_BIN").map_or_else(|| repository().join("target/release/wrenn"), PathBuf::from);
     ensure!(path.is_file(), "{} is not there: `make test` builds it", path.display());
     Ok(path.canonicalize()?)
 }

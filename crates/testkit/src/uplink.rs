@@ -59,7 +59,8 @@ impl Uplink {
         let number = NUMBER.fetch_add(1, Ordering::Relaxed);
         let name = format!("wrenn-out-{}-{number}", std::process::id());
         let path = Path::new(netns::NAMES).join(&name);
-        let (namespace, ()) = NetworkNamespace::create(&path, || io::Result::Ok(())).await.context("make a namespace")?;
+        let (namespace, ()) =
+            NetworkNamespace::create(&path, || io::Result::Ok(())).await.context("make a namespace")?;
         let mut uplink = Self { name, path, namespace, servers: Vec::new(), asked: Arc::default() };
         uplink.address("lo", "127.0.0.1/8").await?;
         uplink.ip("link set lo up").await?;
@@ -215,8 +216,10 @@ impl Drop for Uplink {
 async fn run_ip(namespace: &NetworkNamespace, words: &str) -> Result<()> {
     let words: Vec<String> = words.split_whitespace().map(str::to_owned).collect();
     let shown = words.join(" ");
-    let output =
-        namespace.run(move || std::process::Command::new("ip").args(words).output()).await?.context("run ip")?;
+    let output = namespace
+        .run(move || std::process::Command::new("ip").args(words).output())
+        .await?
+        .context("run ip")?;
     let said = String::from_utf8_lossy(&output.stderr).into_owned();
     ensure!(output.status.success(), "ip {shown}: {said}");
     Ok(())

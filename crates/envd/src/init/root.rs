@@ -20,8 +20,7 @@ use wrenn_guest_linux::{
 use crate::{
     console::{chain, say},
     disk::{self, DiskError, ROOT_DISK},
-    names,
-    tree,
+    names, tree,
 };
 
 /// How long the disk may take to appear, if the machine has a device for it.

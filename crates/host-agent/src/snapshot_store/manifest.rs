@@ -45,7 +45,7 @@ pub struct SnapshotKey(String);
 pub struct FileRecord {
     /// The apparent size.
     pub bytes: u64,
-    /// See [`super::digest`].
+    /// SHA-256, in the form that the field of the manifest names.
     pub digest: Digest,
 }
 

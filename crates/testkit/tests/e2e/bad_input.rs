@@ -50,7 +50,9 @@ async fn ids(context: Arc<Context>) -> Result<()> {
     let mut client = context.client();
     let long = "a".repeat(10_240);
     for id in ["..%2F..", "%2e%2e%2f%2e%2e", "sb-", "sb-0123456G", "sb-00000000", &long] {
-        for (method, rest) in [("GET", ""), ("DELETE", ""), ("POST", "/ping"), ("POST", "/exec"), ("GET", "/files?path=/x")] {
+        for (method, rest) in
+            [("GET", ""), ("DELETE", ""), ("POST", "/ping"), ("POST", "/exec"), ("GET", "/files?path=/x")]
+        {
             let path = format!("/v1/sandboxes/{id}{rest}");
             let body = if rest == "/exec" { r#"{"cmd":"true"}"# } else { "" };
             let headers = [("content-type", "application/json")];
@@ -68,8 +70,7 @@ async fn bodies(context: Arc<Context>) -> Result<()> {
     let large = format!("{{\"template\":\"{}\"}}", "a".repeat(3 << 20));
     for (body, status) in [("{", 400), ("", 400), ("null", 400), ("\u{0}", 400), (large.as_str(), 413)] {
         let headers = [("content-type", "application/json")];
-        let answer =
-            client.send(http::Method::POST, "/v1/sandboxes", &headers, body.to_owned()).await?;
+        let answer = client.send(http::Method::POST, "/v1/sandboxes", &headers, body.to_owned()).await?;
         ensure!(answer.status.as_u16() == status, "{body:.20}: {} {}", answer.status, answer.text());
         ensure!(!answer.error_code().is_empty(), "{body:.20}: {}", answer.text());
         // A server that does not read a body that is too large closes the connection.

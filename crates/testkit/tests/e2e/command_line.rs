@@ -51,7 +51,13 @@ async fn wrenn(context: &Context, arguments: &[&str], input: &[u8]) -> Result<Sa
 async fn run_passes(context: Arc<Context>) -> Result<()> {
     let line = "import sys; print('hello'); print('oops', file=sys.stderr); sys.exit(3)";
     let said = wrenn(&context, &["run", "--", "python3", "-c", line], b"").await?;
-    ensure!(said.code == 3 && said.out == "hello\n" && said.err.contains("oops"), "{} {} {}", said.code, said.out, said.err);
+    ensure!(
+        said.code == 3 && said.out == "hello\n" && said.err.contains("oops"),
+        "{} {} {}",
+        said.code,
+        said.out,
+        said.err
+    );
     Ok(())
 }
 

@@ -43,7 +43,10 @@ async fn surroundings(context: Arc<Context>) -> Result<()> {
     let result = sandbox.exec(&body).await?;
     ensure!(result["stdout"] == "b c\n/var/tmp\nroot\n/root\n", "{result}");
     let plain = sandbox.output("echo $A; pwd; id -un; echo $HOME").await?;
-    ensure!(plain == "\n/home/user\nuser\n/home/user\n", "nothing of one command stays for the next: {plain}");
+    ensure!(
+        plain == "\n/home/user\nuser\n/home/user\n",
+        "nothing of one command stays for the next: {plain}"
+    );
     sandbox.destroy().await
 }
 

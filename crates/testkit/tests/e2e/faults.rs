@@ -217,7 +217,8 @@ async fn full_disk() -> Result<()> {
 
     // PostgreSQL keeps its own space beforehand, so that only what is new finds none.
     let ballast = dir.0.path().join("agent/ballast");
-    let _ = Command::new("dd").args(["if=/dev/zero", "bs=1M", &format!("of={}", ballast.display())]).output()?;
+    let _ =
+        Command::new("dd").args(["if=/dev/zero", "bs=1M", &format!("of={}", ballast.display())]).output()?;
     let _ = Command::new("dd")
         .args(["if=/dev/zero", "bs=1", "count=8192", "oflag=append", "conv=notrunc"])
         .arg(format!("of={}", ballast.display()))

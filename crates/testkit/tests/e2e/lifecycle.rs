@@ -102,7 +102,8 @@ async fn lists(context: Arc<Context>) -> Result<()> {
 }
 
 async fn resources(context: Arc<Context>) -> Result<()> {
-    let body = json!({ "vcpus": 2, "memory_mb": 384, "disk_size_mb": 3072, "envs": { "FROM_CREATE": "yes" } });
+    let body =
+        json!({ "vcpus": 2, "memory_mb": 384, "disk_size_mb": 3072, "envs": { "FROM_CREATE": "yes" } });
     let mut sandbox = Sandbox::create_with(context.client(), &body).await?;
     ensure!(sandbox.output("nproc").await?.trim() == "2", "two processors");
     let memory: u64 =

@@ -48,7 +48,11 @@ fn main() -> ExitCode {
     }
 
     let runtime = Arc::new(
-        tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().expect("a runtime"),
+        tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(2)
+            .enable_all()
+            .build()
+            .expect("a runtime"),
     );
     // A person who asks for one case, or for the list, does not wait for a stack that it does not use.
     let wanted = |name: &str| {

@@ -124,7 +124,9 @@ async fn volume(context: Arc<Context>) -> Result<()> {
     let mut length = 0;
     loop {
         match socket.next().await? {
-            Frame::Json(frame) if frame["type"] == "stdout" => length += frame["data"].as_str().unwrap().len(),
+            Frame::Json(frame) if frame["type"] == "stdout" => {
+                length += frame["data"].as_str().unwrap().len()
+            }
             Frame::Json(frame) if frame["type"] == "error" => bail!("{frame}"),
             Frame::Closed => break,
             Frame::Json(_) | Frame::Binary(_) => {}
