@@ -100,7 +100,7 @@ pub struct HostFacts {
 #[derive(Debug)]
 pub struct Agent {
     socket: Utf8PathBuf,
-    machines_dir: Utf8PathBuf,
+    machines_dir: MachinesDir,
     registry: Arc<Registry>,
     slots: SlotPool,
     stopping: CancellationToken,
@@ -114,6 +114,27 @@ fn failed(operation: &'static str, path: &Utf8Path) -> impl FnOnce(io::Error) ->
 
 fn private_dir(path: &Utf8Path) -> Result<(), StartError> {
     DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(failed("make", path))
+}
+
+/// The directory of the machines' short-pathed files. It goes with the agent, and the run directory around
+/// it too, when they are empty: else a machine did not end, and the next start needs what is in them.
+#[derive(Debug)]
+struct MachinesDir(Utf8PathBuf);
+
+impl MachinesDir {
+    fn create(path: &Utf8Path) -> Result<Self, StartError> {
+        private_dir(path)?;
+        Ok(Self(path.to_owned()))
+    }
+}
+
+impl Drop for MachinesDir {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir(&self.0);
+        if let Some(run_dir) = self.0.parent() {
+            let _ = fs::remove_dir(run_dir);
+        }
+    }
 }
 
 /// Reads an id from its file, or makes the file with a new one.
@@ -160,7 +181,7 @@ impl Agent {
         private_dir(&sandboxes_dir)?;
         // The stack's other parts have sockets in the run directory too, and PostgreSQL another user.
         fs::create_dir_all(&run_dir).map_err(failed("make", &run_dir))?;
-        private_dir(&machines_dir)?;
+        let machines = MachinesDir::create(&machines_dir)?;
         let host_id = kept_id(&dir.join("agent/host"), "a host id", HostId::random)?;
         let default_disk = DiskMib::new(config.default_disk_mib.into()).map_err(StartError::DefaultDisk)?;
 
@@ -209,7 +230,7 @@ impl Agent {
             slots: slots.clone(),
             warm,
             sandboxes_dir,
-            machines_dir: machines_dir.clone(),
+            machines_dir,
             dns_servers: config.dns_servers,
             default_disk,
         });
@@ -218,7 +239,7 @@ impl Agent {
         let socket = config.socket.unwrap_or_else(|| run_dir.join("agent.sock"));
         let stopping = CancellationToken::new();
         let server = serve(&socket, Arc::clone(&registry), facts, stopping.clone())?;
-        Ok(Self { socket, machines_dir, registry, slots, stopping, server })
+        Ok(Self { socket, machines_dir: machines, registry, slots, stopping, server })
     }
 
     /// Where it listens.
@@ -240,11 +261,7 @@ impl Agent {
         let _ = self.server.await;
         let _ = fs::remove_file(&self.socket);
         self.slots.shutdown().await;
-        // Empty by now, unless a machine did not end: then the next start needs what is in them.
-        let _ = fs::remove_dir(&self.machines_dir);
-        if let Some(run_dir) = self.machines_dir.parent() {
-            let _ = fs::remove_dir(run_dir);
-        }
+        drop(self.machines_dir);
     }
 }
 

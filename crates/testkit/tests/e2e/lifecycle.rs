@@ -134,17 +134,17 @@ async fn inactivity(context: Arc<Context>) -> Result<()> {
     wait_for_status(&mut client, &busy.id, "stopped", Duration::from_secs(20)).await
 }
 
-/// Asks until a sandbox has this status.
+/// Asks until a sandbox has one of these statuses, with a bar between them.
 pub(crate) async fn wait_for_status(
     client: &mut wrenn_testkit::Client,
     id: &str,
-    status: &str,
+    statuses: &str,
     bound: Duration,
 ) -> Result<()> {
     let end = tokio::time::Instant::now() + bound;
     loop {
         let found = client.get(&format!("/v1/sandboxes/{id}")).await?.expect(200)?.json();
-        if found["status"] == status {
+        if statuses.split('|').any(|status| found["status"] == status) {
             return Ok(());
         }
         ensure!(tokio::time::Instant::now() < end, "{id} is still {}", found["status"]);
