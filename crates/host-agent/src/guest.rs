@@ -4,7 +4,7 @@
 //! Nothing that the guest answers is trusted: the status is looked at, the body is bounded and only ever
 //! shown to a person.
 
-use std::{collections::BTreeMap, io, time::Duration};
+use std::{collections::BTreeMap, future::poll_fn, io, time::Duration};
 
 use base64::Engine as _;
 use http::{Request, StatusCode, header};
@@ -26,6 +26,8 @@ pub const ENVD_PORT: u16 = 49983;
 /// How long one attempt to connect waits before the next is made. A lost first packet would otherwise
 /// be sent again only after a whole second.
 const CONNECT_ATTEMPT: Duration = Duration::from_millis(250);
+/// How long a connection may have been idle to be used again; the guest agent keeps one ten times as long.
+const IDLE_LIMIT: Duration = Duration::from_secs(60);
 /// How much of an answer is read.
 const ANSWER_LIMIT: usize = 16 * 1024;
 
@@ -128,18 +130,38 @@ async fn connect(connector: &GuestConnector, bound: Duration) -> Result<TcpStrea
     }
 }
 
-/// Asks one thing on a connection of its own, and waits for the end of the answer.
+/// A connection to the guest agent on which nothing is under way: the next request may be sent on it.
+#[derive(Debug)]
+pub struct IdleConnection {
+    stream: TcpStream,
+    since: Instant,
+}
+
+impl IdleConnection {
+    /// The connection, unless it has been idle for so long that the guest may be about to close it, or it has
+    /// been closed, or the guest has said something on it that nobody asked for.
+    #[must_use]
+    pub fn into_usable(self) -> Option<TcpStream> {
+        let quiet =
+            matches!(self.stream.try_read(&mut [0]), Err(error) if error.kind() == io::ErrorKind::WouldBlock);
+        (quiet && self.since.elapsed() < IDLE_LIMIT).then_some(self.stream)
+    }
+}
+
+/// Asks one thing on a connection of its own, and waits for the end of the answer. What is answered is the
+/// connection, if it was neither to be closed nor is closed.
 async fn ask(
     connector: &GuestConnector,
     call: &'static str,
     request: Request<Full<bytes::Bytes>>,
     bound: Duration,
-) -> Result<(), GuestError> {
+) -> Result<Option<IdleConnection>, GuestError> {
     let end = Instant::now() + bound;
     let stream = connect(connector, bound).await?;
+    let keep = !request.headers().contains_key(header::CONNECTION);
     let exchange = async {
         let broken = |error: hyper::Error| GuestError::Broken(Box::new(error));
-        let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await.map_err(broken)?;
+        let (mut sender, mut connection) = http1::handshake(TokioIo::new(stream)).await.map_err(broken)?;
         let conversation = async {
             let answer = sender.send_request(request).await.map_err(broken)?;
             let status = answer.status();
@@ -151,22 +173,24 @@ async fn ask(
             Err(GuestError::Refused { call, status, message: message.unwrap_or_default() })
         };
         tokio::pin!(conversation);
-        tokio::select! {
+        let (outcome, open) = tokio::select! {
             biased;
-            outcome = &mut conversation => outcome,
+            outcome = &mut conversation => (outcome, true),
             // The connection may end first when the guest closes it with its answer.
-            _ = connection => conversation.await,
-        }
+            _ = poll_fn(|context| connection.poll_without_shutdown(context)) => (conversation.await, false),
+        };
+        outcome.map(|()| {
+            let parts = connection.into_parts();
+            let idle = keep && open && parts.read_buf.is_empty();
+            idle.then(|| IdleConnection { stream: parts.io.into_inner(), since: Instant::now() })
+        })
     };
-    timeout_at(end, exchange).await.unwrap_or(Err(GuestError::Silent { bound, last: None }))
+    // Boxed: a conversation of HTTP is large, and would make the future of every create as large.
+    timeout_at(end, Box::pin(exchange)).await.unwrap_or(Err(GuestError::Silent { bound, last: None }))
 }
 
 fn request(method: &str, path: &str) -> http::request::Builder {
-    Request::builder()
-        .method(method)
-        .uri(path)
-        .header(header::HOST, "guest")
-        .header(header::CONNECTION, "close")
+    Request::builder().method(method).uri(path).header(header::HOST, "guest")
 }
 
 /// Waits until the guest agent answers.
@@ -177,17 +201,19 @@ pub async fn wait_until_healthy(connector: &GuestConnector, bound: Duration) -> 
     let end = Instant::now() + bound;
     loop {
         let left = end.saturating_duration_since(Instant::now());
-        let request = request("GET", "/health").body(Full::default()).expect("a constant request is valid");
+        let request = request("GET", "/health").header(header::CONNECTION, "close");
+        let request = request.body(Full::default()).expect("a constant request is valid");
         match timeout(left, ask(connector, "GET /health", request, left)).await {
             Ok(Err(GuestError::Broken(_))) if Instant::now() < end => {}
-            Ok(outcome) => return outcome,
+            Ok(outcome) => return outcome.map(drop),
             Err(_) => return Err(GuestError::Silent { bound, last: None }),
         }
     }
 }
 
 /// Gives a guest its identity. When it answers well, the guest is itself: clock set, generator reseeded,
-/// token in force.
+/// token in force. The connection is answered for the next request: the first one of a user then finds the
+/// way into the guest open.
 ///
 /// # Errors
 /// [`GuestError::Refused`] when the guest could not become itself: it must not be used then.
@@ -196,7 +222,7 @@ pub async fn initialise(
     identity: &Identity<'_>,
     token: Option<&AccessToken>,
     bound: Duration,
-) -> Result<(), GuestError> {
+) -> Result<Option<IdleConnection>, GuestError> {
     let body = serde_json::to_vec(identity).map_err(|error| GuestError::Broken(Box::new(error)))?;
     let mut request = request("POST", "/init").header(header::CONTENT_TYPE, "application/json");
     if let Some(token) = token {
@@ -229,8 +255,9 @@ pub async fn exercise(
     let request = request("POST", "/process.Process/Start")
         .header(header::CONTENT_TYPE, "application/connect+json")
         .header("connect-protocol-version", "1")
+        .header(header::CONNECTION, "close")
         .header(header::AUTHORIZATION, format!("Basic {credentials}"))
         .body(Full::from(body))
         .map_err(|error| GuestError::Broken(Box::new(error)))?;
-    ask(connector, "process.Process/Start", request, bound).await
+    ask(connector, "process.Process/Start", request, bound).await.map(drop)
 }

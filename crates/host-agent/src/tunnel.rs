@@ -79,7 +79,7 @@ async fn open(
         let message = format!("sandbox {id} is {}", stage_word(handle.status().stage));
         return refuse(StatusCode::CONFLICT, "failed_precondition", message);
     };
-    let guest = match timeout(CONNECT_BOUND, connector.connect(port)).await {
+    let guest = match timeout(CONNECT_BOUND, handle.connect(&connector, port)).await {
         Ok(Ok(stream)) => stream,
         Ok(Err(error)) => {
             let message = format!("port {port} of sandbox {id} cannot be reached: {error}");

@@ -26,7 +26,7 @@ use super::{
     record::{Record, RecordError, SandboxDir},
 };
 use crate::{
-    guest::{self, GuestError, Identity},
+    guest::{self, GuestError, Identity, IdleConnection},
     images::{Images, ImagesError},
     network::{GuestConnector, Policy, Slot, SlotError, SlotPool},
     rootfs::{RootfsError, RootfsStore},
@@ -262,6 +262,7 @@ struct Restored {
 #[derive(Debug)]
 pub struct Up {
     restored: Restored,
+    idle: Option<IdleConnection>,
 }
 
 /// Runs the whole chain.
@@ -514,7 +515,7 @@ impl Restored {
             }
         };
         match outcome {
-            Ok(()) => Ok(Up { restored: self }),
+            Ok(idle) => Ok(Up { restored: self, idle }),
             Err(error) => {
                 self.undo().await;
                 Err(error)
@@ -550,6 +551,11 @@ impl Up {
     #[must_use]
     pub fn phases(&self) -> &[Phase] {
         self.restored.before.before.before.course.timer.phases()
+    }
+
+    /// The connection on which the guest became itself, for the first request of a user. Given once.
+    pub fn take_idle_connection(&mut self) -> Option<IdleConnection> {
+        self.idle.take()
     }
 
     /// How connections to the guest are made.

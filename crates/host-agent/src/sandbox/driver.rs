@@ -39,6 +39,7 @@ pub fn start(
             status: receiver,
             activity: Activity::new(),
             connector: OnceLock::new(),
+            idle: std::sync::Mutex::new(None),
         }),
     };
     let driver = Driver { host, handle: handle.clone(), status: sender, published: Box::new(published) };
@@ -110,9 +111,10 @@ impl Driver {
         }
     }
 
-    async fn run(&self, up: Up) -> End {
+    async fn run(&self, mut up: Up) -> End {
         let shared = &self.handle.inner;
         let _ = shared.connector.set(up.connector());
+        shared.set_idle(up.take_idle_connection());
         shared.activity.touch();
         self.publish(|status| {
             status.stage = Stage::Running;
@@ -137,6 +139,8 @@ impl Driver {
             status.stage = Stage::Stopping;
             status.end = Some(end.clone());
         });
+        // A socket that is left keeps the namespace that it was made in.
+        shared.set_idle(None);
         up.tear_down().await;
         end
     }

@@ -19,13 +19,19 @@ pub mod driver;
 pub mod queue;
 pub mod record;
 
-use std::{collections::BTreeMap, sync::Arc, time::SystemTime};
+use std::{collections::BTreeMap, io, sync::Arc, time::SystemTime};
 
-use tokio::sync::{Notify, watch};
+use tokio::{
+    net::TcpStream,
+    sync::{Notify, watch},
+};
 use wrenn_types::{AccessToken, DiskMib, EndReason, InactivityTimeout, SandboxId, Shape, TemplateName};
 
 use self::{activity::Activity, bring_up::BringUpError, queue::RequestQueue};
-use crate::network::GuestConnector;
+use crate::{
+    guest::{ENVD_PORT, IdleConnection},
+    network::GuestConnector,
+};
 
 /// What a sandbox is to be: a create request, parsed and within its bounds.
 #[derive(Debug, Clone)]
@@ -119,6 +125,14 @@ struct Shared {
     activity: Activity,
     /// Set by the driver once the slot is there.
     connector: std::sync::OnceLock<GuestConnector>,
+    /// Put there and removed by the driver, taken by the first who connects to the guest's agent.
+    idle: std::sync::Mutex<Option<IdleConnection>>,
+}
+
+impl Shared {
+    fn set_idle(&self, idle: Option<IdleConnection>) {
+        *self.idle.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = idle;
+    }
 }
 
 impl Handle {
@@ -150,6 +164,21 @@ impl Handle {
     #[must_use]
     pub fn connector(&self) -> Option<&GuestConnector> {
         (self.inner.status.borrow().stage == Stage::Running).then(|| self.inner.connector.get()).flatten()
+    }
+
+    /// A connection to a port of its guest, once it is running: to the guest's agent the one on which it became
+    /// itself, if nobody has had that yet.
+    ///
+    /// # Errors
+    /// As [`GuestConnector::connect`].
+    pub async fn connect(&self, connector: &GuestConnector, port: u16) -> io::Result<TcpStream> {
+        if port == ENVD_PORT {
+            let idle = self.inner.idle.lock().unwrap_or_else(std::sync::PoisonError::into_inner).take();
+            if let Some(stream) = idle.and_then(IdleConnection::into_usable) {
+                return Ok(stream);
+            }
+        }
+        connector.connect(port).await
     }
 
     /// Puts a request into the queue.

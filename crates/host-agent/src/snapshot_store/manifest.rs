@@ -9,8 +9,9 @@ use wrenn_vmm::{DiskFormat, VmmIdentity};
 
 use super::{SnapshotStoreError, SnapshotStoreResult, digest::Digest};
 
-/// The format that this program writes and reads.
-const FORMAT: u32 = 1;
+/// The format that this program writes and reads. It is raised too when something else than the [`Subject`]
+/// changes what a snapshot holds: the kernel's command line, or what a template runs before it is saved.
+const FORMAT: u32 = 2;
 /// How many hexadecimal digits a key has: 128 bits.
 const KEY_DIGITS: usize = 32;
 /// The manifest's name in the directory of its snapshot.
@@ -222,7 +223,7 @@ mod tests {
     #[test]
     fn the_key_of_a_subject_does_not_change_with_the_program() {
         // A change here makes every snapshot of every host useless: raise FORMAT on purpose instead.
-        assert_eq!(subject().key().as_str(), "26574bc812f0382df42fea639e80c53b");
+        assert_eq!(subject().key().as_str(), "f6f3c28791dc8923135845324dafe4cc");
     }
 
     #[test]
@@ -252,12 +253,12 @@ mod tests {
     #[test]
     fn another_format_and_unknown_fields_are_refused() {
         let text = String::from_utf8(manifest().to_json()).unwrap();
-        let newer = text.replacen("\"format\": 1", "\"format\": 2", 1);
+        let newer = text.replacen("\"format\": 2", "\"format\": 3", 1);
         assert!(matches!(
             Manifest::parse(&newer, "m".into()),
-            Err(SnapshotStoreError::Format { found: 2, .. })
+            Err(SnapshotStoreError::Format { found: 3, .. })
         ));
-        let more = text.replacen("\"format\": 1", "\"format\": 1, \"colour\": 2", 1);
+        let more = text.replacen("\"format\": 2", "\"format\": 2, \"colour\": 2", 1);
         assert!(matches!(Manifest::parse(&more, "m".into()), Err(SnapshotStoreError::Manifest { .. })));
         assert!(Manifest::parse("", "m".into()).unwrap_err().is_unusable());
     }

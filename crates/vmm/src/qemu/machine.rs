@@ -95,6 +95,8 @@ impl Machine {
             tokio::try_join!(
                 qmp.execute("qmp_capabilities", Value::Null, START_BOUND),
                 qmp.execute("migrate-set-capabilities", migration_capabilities(), START_BOUND),
+                // A guest that wakes up would otherwise be made to tell its address to a network that knows it.
+                qmp.execute("migrate-set-parameters", json!({"announce-rounds": 0}), START_BOUND),
                 qmp.execute_with("getfd", json!({"fdname": STATE}), OwnedFd::from(state), START_BOUND),
                 qmp.execute("migrate-incoming", json!({"uri": format!("fd:{STATE}")}), START_BOUND),
             )
