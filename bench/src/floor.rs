@@ -10,11 +10,16 @@
 //! driver. It does nothing else: no API, no database, no records, no identity for the guest, no command.
 //! What a create takes on top of it is the price of the product.
 //!
+//! The same program measures a second thing, the *bare command*: after the restore the guest is given its identity
+//! and runs `true`, told so directly by this program. It is the least that anyone needs for what a create is
+//! measured by, and so tells the price of the product apart from what the guest itself takes.
+//!
 //! There is one question under way at a time. Asking anew every millisecond, whether or not the guest has
 //! had the time to answer, was tried: the guest then has dozens of connections to accept, and the first
 //! byte comes up to three times as late. That would not be the least that anyone needs.
 
 use std::{
+    collections::BTreeMap,
     io,
     sync::Arc,
     time::{Duration, Instant},
@@ -27,6 +32,7 @@ use tokio::{
     time::timeout,
 };
 use wrenn_host_agent::{
+    guest::{self, Identity},
     network::{GuestConnector, Policy, PoolConfig, Slot, SlotPool, Uplink},
     rootfs::{Qcow2Store, RootfsStore as _},
     snapshot_store::Manifest,
@@ -39,6 +45,8 @@ use wrenn_vmm::{
 
 /// The port of the guest agent.
 const ENVD_PORT: u16 = 49983;
+/// The user of the template `base`.
+const USER: &str = "user";
 /// How long one restore may take.
 const BOUND: Duration = Duration::from_secs(60);
 /// How long one attempt may take: the host sends a lost first packet again only after a second.
@@ -72,11 +80,20 @@ pub(crate) struct Ready {
     _directory: tempfile::TempDir,
 }
 
+/// What a guest is asked once it runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Question {
+    /// `GET /health`, until the first byte of the answer.
+    FirstByte,
+    /// `POST /init` and then `true`, until the end of both answers.
+    Command,
+}
+
 /// A machine whose guest has answered.
 #[derive(Debug)]
 pub(crate) struct Answered {
-    /// From before the restore until the first byte.
-    pub(crate) to_first_byte: Duration,
+    /// From before the restore until the answer.
+    pub(crate) took: Duration,
     vm: Box<dyn Vm>,
     slot: Slot,
     _directory: tempfile::TempDir,
@@ -148,24 +165,27 @@ impl Floor {
         Ok(Ready { connector: slot.connector(), slot, spec, _directory: directory })
     }
 
-    /// Restores and waits for the first byte.
+    /// Restores and waits for the answer.
     ///
     /// # Errors
     /// The machine cannot be restored or its guest does not answer within a minute. Nothing is left then.
-    pub(crate) async fn restore(&self, ready: Ready) -> Result<Answered> {
+    pub(crate) async fn restore(&self, ready: Ready, question: Question) -> Result<Answered> {
         let Ready { slot, connector, spec, _directory } = ready;
         let begin = Instant::now();
         let outcome = timeout(BOUND, async {
             let mut vm = self.vmm.restore(spec, &self.snapshot).await.context("restore")?;
             let answered = match vm.resume().await.context("let it run") {
-                Ok(()) => first_byte(&connector).await,
+                Ok(()) => match question {
+                    Question::FirstByte => first_byte(&connector).await,
+                    Question::Command => command(&connector).await,
+                },
                 Err(error) => Err(error),
             };
-            let to_first_byte = begin.elapsed();
-            anyhow::Ok((vm, answered.map(|()| to_first_byte)))
+            let took = begin.elapsed();
+            anyhow::Ok((vm, answered.map(|()| took)))
         });
         match outcome.await {
-            Ok(Ok((vm, Ok(to_first_byte)))) => Ok(Answered { to_first_byte, vm, slot, _directory }),
+            Ok(Ok((vm, Ok(took)))) => Ok(Answered { took, vm, slot, _directory }),
             Ok(Ok((mut vm, Err(error)))) => {
                 vm.stop().await.context("stop the machine")?;
                 self.slots.release(slot).await;
@@ -178,7 +198,7 @@ impl Floor {
             Err(_) => {
                 // The machine was dropped with the future, and so killed.
                 self.slots.release(slot).await;
-                bail!("no first byte within {BOUND:?}")
+                bail!("no answer within {BOUND:?}")
             }
         }
     }
@@ -229,6 +249,25 @@ async fn first_byte(connector: &GuestConnector) -> Result<()> {
             Err(_) => {}
         }
     }
+}
+
+/// Makes the guest itself and runs `true` in it.
+async fn command(connector: &GuestConnector) -> Result<()> {
+    let environment = BTreeMap::new();
+    let identity = Identity {
+        hostname: Some("bare"),
+        timestamp: jiff::Timestamp::now().to_string(),
+        entropy: Identity::fresh_entropy(),
+        machine_id: Some(Identity::fresh_machine_id()),
+        access_token: None,
+        env_vars: &environment,
+        default_user: USER,
+        default_workdir: "/home/user",
+        dns_servers: &[],
+        disk_bytes: None,
+    };
+    guest::initialise(connector, &identity, None, BOUND).await.context("POST /init")?;
+    guest::exercise(connector, USER, &["true"], BOUND).await.context("run true")
 }
 
 async fn ask(connector: &GuestConnector) -> io::Result<()> {

@@ -33,7 +33,7 @@ use wrenn_testkit::{Client, Stack, StackOptions, stack};
 use wrenn_types::{MemoryMib, Shape, Vcpus};
 
 use crate::{
-    floor::{Answered, Floor},
+    floor::{Answered, Floor, Question},
     machine::Machine,
     memory::Memory,
     report::{Load, MemoryRow, Results},
@@ -144,12 +144,15 @@ async fn measure(arguments: &Arguments, stack: &Stack) -> Result<Results> {
 async fn in_series(arguments: &Arguments, floor: &Floor, mut client: Client) -> Result<Load> {
     let mut load = Load::default();
     while load.floor.len() < arguments.count {
-        for _ in 0..TURN.min(arguments.count - load.floor.len()) {
-            let ready = floor.prepare().await?;
-            let answered = floor.restore(ready).await;
-            load.floor.add(answered.as_ref().map(|it| it.to_first_byte));
-            if let Ok(answered) = answered {
-                floor.finish(answered).await?;
+        let turn = TURN.min(arguments.count - load.floor.len());
+        for question in [Question::FirstByte, Question::Command] {
+            for _ in 0..turn {
+                let ready = floor.prepare().await?;
+                let answered = floor.restore(ready, question).await;
+                load.of(question).add(answered.as_ref().map(|it| it.took));
+                if let Ok(answered) = answered {
+                    floor.finish(answered).await?;
+                }
             }
         }
         while load.create.len() < load.floor.len() {
@@ -169,14 +172,15 @@ async fn several_at_once(arguments: &Arguments, floor: &Arc<Floor>, client: &Cli
     let mut load = Load::default();
     let mut clients = vec![client.clone(); arguments.at_once];
     while load.floor.len() < arguments.count {
-        floors_at_once(arguments.at_once, floor, &mut load).await?;
+        floors_at_once(arguments.at_once, floor, Question::FirstByte, &mut load).await?;
+        floors_at_once(arguments.at_once, floor, Question::Command, &mut load).await?;
         clients = creates_at_once(clients, &mut load).await?;
         eprintln!("{} at once: {} of {}", arguments.at_once, load.floor.len(), arguments.count);
     }
     Ok(load)
 }
 
-async fn floors_at_once(width: usize, floor: &Arc<Floor>, load: &mut Load) -> Result<()> {
+async fn floors_at_once(width: usize, floor: &Arc<Floor>, question: Question, load: &mut Load) -> Result<()> {
     let mut ready = Vec::with_capacity(width);
     for _ in 0..width {
         ready.push(floor.prepare().await?);
@@ -184,11 +188,11 @@ async fn floors_at_once(width: usize, floor: &Arc<Floor>, load: &mut Load) -> Re
     let mut tasks: JoinSet<Result<Answered>> = JoinSet::new();
     for ready in ready {
         let floor = Arc::clone(floor);
-        tasks.spawn(async move { floor.restore(ready).await });
+        tasks.spawn(async move { floor.restore(ready, question).await });
     }
     let mut all = Vec::with_capacity(width);
     for answered in tasks.join_all().await {
-        load.floor.add(answered.as_ref().map(|it| it.to_first_byte));
+        load.of(question).add(answered.as_ref().map(|it| it.took));
         all.extend(answered.ok());
     }
     for answered in all {

@@ -3,6 +3,7 @@
 use std::{fmt::Write as _, time::Duration};
 
 use crate::{
+    floor::Question,
     machine::Machine,
     memory::Memory,
     product::Phases,
@@ -14,6 +15,8 @@ use crate::{
 pub(crate) struct Load {
     /// Restore to first byte.
     pub(crate) floor: Samples,
+    /// Restore to the end of a command, without the product.
+    pub(crate) bare: Samples,
     /// Create to first result of a command.
     pub(crate) create: Samples,
     /// Where the server says the creates' time went.
@@ -60,7 +63,7 @@ pub(crate) struct Results {
     pub(crate) first_snapshot: Option<Duration>,
 }
 
-/// How much longer a create takes than the floor under the same load.
+/// How much longer a create takes than something else under the same load.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(crate) struct Ratios {
     /// Median over median.
@@ -70,11 +73,23 @@ pub(crate) struct Ratios {
 }
 
 impl Load {
-    /// The ratios; none where nothing succeeded.
+    /// The samples of a restore that is asked this.
+    pub(crate) fn of(&mut self, question: Question) -> &mut Samples {
+        match question {
+            Question::FirstByte => &mut self.floor,
+            Question::Command => &mut self.bare,
+        }
+    }
+
+    /// Create over the floor; none where nothing succeeded.
     #[must_use]
     pub(crate) fn ratios(&self) -> Option<Ratios> {
-        let (floor, create) = (self.floor.summary()?, self.create.summary()?);
-        Some(Ratios { p50: ratio(create.p50, floor.p50), p99: ratio(create.p99, floor.p99) })
+        self.over(&self.floor)
+    }
+
+    fn over(&self, least: &Samples) -> Option<Ratios> {
+        let (least, create) = (least.summary()?, self.create.summary()?);
+        Some(Ratios { p50: ratio(create.p50, least.p50), p99: ratio(create.p99, least.p99) })
     }
 }
 
@@ -83,7 +98,9 @@ impl Results {
     pub(crate) fn failures(&self) -> impl Iterator<Item = (&'static str, &str)> {
         let all = [
             ("floor", &self.series.floor),
+            ("bare command", &self.series.bare),
             ("create", &self.series.create),
+            ("bare command at once", &self.at_once.bare),
             ("floor at once", &self.at_once.floor),
             ("create at once", &self.at_once.create),
             ("exec", &self.exec),
@@ -100,9 +117,11 @@ impl Results {
         let mut text = String::new();
         let loads = [("", &self.series), (" at once", &self.at_once)];
         for (suffix, load) in loads {
-            if let Some(Ratios { p50, p99 }) = load.ratios() {
-                let _ = writeln!(text, "create/floor{suffix} p50 ratio {p50:.2}");
-                let _ = writeln!(text, "create/floor{suffix} p99 ratio {p99:.2}");
+            for (least, ratios) in [("floor", load.ratios()), ("bare command", load.over(&load.bare))] {
+                if let Some(Ratios { p50, p99 }) = ratios {
+                    let _ = writeln!(text, "create/{least}{suffix} p50 ratio {p50:.2}");
+                    let _ = writeln!(text, "create/{least}{suffix} p99 ratio {p99:.2}");
+                }
             }
         }
         text
@@ -114,9 +133,10 @@ impl Results {
         let mut text = String::from(
             "# Results\n\n\
              Written by `make bench`; nothing is trimmed. The floor restores the same warm snapshot with the same driver and\n\
-             arguments, its namespace and disk ready, until the first byte of `GET /health`. A create is measured from before\n\
-             `POST /v1/sandboxes` until the result of `exec true` is there. Floor and create take turns in one run. On our side\n\
-             nothing is restored ahead of a request; network namespaces come from the pool that the agent keeps.\n\n",
+             arguments, its namespace and disk ready, until the first byte of `GET /health`. The bare command does the same, then\n\
+             gives the guest its identity and runs `true` in it, with no API, database or records. A create is measured from before\n\
+             `POST /v1/sandboxes` until the result of `exec true` is there. The three take turns in one run. On our side nothing is\n\
+             restored ahead of a request; network namespaces come from the pool that the agent keeps.\n\n",
         );
         self.write_machine(&mut text);
         let _ = writeln!(text, "## Times in milliseconds\n");
@@ -127,8 +147,10 @@ impl Results {
         let at_once = |what: &str| format!("{what}, {} at once", self.width);
         for (name, samples) in [
             ("floor: restore to first byte, in series".to_owned(), &self.series.floor),
+            ("bare command: restore to the end of `true`, in series".to_owned(), &self.series.bare),
             ("create to first exec result, in series".to_owned(), &self.series.create),
             (at_once("floor: restore to first byte"), &self.at_once.floor),
+            (at_once("bare command: restore to the end of `true`"), &self.at_once.bare),
             (at_once("create to first exec result"), &self.at_once.create),
             ("exec `true`, there and back".to_owned(), &self.exec),
             (format!("file of {} MiB up", self.file_mib), &self.upload),
@@ -233,6 +255,11 @@ mod tests {
         samples
     }
 
+    fn load([floor, bare, create]: [u64; 3]) -> Load {
+        let phases = Phases::default();
+        Load { floor: samples(floor), bare: samples(bare), create: samples(create), phases }
+    }
+
     fn results() -> Results {
         Results {
             machine: Machine {
@@ -246,8 +273,8 @@ mod tests {
                 filesystem: "ext2/ext3".to_owned(),
             },
             date: "2026-11-22".to_owned(),
-            series: Load { floor: samples(100), create: samples(145), phases: Phases::default() },
-            at_once: Load { floor: samples(200), create: samples(500), phases: Phases::default() },
+            series: load([100, 116, 145]),
+            at_once: load([200, 400, 500]),
             width: 8,
             exec: samples(5),
             upload: samples(640),
@@ -263,6 +290,7 @@ mod tests {
         let lines = results().ratio_lines();
         assert!(lines.starts_with("create/floor p50 ratio 1.45\n"), "{lines}");
         assert!(lines.contains("\ncreate/floor at once p50 ratio 2.50\n"), "{lines}");
+        assert!(lines.contains("\ncreate/bare command p50 ratio 1.25\n"), "{lines}");
     }
 
     #[test]
