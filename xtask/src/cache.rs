@@ -22,6 +22,7 @@ use std::{
     io::{ErrorKind, Write as _},
     path::{Path, PathBuf},
     process::{Command, Stdio},
+    time::SystemTime,
 };
 
 use anyhow::{Context as _, Result, bail};
@@ -113,6 +114,23 @@ impl Cache {
         Ok(file)
     }
 
+    /// Keeps those results of a kind that were of use last, as the times of the file `marker` in each tell. Only
+    /// results that have such a file are counted.
+    pub(crate) fn forget_old(&self, kind: &str, marker: &str, kept: usize) -> Result<()> {
+        let mut results: Vec<(SystemTime, PathBuf)> = Vec::new();
+        for entry in fs::read_dir(self.root.join(kind))? {
+            let path = entry?.path();
+            if let Ok(metadata) = fs::metadata(path.join(marker)) {
+                results.push((metadata.modified()?, path));
+            }
+        }
+        results.sort();
+        for (_, path) in results.iter().rev().skip(kept) {
+            remove(path)?;
+        }
+        Ok(())
+    }
+
     fn collect(&self) -> Result<()> {
         let directory = self.root.join("tmp");
         for entry in fs::read_dir(&directory).with_context(|| format!("reading {}", directory.display()))? {
@@ -124,6 +142,12 @@ impl Cache {
         }
         Ok(())
     }
+}
+
+/// Notes on a file of a result that the result is of use now.
+pub(crate) fn mark_used(marker: &Path) -> Result<()> {
+    let noted = File::open(marker).and_then(|file| file.set_modified(SystemTime::now()));
+    noted.with_context(|| format!("noting the use of {}", marker.display()))
 }
 
 /// Syncs a finished directory and moves it to its place.
@@ -239,5 +263,25 @@ mod tests {
         // The well-known digests of nothing and of "abc".
         assert_eq!(digest_of(b"").unwrap(), "e3b0c44298fc1c14");
         assert_eq!(digest_of(b"abc").unwrap(), "ba7816bf8f01cfea");
+    }
+
+    #[test]
+    fn the_results_of_use_last_are_kept() {
+        let home = tempfile::tempdir().unwrap();
+        let cache = Cache::at(home.path().join("wrenn")).unwrap();
+        for age in 0..9_u64 {
+            let result = cache.place("programs").join(format!("wrenn-{age}"));
+            fs::create_dir_all(&result).unwrap();
+            let file = File::create(result.join("wrenn")).unwrap();
+            file.set_modified(SystemTime::UNIX_EPOCH + std::time::Duration::from_secs(100 - age)).unwrap();
+        }
+        cache.forget_old("programs", "wrenn", 6).unwrap();
+        let mut left: Vec<_> =
+            fs::read_dir(cache.place("programs")).unwrap().map(|e| e.unwrap().file_name()).collect();
+        left.sort();
+        assert_eq!(
+            left,
+            (0..6).map(|age| format!("wrenn-{age}").into()).collect::<Vec<std::ffi::OsString>>()
+        );
     }
 }

@@ -29,9 +29,15 @@ use crate::{
     step,
 };
 
+/// The kind of result that bundles are in the cache, and the file that each has.
+const KIND: &str = "guests";
+const MANIFEST: &str = "manifest.json";
+/// How many bundles are kept: each clone links to the one that it made last.
+const KEPT: usize = 12;
+
 const TARGET: &str = "x86_64-unknown-linux-gnu";
 /// What envd may weigh: it is in the memory of every sandbox.
-const ENVD_MAX_BYTES: usize = 5_000_000;
+const ENVD_MAX_BYTES: usize = 4_000_000;
 
 /// Finds or builds the static envd. Nothing but the kernel is needed to run it.
 pub(crate) fn build_envd(repository: &Repository, cache: &Cache) -> Result<PathBuf> {
@@ -67,7 +73,7 @@ pub(crate) fn make(cache: &Cache, kernel: &Kernel, envd: &Path) -> Result<PathBu
     let archive = initramfs(kernel, &envd_content)?;
     let parts = format!("1\n{}\n{}\n", cache::digest_of_file(&kernel.image)?, cache::digest_of(&archive)?);
     let id = cache::digest_of(parts.as_bytes())?;
-    cache.get_or_make("guests", &id, |directory| {
+    let bundle = cache.get_or_make(KIND, &id, |directory| {
         fs::copy(&kernel.image, directory.join("vmlinuz"))?;
         fs::write(directory.join("initramfs.img"), &archive)?;
         let manifest = json!({
@@ -78,14 +84,17 @@ pub(crate) fn make(cache: &Cache, kernel: &Kernel, envd: &Path) -> Result<PathBu
             "kernel": "vmlinuz",
             "initramfs": "initramfs.img",
         });
-        fs::write(directory.join("manifest.json"), format!("{manifest:#}\n"))?;
+        fs::write(directory.join(MANIFEST), format!("{manifest:#}\n"))?;
         step::announce(&format!(
             "guest bundle {id}: kernel {}, envd {} kB",
             kernel.version,
             envd_content.len() / 1000
         ));
         Ok(())
-    })
+    })?;
+    cache::mark_used(&bundle.join(MANIFEST))?;
+    cache.forget_old(KIND, MANIFEST, KEPT)?;
+    Ok(bundle)
 }
 
 fn initramfs(kernel: &Kernel, envd: &[u8]) -> Result<Vec<u8>> {

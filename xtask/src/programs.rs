@@ -4,14 +4,7 @@
 //! would track, the compiler, and flags from the environment. A clone that has the same finds it and compiles
 //! nothing; after any change cargo decides what to compile, as always.
 
-use std::{
-    env,
-    ffi::OsString,
-    fs,
-    path::{Path, PathBuf},
-    process::Command,
-    time::SystemTime,
-};
+use std::{env, ffi::OsString, fs, path::Path, process::Command};
 
 use anyhow::{Context as _, Result};
 
@@ -42,8 +35,7 @@ pub(crate) fn find_or_build(
     let Ok(digest) = digest_of_sources(repository) else { return build() };
     let kept = cache.place(KIND).join(format!("{name}-{digest}")).join(&name);
     if kept.is_file() {
-        // Its time says when it was last of use.
-        fs::File::options().append(true).open(&kept)?.set_modified(SystemTime::now())?;
+        cache::mark_used(&kept)?;
         return install(&kept, program);
     }
     build()?;
@@ -55,7 +47,7 @@ pub(crate) fn find_or_build(
         fs::copy(program, directory.join(&name)).with_context(|| format!("copying {}", program.display()))?;
         Ok(())
     })?;
-    forget_old(&cache.place(KIND), &name)
+    cache.forget_old(KIND, &name, KEPT)
 }
 
 fn digest_of_sources(repository: &Repository) -> Result<String> {
@@ -108,22 +100,6 @@ fn is_same(kept: &Path, program: &Path) -> Result<bool> {
         && cache::digest_of_file(kept)? == cache::digest_of_file(program)?)
 }
 
-/// Keeps the builds of a program that were of use last.
-fn forget_old(directory: &Path, name: &str) -> Result<()> {
-    let mut builds: Vec<(SystemTime, PathBuf)> = Vec::new();
-    for entry in fs::read_dir(directory)? {
-        let path = entry?.path();
-        if let Ok(metadata) = fs::metadata(path.join(name)) {
-            builds.push((metadata.modified()?, path));
-        }
-    }
-    builds.sort();
-    for (_, path) in builds.iter().rev().skip(KEPT) {
-        cache::remove(path)?;
-    }
-    Ok(())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -138,21 +114,5 @@ mod tests {
         for path in ["README.md", "xtask/src/main.rs", "guest/templates/base/recipe", "bench/src/main.rs"] {
             assert!(!is_source(path), "{path}");
         }
-    }
-
-    #[test]
-    fn the_builds_of_use_last_are_kept() {
-        let directory = tempfile::tempdir().unwrap();
-        for age in 0..9_u64 {
-            let build = directory.path().join(format!("wrenn-{age}"));
-            fs::create_dir(&build).unwrap();
-            let file = fs::File::create(build.join("wrenn")).unwrap();
-            file.set_modified(SystemTime::UNIX_EPOCH + std::time::Duration::from_secs(100 - age)).unwrap();
-        }
-        forget_old(directory.path(), "wrenn").unwrap();
-        let mut left: Vec<_> =
-            fs::read_dir(directory.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
-        left.sort();
-        assert_eq!(left, (0..6).map(|age| OsString::from(format!("wrenn-{age}"))).collect::<Vec<_>>());
     }
 }

@@ -127,7 +127,7 @@ impl SnapshotStore {
         }
     }
 
-    fn lock_path(&self, key: &SnapshotKey) -> Utf8PathBuf {
+    pub(super) fn lock_path(&self, key: &SnapshotKey) -> Utf8PathBuf {
         self.inner.directory.join(format!("{LOCK}{key}"))
     }
 
@@ -268,7 +268,7 @@ fn sync(path: &Utf8Path) -> SnapshotStoreResult<()> {
 }
 
 /// Removes a directory with all that is in it. Idempotent.
-fn remove_directory(path: &Utf8Path) -> SnapshotStoreResult<()> {
+pub(super) fn remove_directory(path: &Utf8Path) -> SnapshotStoreResult<()> {
     match fs::remove_dir_all(path) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => {
             Err(SnapshotStoreError::file("remove", path, error))

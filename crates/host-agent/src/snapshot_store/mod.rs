@@ -41,13 +41,14 @@ mod digest;
 mod error;
 mod lock;
 mod manifest;
+mod unused;
 mod verified;
 
 #[cfg(test)]
 mod tests;
 
 use std::{
-    fs::{self, DirBuilder},
+    fs::{self, DirBuilder, File},
     io,
     os::unix::fs::DirBuilderExt,
     sync::{Arc, Mutex},
@@ -98,7 +99,7 @@ pub struct WarmSnapshot {
 
 impl SnapshotStore {
     /// A store in `directory`, which is made if it is not there; what a killed builder left in it is
-    /// removed. `run_directory` is one that is empty after a boot, like `/run`.
+    /// removed, and what was not used for a month. `run_directory` is one that is empty after a boot, like `/run`.
     ///
     /// # Errors
     /// One of the directories cannot be made or read.
@@ -117,6 +118,7 @@ impl SnapshotStore {
             .map_err(|source| SnapshotStoreError::file("find", directory, source))?;
         let store = Self { inner: Arc::new(Inner { directory, verified, verifying: Mutex::new(()) }) };
         store.collect()?;
+        store.forget_unused()?;
         Ok(store)
     }
 
@@ -128,11 +130,13 @@ impl SnapshotStore {
     pub fn open(&self, subject: &Subject) -> SnapshotStoreResult<Option<WarmSnapshot>> {
         let dir = self.inner.directory.join(subject.key().as_str());
         let path = dir.join(manifest::FILE_NAME);
-        let text = match fs::read_to_string(&path) {
-            Ok(text) => text,
+        let file = match File::open(&path) {
+            Ok(file) => file,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
             Err(source) => return Err(SnapshotStoreError::file("read", &path, source)),
         };
+        let text = unused::mark_used(&file).and_then(|()| io::read_to_string(&file));
+        let text = text.map_err(|source| SnapshotStoreError::file("read", &path, source))?;
         let manifest = Manifest::parse(&text, &path)?;
         manifest.check(subject, &path)?;
 

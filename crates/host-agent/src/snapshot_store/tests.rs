@@ -359,3 +359,22 @@ fn a_disk_that_fills_up_is_named_and_nothing_is_left() {
     });
     tried.or_say_skipped("a full disk");
 }
+
+#[tokio::test]
+async fn what_nobody_used_for_a_month_goes_and_a_use_is_noticed() {
+    let place = Place::new();
+    let snapshot = make(&place.store(), 1).await;
+    let manifest = snapshot.dir.join("manifest.json");
+    let used = |days: u64| {
+        let time = std::time::SystemTime::now() - Duration::from_secs(days * 24 * 60 * 60);
+        fs::File::open(&manifest).unwrap().set_modified(time).unwrap();
+    };
+    used(29);
+    assert!(place.store().open(&subject()).unwrap().is_some());
+    // That was a use, so a month begins anew.
+    let modified = fs::metadata(&manifest).unwrap().modified().unwrap();
+    assert!(modified.elapsed().unwrap() < Duration::from_secs(3600));
+    used(31);
+    assert!(place.store().open(&subject()).unwrap().is_none());
+    assert!(!snapshot.dir.exists());
+}
