@@ -1,5 +1,6 @@
 //! Plain data shared by every part of Wrenn.
 //!
+//! - [`guest`]: what of a guest's agent is for the host alone, and must never be forwarded to it.
 //! - [`id`]: the ids that people and paths see. Text from the wire becomes an id by parsing, and only
 //!   an id may become part of a path, so that `../..` never gets that far.
 //! - [`state`]: the states of a sandbox and the reasons for its end.
@@ -9,6 +10,7 @@
 //! Nothing here does I/O, and nothing here knows a wire format other than the words themselves.
 #![warn(missing_docs)]
 
+pub mod guest;
 pub mod id;
 pub mod resources;
 pub mod secret;
