@@ -28,8 +28,8 @@ use self::{
     console::{chain, say},
 };
 
-const USAGE: &str =
-    "usage: envd agent [--listen ADDRESS:PORT | --port PORT] [--user NAME] [--guest]\n       envd --version";
+const USAGE: &str = "usage: envd agent [--listen ADDRESS:PORT | --port PORT] [--user NAME] [--cgroup DIRECTORY] \
+     [--guest]\n       envd supervise PROGRAM [ARGUMENT...]\n       envd --version";
 
 fn main() -> ExitCode {
     let mut words = std::env::args().skip(1);
@@ -40,6 +40,7 @@ fn main() -> ExitCode {
             Ok(options) => run_agent(options),
             Err(error) => usage(&error.to_string()),
         },
+        Some("supervise") => init::supervise::run_other(&words.collect::<Vec<_>>()),
         Some("--version" | "version") => {
             use std::io::Write;
             let written = writeln!(std::io::stdout(), "{}", env!("CARGO_PKG_VERSION"));

@@ -5,6 +5,9 @@
 //! So init moves them once, at boot, to a directory on the temporary file system under `/run`, and leaves
 //! links in `/etc`. Whoever replaces a link by a file of their own has the file: only our own links are
 //! followed when a name is written.
+//!
+//! The boot's own name, `boot_id`, is one of them: the kernel makes it once and cannot be told another, so a file of
+//! ours lies over it. Only who mounts another `/proc`, as container engines do, still sees the kernel's.
 
 use std::{
     fs, io,
@@ -16,6 +19,11 @@ use std::{
 const DIRECTORY: &str = "/run/wrenn/names";
 /// Their names in `/etc`.
 const FILES: [&str; 4] = ["hostname", "hosts", "machine-id", "resolv.conf"];
+/// The file that lies over the kernel's [`BOOT_ID`].
+const OUR_BOOT_ID: &str = "boot_id";
+const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
+/// Reading it makes a new name each time, from the kernel's generator.
+const UUID: &str = "/proc/sys/kernel/random/uuid";
 
 /// Where `/etc/NAME` is kept.
 fn place_of(name: &str) -> PathBuf {
@@ -51,6 +59,25 @@ pub(crate) fn move_to_memory(root: &Path) -> io::Result<()> {
     Ok(())
 }
 
+/// Puts a file of ours over the kernel's name of this boot, with the same content.
+pub(crate) fn cover_boot_id() -> io::Result<()> {
+    let ours = place_of(OUR_BOOT_ID);
+    fs::create_dir_all(DIRECTORY)?;
+    fs::write(&ours, fs::read(BOOT_ID)?)?;
+    fs::set_permissions(&ours, fs::Permissions::from_mode(0o444))?;
+    Ok(rustix::mount::mount_bind(&ours, BOOT_ID)?)
+}
+
+/// Gives this boot another name, where ours lies over the kernel's.
+pub(crate) fn renew_boot_id(root: &Path) -> io::Result<()> {
+    let ours = below(root, &place_of(OUR_BOOT_ID));
+    if !ours.exists() {
+        return Ok(());
+    }
+    // The same file, because it is the file that is mounted.
+    fs::write(&ours, fs::read(UUID)?)
+}
+
 /// Where to write `/etc/NAME` of this root, when it is one of our links.
 pub(crate) fn in_memory(root: &Path, name: &str) -> Option<PathBuf> {
     let target = fs::read_link(root.join("etc").join(name)).ok()?;
@@ -81,6 +108,26 @@ mod tests {
         }
         let hosts = in_memory(root.path(), "hosts").unwrap();
         assert_eq!(fs::read_to_string(hosts).unwrap(), "127.0.0.1 localhost\n");
+    }
+
+    #[test]
+    fn a_boot_gets_another_name_in_the_same_file() {
+        use std::os::unix::fs::MetadataExt;
+        let root = tempfile::tempdir().unwrap();
+        renew_boot_id(root.path()).unwrap();
+        let ours = below(root.path(), &place_of(OUR_BOOT_ID));
+        assert!(!ours.exists(), "nothing lies over the kernel's");
+        fs::create_dir_all(ours.parent().unwrap()).unwrap();
+        fs::write(&ours, fs::read(BOOT_ID).unwrap()).unwrap();
+        let file = fs::metadata(&ours).unwrap().ino();
+        let mut seen = std::collections::HashSet::from([fs::read_to_string(&ours).unwrap()]);
+        for _ in 0..2 {
+            renew_boot_id(root.path()).unwrap();
+            let name = fs::read_to_string(&ours).unwrap();
+            assert_eq!((name.len(), name.matches('-').count()), (37, 4), "{name}");
+            assert!(seen.insert(name));
+        }
+        assert_eq!(fs::metadata(&ours).unwrap().ino(), file);
     }
 
     #[test]

@@ -11,6 +11,7 @@
 //! | [`block`] | growing a mounted ext4 file system |
 //! | [`readiness`] | waiting for a descriptor in the asynchronous runtime |
 //! | [`route`] | addresses, routes and neighbours through rtnetlink |
+//! | [`trim`] | telling the disk which blocks are free |
 //! | [`uevent`] | waiting for the kernel to announce a device |
 
 pub mod block;
@@ -19,4 +20,5 @@ pub mod readiness;
 pub mod route;
 pub mod spawn;
 pub mod terminal;
+pub mod trim;
 pub mod uevent;

@@ -1,33 +1,41 @@
 //! `POST /init`: the one call that makes a guest itself.
 //!
-//! Everything in the body is optional, and what is absent stays as it is. The body is read into [`Order`], where
-//! every value is checked before anything is done. Then the machine is changed in the order of [`carry_out`];
-//! if any step fails the guest is closed and stays so, until an `/init` succeeds.
+//! Everything in the body is optional. The body is read into [`Order`], where
+//! every value is checked before anything is done. Then the machine is changed in the order of [`steps`];
+//! if any step fails the guest is closed and its processes are stopped, until an `/init` succeeds. Only when all of it
+//! is in force do processes that a snapshot froze go on (see [`super::snapshot`]).
 //!
-//! The call comes from the host. In a virtual machine it is refused from any other address than the gateway's,
-//! so that no program in the guest can make itself the owner. Once there is a token the call must prove it.
+//! The call comes from the host ([`super::host`]). Once there is a token the call must prove it. What is absent from
+//! the body stays as it is, so the same call again changes nothing; the environment is replaced as a whole.
+//!
+//! # What makes two clones different
+//!
+//! | what | how |
+//! |---|---|
+//! | the kernel's randomness, and all that is drawn from it: `getrandom`, `/dev/urandom`, `random/uuid`, stack canaries and hash seeds of new programs | `entropy`, mixed in, and a new key taken at once |
+//! | `/proc/sys/kernel/random/boot_id` | a new one whenever the machine's id is a new one: the same sandbox, resumed, keeps it |
+//! | `/etc/machine-id` | `machineId` |
+//! | the host's name | `hostname` |
+//! | the access token | `accessToken` |
+//! | the clock | `timestamp`: when the host sent it, set and not slewed |
 
-use std::{
-    collections::BTreeMap,
-    net::{IpAddr, SocketAddr},
-    path::Path,
-    sync::Arc,
-};
+use std::{collections::BTreeMap, net::IpAddr, path::Path, sync::Arc};
 
 use base64::{Engine, engine::general_purpose::STANDARD};
 use buffa_types::google::protobuf::Timestamp;
 use http::{HeaderMap, StatusCode};
 use serde::Deserialize;
+use tokio::sync::oneshot;
 
 use super::{
-    auth::{TOKEN_HEADER, Token, UNAUTHORIZED},
+    auth::Token,
+    host::{self, HostError},
     machine::{self, MachineError},
     state::{Agent, Gate, Identity, Place},
 };
 use crate::{
     console::{chain, say},
     disk,
-    network::GATEWAY,
 };
 
 /// The most bytes that the body may have.
@@ -73,10 +81,8 @@ pub(crate) enum InitError {
     NoObject,
     #[error("{field} {problem}")]
     Field { field: &'static str, problem: &'static str },
-    #[error("only the host may call this")]
-    NotTheHost,
-    #[error("{UNAUTHORIZED}")]
-    Unauthorized,
+    #[error("{0}")]
+    Host(HostError),
     #[error("{0}")]
     Machine(String),
 }
@@ -86,18 +92,9 @@ impl InitError {
     pub(crate) fn status(&self) -> StatusCode {
         match self {
             Self::Body(_) | Self::NoObject | Self::Field { .. } => StatusCode::BAD_REQUEST,
-            Self::NotTheHost => StatusCode::FORBIDDEN,
-            Self::Unauthorized => StatusCode::UNAUTHORIZED,
+            Self::Host(error) => error.status(),
             Self::Machine(_) => StatusCode::INTERNAL_SERVER_ERROR,
         }
-    }
-}
-
-/// Whether this caller may call `/init`.
-pub(crate) fn check_caller(place: Place, caller: SocketAddr) -> Result<(), InitError> {
-    match place {
-        Place::Guest if caller.ip() != IpAddr::V4(GATEWAY) => Err(InitError::NotTheHost),
-        Place::Guest | Place::Outside => Ok(()),
     }
 }
 
@@ -107,73 +104,112 @@ pub(crate) async fn initialise(
     headers: &HeaderMap,
     body: &[u8],
 ) -> Result<(), InitError> {
+    initialise_by(agent, headers, body, |order| carry_out(agent.place, order)).await
+}
+
+/// The same, with another way to change the machine.
+async fn initialise_by<F: Future<Output = Result<Order, InitError>>>(
+    agent: &Arc<Agent>,
+    headers: &HeaderMap,
+    body: &[u8],
+    change: impl FnOnce(Order) -> F,
+) -> Result<(), InitError> {
     let body = Body::parse(body)?;
-    let _one_at_a_time = agent.initialising.lock().await;
+    let _one_at_a_time = agent.changing.lock().await;
     let current = agent.identity();
-    if let Some(token) = &current.token {
-        let in_header = headers.get(TOKEN_HEADER).map(http::HeaderValue::as_bytes);
-        let proof = in_header.or_else(|| body.access_token.as_deref().map(str::as_bytes));
-        if !proof.is_some_and(|proof| token.matches(proof)) {
-            return Err(InitError::Unauthorized);
-        }
-    }
+    host::check_token(&current, headers, body.access_token.as_deref()).map_err(InitError::Host)?;
     let order = body.check()?;
     if agent.place == Place::Guest && current.gate != Gate::Open && order.entropy.is_none() {
         return Err(InitError::Field { field: "entropy", problem: "is needed to open a guest" });
     }
-    let mut identity = Identity::clone(&current);
-    let answer = match agent.place {
-        Place::Guest => carry_out(&order).await,
-        Place::Outside => Ok(()),
-    };
-    identity.gate = match &answer {
-        Ok(()) => Gate::Open,
+    let changed = change(order).await.and_then(|order| {
+        // The last of all, when everything else is in force.
+        agent.thaw().map_err(|error| InitError::Machine(chain(&error)))?;
+        Ok(order)
+    });
+    match changed {
+        Ok(order) => {
+            let mut identity = Identity { gate: Gate::Open, ..Identity::clone(&current) };
+            order.apply(&mut identity);
+            agent.set_identity(identity);
+            Ok(())
+        }
         Err(error) => {
             say(format_args!("init failed: {error}"));
-            Gate::Closed(error.to_string())
+            agent.set_gate(Gate::Closed(error.to_string()));
+            // They are frozen already, unless the snapshot was taken of a guest that was not prepared.
+            if let Err(error) = agent.request_freeze() {
+                say(format_args!("cannot freeze the processes: {}", chain(&error)));
+            }
+            Err(error)
+        }
+    }
+}
+
+/// Changes the machine, if it is ours. Growing the disk is mostly waiting, so it goes on beside the rest, on a thread of
+/// its own: those of the runtime may all be waiting for processes that are born frozen.
+async fn carry_out(place: Place, order: Order) -> Result<Order, InitError> {
+    if place == Place::Outside {
+        return Ok(order);
+    }
+    let failed = |error: &dyn std::error::Error| InitError::Machine(chain(error));
+    let disk = match order.disk_bytes {
+        None => None,
+        Some(bytes) => {
+            let (done, wait) = oneshot::channel();
+            let thread = std::thread::Builder::new().name("envd-disk".to_owned()).spawn(move || {
+                // Whoever asked may have gone away.
+                let _ = done.send(disk::grow_root(bytes));
+            });
+            thread.map_err(|error| failed(&error))?;
+            Some(wait)
         }
     };
-    if answer.is_ok() {
-        order.apply(&mut identity);
-    }
-    agent.set_identity(identity);
-    answer
-}
-
-/// Changes the machine. Growing the disk is mostly waiting, so it goes on beside the rest.
-async fn carry_out(order: &Order) -> Result<(), InitError> {
-    let disk = order.disk_bytes.map(|bytes| tokio::task::spawn_blocking(move || disk::grow_root(bytes)));
-    let rest = change_machine(order);
+    let rest = steps(&order).into_iter().try_for_each(|step| step.take(Path::new("/")));
     let disk = match disk {
         None => Ok(()),
-        Some(task) => match task.await {
-            Ok(answer) => answer,
-            Err(_) => return Err(InitError::Machine("growing the disk was interrupted".to_owned())),
-        },
+        Some(wait) => wait.await.map_err(|error| failed(&error))?,
     };
-    rest.map_err(|error| InitError::Machine(chain(&error)))?;
-    disk.map_err(|error| InitError::Machine(chain(&error)))
+    rest.map_err(|error| failed(&error))?;
+    disk.map_err(|error| failed(&error))?;
+    Ok(order)
 }
 
-/// Randomness first: nothing else may draw from a generator that other clones share.
-fn change_machine(order: &Order) -> Result<(), MachineError> {
-    let root = Path::new("/");
-    if let Some(entropy) = &order.entropy {
-        machine::renew_randomness(entropy)?;
+/// One change of the machine.
+#[derive(Debug, PartialEq)]
+enum Step<'a> {
+    Randomness(&'a [u8]),
+    Clock(&'a Timestamp),
+    Hostname(&'a str),
+    MachineId(&'a str),
+    DnsServers(&'a [IpAddr]),
+}
+
+/// The changes that are ordered, in their order. Randomness first: nothing else may draw from a generator that other
+/// clones share.
+fn steps(order: &Order) -> Vec<Step<'_>> {
+    [
+        order.entropy.as_deref().map(Step::Randomness),
+        order.clock.as_ref().map(Step::Clock),
+        order.hostname.as_deref().map(Step::Hostname),
+        order.machine_id.as_deref().map(Step::MachineId),
+        order.dns_servers.as_deref().map(Step::DnsServers),
+    ]
+    .into_iter()
+    .flatten()
+    .collect()
+}
+
+impl Step<'_> {
+    fn take(&self, root: &Path) -> Result<(), MachineError> {
+        match self {
+            Self::Randomness(entropy) => machine::renew_randomness(entropy),
+            Self::Clock(time) => machine::set_clock(time.seconds, time.nanos),
+            Self::Hostname(name) => machine::set_hostname(root, name),
+            Self::MachineId(id) => machine::set_machine_id(root, id),
+            Self::DnsServers(servers) => machine::set_dns_servers(root, servers),
+        }
     }
-    if let Some(clock) = &order.clock {
-        machine::set_clock(clock.seconds, clock.nanos)?;
-    }
-    if let Some(hostname) = &order.hostname {
-        machine::set_hostname(root, hostname)?;
-    }
-    if let Some(id) = &order.machine_id {
-        machine::set_machine_id(root, id)?;
-    }
-    if let Some(servers) = &order.dns_servers {
-        machine::set_dns_servers(root, servers)?;
-    }
-    Ok(())
 }
 
 impl Order {
@@ -289,33 +325,136 @@ mod tests {
     #[test]
     fn what_cannot_be_done_is_refused_before_anything_is() {
         let table = [
-            r#"{"entropy":"AAAA"}"#,
-            r#"{"entropy":"***"}"#,
-            r#"{"hostname":"a b"}"#,
-            r#"{"hostname":"-a"}"#,
-            r#"{"machineId":"../../etc"}"#,
-            r#"{"envVars":{"A=B":"c"}}"#,
-            r#"{"envVars":{"A":"c\u0000"}}"#,
-            r#"{"defaultWorkdir":"relative"}"#,
-            r#"{"dnsServers":["nonsense"]}"#,
-            r#"{"timestamp":"yesterday"}"#,
-            r#"{"timestamp":"1960-01-01T00:00:00Z"}"#,
-            r#"{"diskBytes":-1}"#,
-            r#"[]"#,
+            (r#"{"entropy":"AAAA"}"#, "entropy is not 32 to 256 bytes in base64"),
+            (r#"{"entropy":"***"}"#, "entropy is not 32 to 256 bytes in base64"),
+            (r#"{"hostname":"a b"}"#, "hostname is not a host name"),
+            (r#"{"hostname":"-a"}"#, "hostname is not a host name"),
+            (r#"{"machineId":"../../etc"}"#, "machineId is not 32 lower case hexadecimal digits"),
+            (r#"{"machineId":"FF112233445566778899AABBCCDDEEFF"}"#, "machineId is not 32 lower case"),
+            (r#"{"envVars":{"A=B":"c"}}"#, "envVars has a name or value that no environment can hold"),
+            (r#"{"envVars":{"":"c"}}"#, "envVars has a name or value"),
+            (r#"{"envVars":{"A":"c\u0000"}}"#, "envVars has a name or value"),
+            (r#"{"envVars":{"A":1}}"#, "the body is not what it must be: invalid type: integer"),
+            (r#"{"envVars":["A"]}"#, "the body is not what it must be"),
+            (r#"{"defaultWorkdir":"relative"}"#, "defaultWorkdir is not an absolute path"),
+            (r#"{"defaultWorkdir":"/a\u0000"}"#, "defaultWorkdir is not an absolute path"),
+            (r#"{"defaultUser":7}"#, "the body is not what it must be"),
+            (r#"{"accessToken":{}}"#, "the body is not what it must be"),
+            (r#"{"dnsServers":["nonsense"]}"#, "the body is not what it must be"),
+            (r#"{"dnsServers":"1.1.1.1"}"#, "the body is not what it must be"),
+            (r#"{"timestamp":"yesterday"}"#, "the body is not what it must be"),
+            (r#"{"timestamp":5}"#, "the body is not what it must be"),
+            (r#"{"timestamp":"1960-01-01T00:00:00Z"}"#, "timestamp is before 1970"),
+            (r#"{"diskBytes":-1}"#, "the body is not what it must be"),
+            (r#"{"diskBytes":1e30}"#, "the body is not what it must be"),
+            ("[]", "the body is not an object"),
+            ("{", "the body is not what it must be: EOF"),
+            ("7", "the body is not what it must be"),
+            ("\u{feff}{}", "the body is not what it must be"),
         ];
-        for json in table {
-            assert_eq!(check(json).unwrap_err().status(), StatusCode::BAD_REQUEST, "{json}");
+        for (json, text) in table {
+            let error = check(json).unwrap_err();
+            assert_eq!(error.status(), StatusCode::BAD_REQUEST, "{json}");
+            assert!(error.to_string().starts_with(text), "{json}: {error}");
         }
         assert!(check(r#"{"accessToken":"","defaultUser":"","hostname":""}"#).unwrap().token.is_none());
+        for json in ["", " ", "{}", r#"{"volumeMounts":[],"lifecycleID":"x","caBundle":"y"}"#] {
+            assert!(steps(&check(json).unwrap()).is_empty(), "{json}");
+        }
     }
 
+    const ENTROPY: &str = "AQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQE=";
+
     #[test]
-    fn in_a_guest_only_the_gateway_may_call() {
-        let from = |address: &str| check_caller(Place::Guest, format!("{address}:1").parse().unwrap());
-        assert!(from("169.254.0.22").is_ok());
-        for address in ["127.0.0.1", "169.254.0.21", "172.17.0.2", "[::1]"] {
-            assert_eq!(from(address).unwrap_err().status(), StatusCode::FORBIDDEN, "{address}");
+    fn randomness_comes_first() {
+        let order = check(&format!(
+            r#"{{"dnsServers":["1.1.1.1"],"machineId":"00112233445566778899aabbccddeeff","hostname":"sb-1",
+                "timestamp":"2026-11-22T03:04:05Z","entropy":"{ENTROPY}"}}"#
+        ));
+        let order = order.unwrap();
+        let steps = steps(&order);
+        assert!(
+            matches!(
+                steps.as_slice(),
+                [
+                    Step::Randomness(_),
+                    Step::Clock(_),
+                    Step::Hostname(_),
+                    Step::MachineId(_),
+                    Step::DnsServers(_)
+                ]
+            ),
+            "{steps:?}"
+        );
+    }
+
+    fn guest() -> Arc<Agent> {
+        let address = "0.0.0.0:49983".parse().unwrap();
+        Arc::new(Agent::new(Place::Guest, address, "root".to_owned(), None))
+    }
+
+    /// An `/init` whose changes of the machine end so.
+    async fn call(
+        agent: &Arc<Agent>,
+        token: &str,
+        body: &str,
+        outcome: Result<(), &str>,
+    ) -> Result<(), InitError> {
+        let mut headers = HeaderMap::new();
+        if !token.is_empty() {
+            headers.insert("x-access-token", http::HeaderValue::from_str(token).unwrap());
         }
-        assert!(check_caller(Place::Outside, "127.0.0.1:1".parse().unwrap()).is_ok());
+        let outcome = outcome.map_err(|text| InitError::Machine(text.to_owned()));
+        initialise_by(agent, &headers, body.as_bytes(), |order| async move { outcome.map(|()| order) }).await
+    }
+
+    #[tokio::test]
+    async fn a_guest_opens_with_entropy_only_and_closes_when_a_step_fails() {
+        let agent = guest();
+        let good = format!(r#"{{"entropy":"{ENTROPY}","accessToken":"first","envVars":{{"A":"1"}}}}"#);
+        let bare = call(&agent, "", "{}", Ok(())).await.unwrap_err();
+        assert_eq!(bare.to_string(), "entropy is needed to open a guest");
+        assert!(matches!(&agent.identity().gate, Gate::Closed(reason) if reason.contains("initialised")));
+        let failed = call(&agent, "", &good, Err("cannot reseed")).await.unwrap_err();
+        assert_eq!(failed.status(), StatusCode::INTERNAL_SERVER_ERROR);
+        assert_eq!(agent.identity().gate, Gate::Closed("cannot reseed".to_owned()));
+        assert!(agent.identity().token.is_none(), "nothing of a failed call is in force");
+        for _ in 0..2 {
+            call(&agent, "", &good, Ok(())).await.unwrap();
+            assert_eq!(agent.identity().gate, Gate::Open);
+            assert_eq!(agent.identity().environment["A"], "1");
+        }
+        // An open guest may be told something without new entropy, by who knows the token.
+        for (token, body) in
+            [("", "{}"), ("wrong", "{}"), ("wrong", good.as_str()), ("", r#"{"accessToken":"x"}"#)]
+        {
+            let refused = call(&agent, token, body, Ok(())).await.unwrap_err();
+            assert_eq!(refused.status(), StatusCode::UNAUTHORIZED, "{token} {body}");
+        }
+        call(&agent, "first", r#"{"envVars":{"B":"2"}}"#, Ok(())).await.unwrap();
+        assert_eq!(agent.identity().environment.keys().collect::<Vec<_>>(), ["B"]);
+        call(&agent, "first", r#"{"hostname":"x"}"#, Err("cannot set the host name")).await.unwrap_err();
+        assert_eq!(agent.identity().gate.refusal(), Some("cannot set the host name"));
+        call(&agent, "first", "{}", Ok(())).await.unwrap_err();
+        call(&agent, "first", &good, Ok(())).await.unwrap();
+        assert_eq!(agent.identity().gate, Gate::Open);
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn any_body_is_read_without_panic(bytes in proptest::collection::vec(proptest::num::u8::ANY, 0..200)) {
+            let _ = Body::parse(&bytes).and_then(Body::check);
+        }
+
+        #[test]
+        fn what_is_taken_is_safe_to_write(hostname in ".{0,70}", id in ".{0,40}", directory in ".{0,20}") {
+            let body = serde_json::json!({ "hostname": hostname, "machineId": id, "defaultWorkdir": directory });
+            if let Ok(order) = check(&body.to_string()) {
+                let plain = |text: &str| text.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-.".contains(&byte));
+                proptest::prop_assert!(order.hostname.as_deref().is_none_or(|name| plain(name) && name.len() <= 64));
+                proptest::prop_assert!(order.machine_id.as_deref().is_none_or(|id| plain(id) && id.len() == 32));
+                proptest::prop_assert!(order.default_directory.is_none_or(|path| path.starts_with('/')));
+            }
+        }
     }
 }

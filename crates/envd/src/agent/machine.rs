@@ -30,6 +30,8 @@ pub(crate) enum MachineError {
     Clock(#[source] Errno),
     #[error("cannot set the host name")]
     Hostname(#[source] Errno),
+    #[error("cannot give the boot another name")]
+    BootId(#[source] io::Error),
     #[error("cannot write {path}")]
     Write {
         path: PathBuf,
@@ -81,9 +83,16 @@ fn hosts_with(current: &str, hostname: &str) -> String {
     lines.join("\n") + "\n"
 }
 
-/// Gives the machine its id.
+/// Gives the machine its id, and, if that is a new one, its boot another name: it is another machine then, and not the
+/// same one that goes on.
 pub(crate) fn set_machine_id(root: &Path, id: &str) -> Result<(), MachineError> {
-    write(root, "machine-id", &format!("{id}\n"))
+    let text = format!("{id}\n");
+    let place = names::in_memory(root, "machine-id").unwrap_or_else(|| root.join("etc/machine-id"));
+    if fs::read(place).is_ok_and(|current| current == text.as_bytes()) {
+        return Ok(());
+    }
+    names::renew_boot_id(root).map_err(MachineError::BootId)?;
+    write(root, "machine-id", &text)
 }
 
 /// Names the servers that answer for names.
@@ -154,6 +163,14 @@ mod tests {
         let read = |name: &str| fs::read_to_string(root.path().join("etc").join(name)).unwrap();
         assert_eq!(read("hostname"), "sb-1\n");
         assert_eq!(read("machine-id"), "00112233445566778899aabbccddeeff\n");
+        let boot_id = root.path().join("run/wrenn/names/boot_id");
+        fs::create_dir_all(boot_id.parent().unwrap()).unwrap();
+        fs::write(&boot_id, "first").unwrap();
+        set_machine_id(root.path(), "00112233445566778899aabbccddeeff").unwrap();
+        assert_eq!(fs::read_to_string(&boot_id).unwrap(), "first", "the same machine goes on");
+        set_machine_id(root.path(), "ff112233445566778899aabbccddeeff").unwrap();
+        assert_eq!(read("machine-id"), "ff112233445566778899aabbccddeeff\n");
+        assert_ne!(fs::read_to_string(&boot_id).unwrap(), "first", "another machine");
         let link = root.path().join("etc/resolv.conf");
         std::os::unix::fs::symlink("../run/not/there", &link).unwrap();
         set_dns_servers(root.path(), &["10.0.0.1".parse().unwrap(), "::1".parse().unwrap()]).unwrap();

@@ -3,7 +3,10 @@
 //! ```text
 //!            ┌ server ─ route ─┬─ /health
 //!  TCP ──────┤                 ├─ /init ──────── identity ── machine      who this guest is
-//!            └ auth, gate      ├─ /files ─────── files                    whole files, streamed
+//!            └ auth, gate,     ├─ /snapshot/… ── snapshot ── freezer      standing still
+//!              host, cors      ├─ /connect/… ─── loopback                 ports of the loopback interface
+//!                              ├─ /metrics, … ── metrics, tasks           what is used, and by whom
+//!                              ├─ /files ─────── files                    whole files, streamed
 //!                              └─ Connect RPC ─┬ process                  programs and terminals
 //!                                              └ filesystem               stat, list, make, move, remove
 //! ```
@@ -12,22 +15,29 @@
 //! What may block (files, starting a program) runs on threads that are kept for that.
 
 mod auth;
+mod cors;
 mod files;
 mod filesystem;
+mod freezer;
+mod host;
 mod identity;
+mod loopback;
 mod machine;
+mod metrics;
 mod paths;
 mod process;
 mod reply;
 mod server;
+mod snapshot;
 mod state;
+mod tasks;
 mod users;
 
 use std::{
     fs,
     io::{self, Write},
     net::{Ipv4Addr, SocketAddr},
-    os::fd::OwnedFd,
+    path::PathBuf,
     sync::Arc,
     time::Duration,
 };
@@ -35,7 +45,7 @@ use std::{
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::net::TcpListener;
 
-use self::state::{Agent, Place};
+use self::state::{Agent, Cgroup, Place};
 use crate::{
     console::say,
     layout::{READY_LINE, USER_CGROUP},
@@ -55,6 +65,8 @@ pub(crate) struct Options {
     pub(crate) place: Place,
     pub(crate) listen: SocketAddr,
     pub(crate) default_user: String,
+    /// The directory of the cgroup in which the processes of users are born.
+    pub(crate) cgroup: Option<PathBuf>,
 }
 
 /// What is wrong with a command line.
@@ -76,12 +88,13 @@ impl Options {
         let mut place = Place::Outside;
         let (mut port, mut listen) = (PORT, None);
         let mut default_user = "root".to_owned();
+        let mut cgroup = None;
         while let Some(option) = words.next() {
             if option == "--guest" {
                 place = Place::Guest;
                 continue;
             }
-            if !["--port", "--listen", "--user"].contains(&option.as_str()) {
+            if !["--port", "--listen", "--user", "--cgroup"].contains(&option.as_str()) {
                 return Err(OptionsError::Unknown(option));
             }
             let value = words.next().ok_or_else(|| OptionsError::NoValue(option.clone()))?;
@@ -89,6 +102,7 @@ impl Options {
             match option.as_str() {
                 "--port" => port = value.parse().map_err(|_| wrong())?,
                 "--listen" => listen = Some(value.parse().map_err(|_| wrong())?),
+                "--cgroup" => cgroup = Some(PathBuf::from(value)),
                 _ => default_user = value,
             }
         }
@@ -97,7 +111,9 @@ impl Options {
             Place::Outside => Ipv4Addr::LOCALHOST,
         };
         let listen = listen.unwrap_or_else(|| (address, port).into());
-        Ok(Self { place, listen, default_user })
+        let ours = || PathBuf::from(USER_CGROUP);
+        let cgroup = cgroup.or_else(|| (place == Place::Guest).then(ours));
+        Ok(Self { place, listen, default_user, cgroup })
     }
 }
 
@@ -119,11 +135,8 @@ pub(crate) fn run(options: Options) -> io::Result<()> {
 async fn serve(options: Options) -> io::Result<()> {
     let listener = TcpListener::bind(options.listen).await?;
     let address = listener.local_addr()?;
-    let cgroup = match options.place {
-        Place::Guest => user_cgroup(),
-        Place::Outside => None,
-    };
-    let agent = Arc::new(Agent::new(options.place, options.default_user, cgroup));
+    let cgroup = options.cgroup.and_then(|directory| user_cgroup(directory, options.place));
+    let agent = Arc::new(Agent::new(options.place, address, options.default_user, cgroup));
     announce(options.place, address)?;
     server::serve(agent, listener).await
 }
@@ -141,10 +154,10 @@ fn announce(place: Place, address: SocketAddr) -> io::Result<()> {
     }
 }
 
-/// The cgroup that init made for the processes of users.
-fn user_cgroup() -> Option<OwnedFd> {
-    match fs::File::open(USER_CGROUP) {
-        Ok(directory) => Some(directory.into()),
+/// The cgroup for the processes of users: in a guest the one that init made.
+fn user_cgroup(directory: PathBuf, place: Place) -> Option<Cgroup> {
+    match Cgroup::open(directory, place) {
+        Ok(cgroup) => Some(cgroup),
         Err(error) => {
             say(format_args!("no cgroup for users: {error}"));
             None
@@ -179,6 +192,8 @@ mod tests {
         assert_eq!((guest.place, guest.listen), (Place::Guest, "0.0.0.0:49983".parse().unwrap()));
         let open = parse(&["--listen", "0.0.0.0:0", "--user", "user"]).unwrap();
         assert_eq!((open.listen, open.default_user.as_str()), ("0.0.0.0:0".parse().unwrap(), "user"));
+        assert_eq!((open.cgroup, guest.cgroup), (None, Some(USER_CGROUP.into())));
+        assert_eq!(parse(&["--cgroup", "/a"]).unwrap().cgroup, Some("/a".into()));
         assert!(matches!(parse(&["--port"]), Err(OptionsError::NoValue(_))));
         assert!(matches!(parse(&["--port", "x"]), Err(OptionsError::Value { .. })));
         assert!(matches!(parse(&["-x"]), Err(OptionsError::Unknown(_))));

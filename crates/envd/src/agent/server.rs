@@ -1,17 +1,23 @@
 //! The listener, and which request goes where.
 //!
-//! | route | who may | also while closed |
+//! | route | who may | also while not open |
 //! |---|---|---|
 //! | `GET /health` | anybody | yes |
 //! | `POST /init` | the host, with the current token once there is one | yes |
+//! | `POST /snapshot/prepare`, `/freeze`, `/unfreeze` | the host, with the token | yes |
+//! | `POST /connect/PORT` | the host | no |
 //! | `GET`, `POST /files` | token or signature | no |
+//! | `GET /metrics`, `/processes`, `/envs` | token | no |
 //! | `POST /process.Process/…`, `/filesystem.Filesystem/…` | token | no |
+//!
+//! What the host alone may ask for the edge must never forward: `wrenn_types::guest::HOST_ONLY_PATHS`. A web page of
+//! any origin may ask whatever it has the token for ([`cors`]).
 
 use std::{convert::Infallible, io, net::SocketAddr, sync::Arc, time::Duration};
 
 use bytes::{Bytes, BytesMut};
 use connectrpc::{ConnectRpcService, Limits, Router};
-use http::{HeaderValue, Method, Request, Response, StatusCode};
+use http::{HeaderValue, Method, Request, Response, StatusCode, header};
 use http_body_util::BodyExt;
 use hyper::{body::Incoming, server::conn::http1, service::service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
@@ -23,12 +29,14 @@ use tower::Service;
 
 use super::{
     auth::{self, UNAUTHORIZED},
-    files,
+    cors, files,
     filesystem::FilesystemService,
-    identity,
+    host, identity, loopback,
     process::ProcessService,
     reply::{self, Body},
-    state::{Agent, Gate},
+    snapshot::{self, SnapshotError},
+    state::Agent,
+    tasks,
 };
 use crate::console::{chain, say};
 
@@ -44,6 +52,11 @@ const HEAD_LIMIT: Duration = Duration::from_secs(620);
 const MAXIMUM_MESSAGE: usize = 4 << 20;
 /// How long to let others go on when there are no descriptors left for a connection. Nothing tells when there are.
 const EXHAUSTED_PAUSE: Duration = Duration::from_millis(50);
+/// How long a connection may be silent before the other side is asked whether it is still there, how long to wait for
+/// its answer, and how often. Whoever wakes up from a snapshot has connections to machines that know nothing of them.
+const SILENCE: Duration = Duration::from_secs(60);
+const ANSWER_LIMIT: Duration = Duration::from_secs(10);
+const QUESTIONS: u32 = 6;
 
 /// Serves until the listener fails.
 pub(crate) async fn serve(agent: Arc<Agent>, listener: TcpListener) -> io::Result<()> {
@@ -54,6 +67,8 @@ pub(crate) async fn serve(agent: Arc<Agent>, listener: TcpListener) -> io::Resul
         Limits::default().with_max_message_size(MAXIMUM_MESSAGE).with_max_request_body_size(MAXIMUM_MESSAGE);
     let services = ConnectRpcService::new(router).with_limits(limits);
     let connections = Arc::new(Semaphore::new(MAXIMUM_CONNECTIONS));
+    // Connections have from their listener what they are not told themselves.
+    notice_the_dead(&listener)?;
     loop {
         let Ok(permit) = Arc::clone(&connections).acquire_owned().await else { return Ok(()) };
         let (stream, peer) = accept(&listener).await?;
@@ -63,6 +78,14 @@ pub(crate) async fn serve(agent: Arc<Agent>, listener: TcpListener) -> io::Resul
             drop(permit);
         });
     }
+}
+
+fn notice_the_dead(listener: &TcpListener) -> io::Result<()> {
+    use rustix::net::sockopt;
+    sockopt::set_socket_keepalive(listener, true)?;
+    sockopt::set_tcp_keepidle(listener, SILENCE)?;
+    sockopt::set_tcp_keepintvl(listener, ANSWER_LIMIT)?;
+    Ok(sockopt::set_tcp_keepcnt(listener, QUESTIONS)?)
 }
 
 async fn accept(listener: &TcpListener) -> io::Result<(TcpStream, SocketAddr)> {
@@ -97,59 +120,158 @@ async fn connection(agent: Arc<Agent>, services: ConnectRpcService, stream: TcpS
         .timer(TokioTimer::new())
         .header_read_timeout(HEAD_LIMIT)
         .serve_connection(TokioIo::new(stream), service)
+        .with_upgrades()
         .await;
 }
 
 async fn route(
     agent: &Arc<Agent>,
+    services: ConnectRpcService,
+    peer: SocketAddr,
+    request: Request<Incoming>,
+) -> Response<Body> {
+    let mut response = if cors::is_preflight(&request) {
+        cors::preflight(request.headers())
+    } else {
+        answer(agent, services, peer, request).await
+    };
+    cors::allow(response.headers_mut());
+    response
+}
+
+async fn answer(
+    agent: &Arc<Agent>,
+    services: ConnectRpcService,
+    peer: SocketAddr,
+    request: Request<Incoming>,
+) -> Response<Body> {
+    let path = request.uri().path();
+    let reads = matches!(*request.method(), Method::GET | Method::HEAD);
+    match path {
+        "/health" if reads => health(),
+        "/health" => not_allowed(),
+        "/init" | "/snapshot/prepare" | "/freeze" | "/unfreeze" if request.method() != Method::POST => {
+            not_allowed()
+        }
+        "/init" => initialise(agent, peer, request).await,
+        "/snapshot/prepare" | "/freeze" | "/unfreeze" => stand_still(agent, peer, request).await,
+        _ => match agent.identity().gate.refusal() {
+            Some(reason) => reply::error(StatusCode::SERVICE_UNAVAILABLE, reason),
+            None => answer_while_open(agent, services, peer, request).await,
+        },
+    }
+}
+
+async fn answer_while_open(
+    agent: &Arc<Agent>,
     mut services: ConnectRpcService,
     peer: SocketAddr,
     request: Request<Incoming>,
 ) -> Response<Body> {
-    match request.uri().path() {
-        "/health" if matches!(*request.method(), Method::GET | Method::HEAD) => health(),
-        "/init" if request.method() == Method::POST => initialise(agent, peer, request).await,
-        "/health" | "/init" => reply::error(StatusCode::METHOD_NOT_ALLOWED, "method not allowed"),
-        path => {
-            if let Gate::Closed(reason) = &agent.identity().gate {
-                return reply::error(StatusCode::SERVICE_UNAVAILABLE, reason);
-            }
-            if path == "/files" {
-                return match *request.method() {
-                    Method::GET | Method::POST => files::serve(agent, request).await,
-                    _ => reply::error(StatusCode::METHOD_NOT_ALLOWED, "method not allowed"),
-                };
-            }
-            if agent.identity().token.as_ref().is_some_and(|token| !auth::has_token(request.headers(), token))
-            {
-                files::drain(request.into_body()).await;
-                return reply::error(StatusCode::UNAUTHORIZED, UNAUTHORIZED);
-            }
-            match services.call(request).await {
-                Ok(response) => response.map(|body| body.map_err(|never| match never {}).boxed_unsync()),
-                Err(never) => match never {},
-            }
+    if let Some(port) = request.uri().path().strip_prefix("/connect/") {
+        if request.method() != Method::POST {
+            return not_allowed();
         }
+        if let Err(error) = host::check_caller(agent.place, peer) {
+            return reply::error(error.status(), &error.to_string());
+        }
+        let port = port.to_owned();
+        return loopback::serve(&agent.streams, agent.address, &port, request).await;
+    }
+    if request.uri().path() == "/files" {
+        return match *request.method() {
+            Method::GET | Method::POST => files::serve(agent, request).await,
+            _ => not_allowed(),
+        };
+    }
+    if agent.identity().token.as_ref().is_some_and(|token| !auth::has_token(request.headers(), token)) {
+        files::drain(request.into_body()).await;
+        return reply::error(StatusCode::UNAUTHORIZED, UNAUTHORIZED);
+    }
+    match (request.uri().path(), matches!(*request.method(), Method::GET | Method::HEAD)) {
+        ("/metrics", true) => match agent.meter.read() {
+            Ok(metrics) => json(&metrics),
+            Err(error) => failed(&error),
+        },
+        ("/envs", true) => json(&agent.identity().environment),
+        ("/processes", true) => match tokio::task::spawn_blocking(tasks::list).await {
+            Ok(Ok(tasks)) => json(&tasks),
+            Ok(Err(error)) => failed(&error),
+            Err(error) => failed(&error),
+        },
+        ("/metrics" | "/envs" | "/processes", false) => not_allowed(),
+        _ => match services.call(request).await {
+            Ok(response) => response.map(|body| body.map_err(|never| match never {}).boxed_unsync()),
+            Err(never) => match never {},
+        },
     }
 }
 
 fn health() -> Response<Body> {
     let mut response = reply::empty(StatusCode::NO_CONTENT);
     response.headers_mut().insert(VERSION_HEADER, HeaderValue::from_static(VERSION));
+    not_stored(response)
+}
+
+fn not_allowed() -> Response<Body> {
+    reply::error(StatusCode::METHOD_NOT_ALLOWED, "method not allowed")
+}
+
+fn failed(error: &dyn std::error::Error) -> Response<Body> {
+    reply::error(StatusCode::INTERNAL_SERVER_ERROR, &chain(error))
+}
+
+/// What is so now and may be otherwise a moment later.
+fn json(value: &impl serde::Serialize) -> Response<Body> {
+    match serde_json::to_vec(value) {
+        Ok(text) => not_stored(reply::full(StatusCode::OK, "application/json", text)),
+        Err(error) => failed(&error),
+    }
+}
+
+fn not_stored(mut response: Response<Body>) -> Response<Body> {
+    response.headers_mut().insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
     response
 }
 
 async fn initialise(agent: &Arc<Agent>, peer: SocketAddr, request: Request<Incoming>) -> Response<Body> {
     let (parts, body) = request.into_parts();
-    if let Err(error) = identity::check_caller(agent.place, peer) {
+    if let Err(error) = host::check_caller(agent.place, peer) {
         return reply::error(error.status(), &error.to_string());
     }
     let Some(body) = collect(body, identity::MAXIMUM_BODY).await else {
         return reply::error(StatusCode::PAYLOAD_TOO_LARGE, "the body is too large or ended early");
     };
-    match identity::initialise(agent, &parts.headers, &body).await {
-        Ok(()) => reply::empty(StatusCode::NO_CONTENT),
-        Err(error) => reply::error(error.status(), &chain(&error)),
+    // A task of its own: a host that goes away in the middle must not leave a guest that is half of two.
+    let agent = Arc::clone(agent);
+    let done = tokio::spawn(async move { identity::initialise(&agent, &parts.headers, &body).await });
+    match done.await {
+        Ok(Ok(())) => not_stored(reply::empty(StatusCode::NO_CONTENT)),
+        Ok(Err(error)) => reply::error(error.status(), &chain(&error)),
+        Err(error) => failed(&error),
+    }
+}
+
+async fn stand_still(agent: &Arc<Agent>, peer: SocketAddr, request: Request<Incoming>) -> Response<Body> {
+    let (parts, body) = request.into_parts();
+    if let Err(error) = host::check_caller(agent.place, peer) {
+        return reply::error(error.status(), &error.to_string());
+    }
+    let Some(body) = collect(body, snapshot::MAXIMUM_BODY).await else {
+        return reply::error(StatusCode::PAYLOAD_TOO_LARGE, "the body is too large or ended early");
+    };
+    let agent = Arc::clone(agent);
+    let done: tokio::task::JoinHandle<Result<(), SnapshotError>> = tokio::spawn(async move {
+        match parts.uri.path() {
+            "/freeze" => snapshot::freeze(&agent, &parts.headers).await,
+            "/unfreeze" => snapshot::unfreeze(&agent, &parts.headers).await,
+            _ => snapshot::prepare(&agent, &parts.headers, &body).await,
+        }
+    });
+    match done.await {
+        Ok(Ok(())) => not_stored(reply::empty(StatusCode::NO_CONTENT)),
+        Ok(Err(error)) => reply::error(error.status(), &chain(&error)),
+        Err(error) => failed(&error),
     }
 }
 

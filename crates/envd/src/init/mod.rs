@@ -19,7 +19,7 @@ mod modules;
 mod mounts;
 mod network;
 mod root;
-mod supervise;
+pub(crate) mod supervise;
 
 use std::process::ExitCode;
 
@@ -37,6 +37,7 @@ pub(crate) fn run() -> ExitCode {
     match root::enter(events.ok().as_ref()) {
         Ok(()) => {
             report("make cgroups", mounts::mount_cgroups());
+            report("cover the boot's name", crate::names::cover_boot_id());
             supervise::run();
         }
         Err(error) => say(format_args!("cannot enter the root disk: {}", chain(&error))),

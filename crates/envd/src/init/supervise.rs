@@ -5,6 +5,12 @@
 //!  agent ───────────► reaped, restarted ─────────────────────────────────► power off
 //!  SIGTERM, SIGINT, SIGUSR1, SIGUSR2, SIGPWR ────────────────────────────► power off
 //! ```
+//!
+//! An agent that was restarted knows neither a token nor the processes of the one before. It is closed until the host
+//! calls `/init`. The processes go on, as children of process 1, without their pipes; those that were frozen for a
+//! snapshot stay frozen, because the kernel remembers that and not the agent.
+//!
+//! `envd supervise PROGRAM…` does the same around any program, without being process 1 and without powering off.
 
 use std::{
     collections::VecDeque,
@@ -44,6 +50,22 @@ const POWER_OFF: [Signal; 5] =
 
 /// Runs the agent until the guest shall power off.
 pub(super) fn run() {
+    keep_running(start_agent);
+}
+
+/// Runs this program as process 1 runs the agent, and takes in its orphans.
+pub(crate) fn run_other(program: &[String]) -> ExitCode {
+    let Some((name, arguments)) = program.split_first() else { return ExitCode::from(2) };
+    if let Err(error) = rustix::process::set_child_subreaper(Some(rustix::process::getpid())) {
+        say(format_args!("cannot take in orphans: {error}"));
+        return ExitCode::FAILURE;
+    }
+    keep_running(|| spawn(Command::new(name).args(arguments)));
+    ExitCode::SUCCESS
+}
+
+/// Starts the agent again and again, until it dies too often or a signal ends it all.
+fn keep_running(start: impl Fn() -> io::Result<Pid>) {
     // Best effort: a kernel that was built without it has nothing to protect from.
     let _ = fs::write("/proc/self/oom_score_adj", OOM_SCORE);
     // Ctrl-Alt-Del becomes a signal instead of a reset.
@@ -53,13 +75,13 @@ pub(super) fn run() {
         Err(error) => return say(format_args!("cannot wait for signals: {error}")),
     };
     let mut restarts = Restarts::default();
-    let mut agent = start_agent();
+    let mut agent = start();
     loop {
         if agent.as_ref().err().is_some() {
             if !restarts.allow(Instant::now()) {
                 return say(format_args!("the agent dies again and again: powering off"));
             }
-            agent = start_agent();
+            agent = start();
             continue;
         }
         match signals.read_signal() {
@@ -98,13 +120,13 @@ pub(super) fn power_off() -> ExitCode {
 
 /// Starts this program in the agent role. Its file in the initramfs is gone by now, but not what it was opened as.
 fn start_agent() -> io::Result<Pid> {
-    let child = Command::new("/proc/self/exe")
-        .arg0("envd")
-        .args(["agent", "--guest"])
-        .env_clear()
-        .env("PATH", PATH)
-        .current_dir("/")
-        .spawn();
+    let mut command = Command::new("/proc/self/exe");
+    command.arg0("envd").args(["agent", "--guest"]).env_clear().env("PATH", PATH).current_dir("/");
+    spawn(&mut command)
+}
+
+fn spawn(command: &mut Command) -> io::Result<Pid> {
+    let child = command.spawn();
     if let Err(error) = &child {
         say(format_args!("cannot start the agent: {error}"));
     }
