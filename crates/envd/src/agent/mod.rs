@@ -1,4 +1,4 @@
-//! The agent role: the guest contract over HTTP/1.1.
+//! The agent role: the guest contract over HTTP/1.1 and HTTP/2.
 //!
 //! ```text
 //!            ┌ server ─ route ─┬─ /health
@@ -26,6 +26,7 @@ mod machine;
 mod metrics;
 mod paths;
 mod process;
+mod protocol;
 mod reply;
 mod server;
 mod snapshot;

@@ -13,14 +13,13 @@
 //! What the host alone may ask for the edge must never forward: `wrenn_types::guest::HOST_ONLY_PATHS`. A web page of
 //! any origin may ask whatever it has the token for ([`cors`]).
 
-use std::{convert::Infallible, io, net::SocketAddr, sync::Arc, time::Duration};
+use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 
 use bytes::{Bytes, BytesMut};
 use connectrpc::{ConnectRpcService, Limits, Router};
 use http::{HeaderValue, Method, Request, Response, StatusCode, header};
 use http_body_util::BodyExt;
-use hyper::{body::Incoming, server::conn::http1, service::service_fn};
-use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper::body::Incoming;
 use tokio::{
     net::{TcpListener, TcpStream},
     sync::Semaphore,
@@ -33,6 +32,7 @@ use super::{
     filesystem::FilesystemService,
     host, identity, loopback,
     process::ProcessService,
+    protocol,
     reply::{self, Body},
     snapshot::{self, SnapshotError},
     state::Agent,
@@ -45,9 +45,6 @@ const VERSION: &str = env!("CARGO_PKG_VERSION");
 const VERSION_HEADER: &str = "x-wrenn-envd-version";
 /// How many connections there may be at once; more wait to be accepted.
 const MAXIMUM_CONNECTIONS: usize = 4096;
-/// How long a client may take to send the head of a request, and to begin the next one: longer than those who keep
-/// connections open for later keep them, so that it is never us who closes one that is about to be used.
-const HEAD_LIMIT: Duration = Duration::from_secs(620);
 /// The most that one message of a client may hold.
 const MAXIMUM_MESSAGE: usize = 4 << 20;
 /// How long to let others go on when there are no descriptors left for a connection. Nothing tells when there are.
@@ -111,17 +108,11 @@ async fn accept(listener: &TcpListener) -> io::Result<(TcpStream, SocketAddr)> {
 }
 
 async fn connection(agent: Arc<Agent>, services: ConnectRpcService, stream: TcpStream, peer: SocketAddr) {
-    let service = service_fn(move |request| {
+    let answer = move |request| {
         let (agent, services) = (Arc::clone(&agent), services.clone());
-        async move { Ok::<_, Infallible>(route(&agent, services, peer, request).await) }
-    });
-    // A connection that breaks is the client's business; whoever serves it notices by itself.
-    let _ = http1::Builder::new()
-        .timer(TokioTimer::new())
-        .header_read_timeout(HEAD_LIMIT)
-        .serve_connection(TokioIo::new(stream), service)
-        .with_upgrades()
-        .await;
+        async move { route(&agent, services, peer, request).await }
+    };
+    protocol::serve(stream, answer).await;
 }
 
 async fn route(
