@@ -9,8 +9,8 @@
 //!
 //! ```text
 //! agent thread ──clone3──┬─(waits)──────────────────────────► reads the report ──► pidfd, or the step that failed
-//!                        └─ child: signals, session, terminal, stdio, oom score, groups, gid, uid,
-//!                                  directory, descriptors, execve ── failed ──► writes the report, exits
+//!                        └─ child: signals, session, terminal, stdio, oom score, priorities, groups,
+//!                                  gid, uid, directory, descriptors, execve ── failed ──► writes the report, exits
 //! ```
 //!
 //! # What the child may do
@@ -129,6 +129,9 @@ struct Orders {
 
 const CLEAR_SIGNAL_HANDLERS: u64 = 0x1_0000_0000;
 const INTO_CGROUP: u64 = 0x2_0000_0000;
+const IOPRIO_WHO_PROCESS: c_int = 1;
+/// Class "best effort", level 4: what a process without a priority of its own has by its niceness.
+const IOPRIO_BEST_EFFORT_4: c_int = 2 << 13 | 4;
 const STACK: usize = 32 * 1024;
 
 /// The kernel's `struct clone_args`.
@@ -349,6 +352,9 @@ unsafe fn prepare_and_execute(orders: &Orders) -> (Step, c_int) {
         if orders.oom_score_length > 0 {
             set_oom_score(orders);
         }
+        // Whatever priorities the agent has, a program gets the usual ones. Best effort, as the score above.
+        libc::syscall(libc::SYS_setpriority, libc::PRIO_PROCESS, 0, 0);
+        libc::syscall(libc::SYS_ioprio_set, IOPRIO_WHO_PROCESS, 0, IOPRIO_BEST_EFFORT_4);
         if let Some(identity) = orders.identity.as_ref() {
             let (uid, gid) = (identity.uid, identity.gid);
             if libc::syscall(libc::SYS_setgroups, identity.groups.len(), identity.groups.as_ptr()) < 0 {

@@ -3,6 +3,7 @@
 use std::{io, os::fd::OwnedFd};
 
 use rustix::{
+    event::{PollFd, PollFlags, Timespec, poll},
     fs::OFlags,
     io::{Errno, ioctl_fionread},
     pipe::{PipeFlags, pipe_with},
@@ -57,7 +58,10 @@ impl Channel {
     }
 
     /// How many bytes could be read without waiting.
+    ///
+    /// A terminal hands on what was written to it a moment later; being asked makes it do so at once.
     pub(crate) fn available(&self) -> usize {
+        let _ = poll(&mut [PollFd::new(&self.descriptor, PollFlags::IN)], Some(&Timespec::default()));
         ioctl_fionread(self.descriptor.get_ref())
             .ok()
             .and_then(|count| usize::try_from(count).ok())

@@ -3,6 +3,8 @@
 use rustix::process::WaitIdStatus;
 use wrenn_proto::process::process_event::EndEvent;
 
+use super::memory::Shortage;
+
 /// How a process ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Outcome {
@@ -20,6 +22,8 @@ pub(crate) struct End {
     pub(crate) outcome: Outcome,
     /// Whether its time limit ended it.
     pub(crate) timed_out: bool,
+    /// What memory had to do with it.
+    pub(crate) shortage: Shortage,
 }
 
 impl Outcome {
@@ -54,7 +58,12 @@ impl From<End> for EndEvent {
             Outcome::Exited(code) => (code, true),
             Outcome::Signalled { .. } | Outcome::Lost => (-1, false),
         };
-        let error = (end.outcome != Outcome::Exited(0)).then(|| status.clone());
+        let reason = match end.shortage {
+            Shortage::No => "",
+            Shortage::Possibly => " (possibly out of memory)",
+            Shortage::Certainly => " (out of memory)",
+        };
+        let error = (end.outcome != Outcome::Exited(0)).then(|| format!("{status}{reason}"));
         Self { exit_code, exited, status, error, ..Self::default() }
     }
 }
@@ -111,9 +120,28 @@ mod tests {
             (odd, -1, false, "signal: signal 40", Some("signal: signal 40")),
         ];
         for (outcome, code, exited, status, error) in table {
-            let event = EndEvent::from(End { outcome, timed_out: false });
+            let event = EndEvent::from(End { outcome, timed_out: false, shortage: Shortage::No });
             assert_eq!((event.exit_code, event.exited, event.status.as_str()), (code, exited, status));
             assert_eq!(event.error.as_deref(), error);
+        }
+    }
+
+    #[test]
+    fn a_shortage_of_memory_is_said_beside_the_status() {
+        let killed = Outcome::Signalled { signal: 9, core_dumped: false };
+        let table = [
+            (killed, Shortage::Certainly, "signal: killed", "signal: killed (out of memory)"),
+            (killed, Shortage::Possibly, "signal: killed", "signal: killed (possibly out of memory)"),
+            (
+                Outcome::Exited(137),
+                Shortage::Possibly,
+                "exit status 137",
+                "exit status 137 (possibly out of memory)",
+            ),
+        ];
+        for (outcome, shortage, status, error) in table {
+            let event = EndEvent::from(End { outcome, timed_out: false, shortage });
+            assert_eq!((event.status.as_str(), event.error.as_deref()), (status, Some(error)));
         }
     }
 }

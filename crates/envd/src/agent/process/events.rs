@@ -6,12 +6,12 @@ use connectrpc::ConnectError;
 use futures::stream::{self, Stream};
 use http::HeaderMap;
 use tokio::time::{Instant, sleep_until};
-use wrenn_proto::process::{
-    ProcessEvent,
-    process_event::{DataEvent, EndEvent, KeepAlive, StartEvent},
-};
+use wrenn_proto::process::process_event::{EndEvent, KeepAlive, StartEvent};
 
-use super::running::{Origin, Output, Process, Subscription};
+use super::{
+    message::Event,
+    running::{Process, Subscription},
+};
 
 const KEEPALIVE_HEADER: &str = "keepalive-ping-interval";
 const DEFAULT_KEEPALIVE: Duration = Duration::from_secs(90);
@@ -62,7 +62,7 @@ pub(crate) fn events(
     keepalive: Duration,
     deadline: Option<Instant>,
     limit: Limit,
-) -> impl Stream<Item = Result<ProcessEvent, ConnectError>> + Send + 'static {
+) -> impl Stream<Item = Result<Event, ConnectError>> + Send + 'static {
     let deadline = match limit {
         Limit::Process => deadline.map(|deadline| deadline + KILL_LIMIT),
         Limit::Stream => deadline,
@@ -75,24 +75,24 @@ pub(crate) fn events(
 }
 
 impl State {
-    async fn advance(&mut self) -> Option<Result<ProcessEvent, ConnectError>> {
+    async fn advance(&mut self) -> Option<Result<Event, ConnectError>> {
         match self.next {
             Next::Nothing => None,
             Next::Start => {
                 self.next = Next::Output;
-                Some(Ok(event(StartEvent { pid: self.process.pid(), ..StartEvent::default() })))
+                Some(Ok(StartEvent { pid: self.process.pid(), ..StartEvent::default() }.into()))
             }
             Next::Output => Some(self.output().await),
         }
     }
 
-    async fn output(&mut self) -> Result<ProcessEvent, ConnectError> {
+    async fn output(&mut self) -> Result<Event, ConnectError> {
         let quiet = Instant::now() + self.keepalive;
         let wake = self.deadline.map_or(quiet, |deadline| deadline.min(quiet));
         tokio::select! {
             biased;
             received = self.subscription.recv() => match received {
-                Some(output) => Ok(event(data(output))),
+                Some(output) => Ok(Event::Output(output)),
                 None => {
                     self.next = Next::Nothing;
                     self.end()
@@ -103,36 +103,18 @@ impl State {
                     self.next = Next::Nothing;
                     return Err(time_is_up());
                 }
-                Ok(event(KeepAlive::default()))
+                Ok(KeepAlive::default().into())
             }
         }
     }
 
-    fn end(&self) -> Result<ProcessEvent, ConnectError> {
+    fn end(&self) -> Result<Event, ConnectError> {
         match self.process.end() {
             Some(end) if end.timed_out && self.limit == Limit::Process => Err(time_is_up()),
-            Some(end) => Ok(event(EndEvent::from(end))),
+            Some(end) => Ok(EndEvent::from(end).into()),
             None => Err(ConnectError::internal("the process was lost")),
         }
     }
-}
-
-fn data(output: Output) -> DataEvent {
-    use wrenn_proto::process::__buffa::oneof::process_event::data_event::Output as Wire;
-    let bytes = Vec::from(output.bytes);
-    let output = match output.origin {
-        Origin::Stdout => Wire::Stdout(bytes),
-        Origin::Stderr => Wire::Stderr(bytes),
-        Origin::Terminal => Wire::Pty(bytes),
-    };
-    DataEvent { output: Some(output), ..DataEvent::default() }
-}
-
-fn event<E>(event: E) -> ProcessEvent
-where
-    Option<wrenn_proto::process::__buffa::oneof::process_event::Event>: From<E>,
-{
-    ProcessEvent { event: event.into(), ..ProcessEvent::default() }
 }
 
 #[cfg(test)]

@@ -6,7 +6,9 @@
 //! | [`running`] | a process: its output to every subscriber, its input, its end |
 //! | [`registry`] | all processes, by number and tag |
 //! | [`mod@events`] | what one client sees of a process |
+//! | [`message`] | how that is written |
 //! | [`end`] | how a process ended, in the words of the contract |
+//! | [`memory`] | whether an end was for want of memory |
 //! | [`channel`] | pipes and terminals that do not block |
 //!
 //! A client that goes away does not end its process. The time limit of a `Start` does, with its whole group.
@@ -15,6 +17,8 @@ mod channel;
 mod end;
 mod events;
 mod launch;
+mod memory;
+mod message;
 mod registry;
 mod running;
 
@@ -23,7 +27,7 @@ use std::sync::Arc;
 use connectrpc::{
     ConnectError, InboundStream, RequestContext, Response, ServiceRequest, ServiceResult, ServiceStream,
 };
-use futures::{StreamExt, stream::Stream};
+use futures::StreamExt;
 use rustix::process::Signal;
 use tokio::time::Instant;
 use wrenn_guest_linux::terminal::Size;
@@ -33,6 +37,7 @@ pub(crate) use self::registry::Registry;
 use self::{
     events::{Limit, events, keepalive},
     launch::{LaunchError, Order, Standard, launch},
+    message::Event,
     registry::Selector,
     running::{Description, InputError, InputKind, Process, Subscription},
 };
@@ -98,7 +103,7 @@ impl wire::Process for ProcessService {
         &self,
         context: RequestContext,
         request: ServiceRequest<'_, wire::StartRequest>,
-    ) -> ServiceResult<ServiceStream<wire::StartResponse>> {
+    ) -> ServiceResult<ServiceStream<Event>> {
         let request = request.to_owned_message();
         let config =
             request.process.into_option().ok_or_else(|| ConnectError::invalid_argument("no process"))?;
@@ -120,20 +125,21 @@ impl wire::Process for ProcessService {
         let deadline = context.deadline().map(Instant::from_std);
         let (process, subscription) = start(Arc::clone(&self.agent), order, tag, deadline).await?;
         let events = events(process, subscription, keepalive(context.headers()), deadline, Limit::Process);
-        Ok(stream(events, |event| wire::StartResponse { event: event.into(), ..Default::default() }))
+        // Compressing them would hold them back.
+        Ok(Response::stream(events).compress(false))
     }
 
     async fn connect(
         &self,
         context: RequestContext,
         request: ServiceRequest<'_, wire::ConnectRequest>,
-    ) -> ServiceResult<ServiceStream<wire::ConnectResponse>> {
+    ) -> ServiceResult<ServiceStream<Event>> {
         let selector = selector(request.to_owned_message().process.into_option()).ok_or_else(no_selector)?;
         let process = self.agent.processes.any(&selector).ok_or_else(|| not_found(&selector))?;
         let subscription = process.subscribe();
         let deadline = context.deadline().map(Instant::from_std);
         let events = events(process, subscription, keepalive(context.headers()), deadline, Limit::Stream);
-        Ok(stream(events, |event| wire::ConnectResponse { event: event.into(), ..Default::default() }))
+        Ok(Response::stream(events).compress(false))
     }
 
     async fn update(
@@ -218,14 +224,6 @@ impl wire::Process for ProcessService {
         process.close_input().await.map_err(input_error)?;
         Response::ok(wire::CloseStdinResponse::default())
     }
-}
-
-/// Wraps the events of a process into the messages of one method. Compressing them would hold them back.
-fn stream<T: Send + 'static>(
-    events: impl Stream<Item = Result<wire::ProcessEvent, ConnectError>> + Send + 'static,
-    wrap: impl Fn(wire::ProcessEvent) -> T + Send + 'static,
-) -> Response<ServiceStream<T>> {
-    Response::stream(events.map(move |event| event.map(&wrap))).compress(false)
 }
 
 async fn give_input(process: &Process, input: Option<wire::ProcessInput>) -> Result<(), ConnectError> {

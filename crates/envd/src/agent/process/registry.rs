@@ -10,7 +10,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::running::Process;
+use super::{memory::Kills, running::Process};
 
 /// How many processes may run at once.
 pub(crate) const MAXIMUM: usize = 4096;
@@ -37,6 +37,7 @@ impl std::fmt::Display for Selector {
 #[derive(Debug, Default)]
 pub(crate) struct Registry {
     tables: Mutex<Tables>,
+    pub(crate) kills: Kills,
 }
 
 #[derive(Debug, Default)]

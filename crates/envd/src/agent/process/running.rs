@@ -44,6 +44,7 @@ use wrenn_proto::process::{ProcessConfig, ProcessInfo};
 use super::{
     channel::Channel,
     end::{End, Outcome},
+    memory::{self, Shortage},
     registry::Registry,
 };
 
@@ -114,14 +115,26 @@ pub(crate) struct Process {
     description: Description,
     pid: Pid,
     started: Instant,
+    /// The same by the clock of the kernel's log.
+    started_at: Duration,
     /// The agent's side of the terminal; given up at the end, which hangs up whoever still has the other side.
     terminal: Mutex<Option<Arc<Channel>>>,
     input: tokio::sync::Mutex<Input>,
     exited: watch::Sender<bool>,
     /// Guards the process number: a signal is sent, and the process is reaped, only under this lock. So a signal
     /// never reaches a process that got the number of one that is gone.
-    alive: Mutex<bool>,
+    life: Mutex<Life>,
     listeners: Mutex<Listeners>,
+}
+
+/// How far a process is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Life {
+    Running,
+    /// It was sent SIGKILL by us.
+    Killed,
+    /// It was reaped: its number is no longer ours.
+    Gone,
 }
 
 #[derive(Debug, Default)]
@@ -156,10 +169,11 @@ impl Process {
             description,
             pid: started.pid,
             started: Instant::now(),
+            started_at: memory::clock(),
             terminal: Mutex::new(started.terminal),
             exited: watch::Sender::new(false),
             input: tokio::sync::Mutex::new(started.input),
-            alive: Mutex::new(true),
+            life: Mutex::new(Life::Running),
             listeners: Mutex::new(Listeners { queues: vec![sender], end: None }),
         });
         registry.add(&process);
@@ -207,12 +221,17 @@ impl Process {
 
     /// Signals the process and everything in its group. False means that it is gone.
     pub(crate) fn signal(&self, signal: Signal) -> Result<bool, Errno> {
-        let alive = self.alive.lock().unwrap_or_else(PoisonError::into_inner);
-        if !*alive {
+        let mut life = self.life();
+        if *life == Life::Gone {
             return Ok(false);
         }
         match kill_process_group(self.pid, signal) {
-            Ok(()) => Ok(true),
+            Ok(()) => {
+                if signal == Signal::KILL {
+                    *life = Life::Killed;
+                }
+                Ok(true)
+            }
             Err(Errno::SRCH) => Ok(false),
             Err(error) => Err(error),
         }
@@ -285,17 +304,20 @@ impl Process {
         self.listeners.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Takes the exit status if there is one. From then on the process number is no longer ours.
-    fn reap(&self, pidfd: &OwnedFd) -> Option<Outcome> {
-        let mut alive = self.alive.lock().unwrap_or_else(PoisonError::into_inner);
+    fn life(&self) -> MutexGuard<'_, Life> {
+        self.life.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes the exit status if there is one, and says how far the process was.
+    fn reap(&self, pidfd: &OwnedFd) -> Option<(Outcome, Life)> {
+        let mut life = self.life();
         let outcome =
             match waitid(WaitId::PidFd(pidfd.as_fd()), WaitIdOptions::EXITED | WaitIdOptions::NOHANG) {
                 Ok(None) | Err(Errno::INTR) => return None,
                 Ok(Some(status)) => Outcome::from_status(&status),
                 Err(_) => Outcome::Lost,
             };
-        *alive = false;
-        Some(outcome)
+        Some((outcome, std::mem::replace(&mut *life, Life::Gone)))
     }
 }
 
@@ -314,7 +336,7 @@ async fn supervise(
     let mut timed_out = false;
     let wait = wait_for_exit(&process, &pidfd);
     tokio::pin!(wait);
-    let outcome = match deadline {
+    let (outcome, life) = match deadline {
         None => wait.await,
         Some(deadline) => match timeout_at(deadline, &mut wait).await {
             Ok(outcome) => outcome,
@@ -329,19 +351,33 @@ async fn supervise(
     registry.end(&process);
     process.exited.send_replace(true);
     while pumps.join_next().await.is_some() {}
-    process.finish(End { outcome, timed_out }).await;
+    let shortage = match life {
+        Life::Running => shortage(&registry, &process, outcome).await,
+        Life::Killed | Life::Gone => Shortage::No,
+    };
+    process.finish(End { outcome, timed_out, shortage }).await;
 }
 
-async fn wait_for_exit(process: &Process, pidfd: &AsyncFd<OwnedFd>) -> Outcome {
+async fn wait_for_exit(process: &Process, pidfd: &AsyncFd<OwnedFd>) -> (Outcome, Life) {
     loop {
-        if let Some(outcome) = process.reap(pidfd.get_ref()) {
-            return outcome;
+        if let Some(end) = process.reap(pidfd.get_ref()) {
+            return end;
         }
         match pidfd.readable().await {
             Ok(mut ready) => ready.clear_ready(),
-            Err(_) => return Outcome::Lost,
+            Err(_) => return (Outcome::Lost, Life::Gone),
         }
     }
+}
+
+/// Asks the kernel whether memory was short, if it may have been.
+async fn shortage(registry: &Arc<Registry>, process: &Process, outcome: Outcome) -> Shortage {
+    if !memory::may_be_shortage(outcome) {
+        return Shortage::No;
+    }
+    let (registry, pid, started) = (Arc::clone(registry), process.pid, process.started_at);
+    let look = move || registry.kills.explain(outcome, pid, started);
+    tokio::task::spawn_blocking(look).await.unwrap_or(Shortage::No)
 }
 
 /// Waits until the process has exited.
@@ -361,7 +397,7 @@ async fn pump(process: Arc<Process>, origin: Origin, channel: Arc<Channel>) {
             biased;
             read = channel.read(&mut buffer) => match read {
                 Ok(0) | Err(_) => return,
-                Ok(_) => process.publish(Output { origin, bytes: Bytes::copy_from_slice(&buffer) }).await,
+                Ok(_) => process.publish(Output { origin, bytes: take(&mut buffer) }).await,
             },
             () = exit_of(&mut exited) => {}
         }
@@ -375,7 +411,7 @@ async fn pump(process: Arc<Process>, origin: Origin, channel: Arc<Channel>) {
             Ok(Ok(0) | Err(_)) => return,
             Ok(Ok(read)) => {
                 owed = owed.saturating_sub(read);
-                process.publish(Output { origin, bytes: Bytes::copy_from_slice(&buffer) }).await;
+                process.publish(Output { origin, bytes: take(&mut buffer) }).await;
             }
             Err(_) => {
                 // The runtime may let the timer win although there is something to read: look again.
@@ -386,6 +422,16 @@ async fn pump(process: Arc<Process>, origin: Origin, channel: Arc<Channel>) {
     }
     if origin != Origin::Terminal {
         tokio::spawn(discard(channel));
+    }
+}
+
+/// What was read: a copy if it is little, so that waiting pieces do not hold much more memory than they need.
+fn take(buffer: &mut Vec<u8>) -> Bytes {
+    let piece = buffer.capacity();
+    if buffer.len() < piece / 4 {
+        Bytes::copy_from_slice(buffer)
+    } else {
+        std::mem::replace(buffer, Vec::with_capacity(piece)).into()
     }
 }
 
