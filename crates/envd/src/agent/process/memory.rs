@@ -8,7 +8,7 @@
 //! | the end | what the kernel says | what the client is told |
 //! |---|---|---|
 //! | killed, and we sent no SIGKILL | its log names the process | `signal: killed (out of memory)` |
-//! | the same | a kill was counted that the log gives to nobody | `signal: killed (possibly out of memory)` |
+//! | the same | a kill was counted that its log gives to nobody | `signal: killed (possibly out of memory)` |
 //! | exit code 137, a shell's word for a killed child | any kill since the start | `exit status 137 (possibly out of memory)` |
 //! | anything else | | nothing |
 //!
@@ -53,23 +53,40 @@ pub(crate) enum Shortage {
 }
 
 /// What the kernel's log says.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 struct Log {
     /// It names the process.
     named: bool,
-    /// How many others it names.
-    others: u64,
+    /// How many it names since the process started.
+    since_start: u64,
+    /// How many it names since somebody last looked.
+    since_look: u64,
 }
 
 /// How often the kernel had killed when somebody last looked. One exists, in the registry.
 #[derive(Debug)]
 pub(crate) struct Kills {
-    counted: Mutex<u64>,
+    last: Mutex<Look>,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Look {
+    at: Duration,
+    count: u64,
+}
+
+impl Look {
+    fn now() -> Self {
+        // In this order: what happens in between is then in the next look's log, whose count lacks it, and not the
+        // other way round, which would look like a kill that nobody is named for.
+        let at = clock();
+        Self { at, count: count() }
+    }
 }
 
 impl Default for Kills {
     fn default() -> Self {
-        Self { counted: Mutex::new(count()) }
+        Self { last: Mutex::new(Look::now()) }
     }
 }
 
@@ -77,12 +94,13 @@ impl Kills {
     /// What memory had to do with the end of `pid`, which started at `started` of the monotonic clock and to which
     /// we sent no SIGKILL.
     pub(crate) fn explain(&self, outcome: Outcome, pid: Pid, started: Duration) -> Shortage {
-        let now = count();
-        let before = {
-            let mut counted = self.counted.lock().unwrap_or_else(PoisonError::into_inner);
-            std::mem::replace(&mut *counted, now)
+        let now = Look::now();
+        let last = {
+            let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
+            std::mem::replace(&mut *last, now)
         };
-        decide(outcome, read_log(pid, started.saturating_sub(CLOCKS_DIFFER)), now.saturating_sub(before))
+        let log = read_log(pid, started, last.at);
+        decide(outcome, log.unwrap_or_default(), now.count.saturating_sub(last.count))
     }
 }
 
@@ -96,12 +114,13 @@ pub(crate) fn may_be_shortage(outcome: Outcome) -> bool {
     matches!(outcome, Outcome::Signalled { signal: 9, .. } | Outcome::Exited(KILLED_CHILD))
 }
 
-fn decide(outcome: Outcome, log: Option<Log>, counted: u64) -> Shortage {
-    let (named, others) = log.map_or((false, 0), |log| (log.named, log.others));
+/// A log that cannot be read names nobody. `counted` is how many kills there were since the last look.
+fn decide(outcome: Outcome, log: Log, counted: u64) -> Shortage {
+    let unnamed = counted > log.since_look;
     match outcome {
-        Outcome::Signalled { signal: 9, .. } if named => Shortage::Certainly,
-        Outcome::Signalled { signal: 9, .. } if counted > others => Shortage::Possibly,
-        Outcome::Exited(KILLED_CHILD) if others > 0 || counted > 0 => Shortage::Possibly,
+        Outcome::Signalled { signal: 9, .. } if log.named => Shortage::Certainly,
+        Outcome::Signalled { signal: 9, .. } if unnamed => Shortage::Possibly,
+        Outcome::Exited(KILLED_CHILD) if log.since_start > 0 || unnamed => Shortage::Possibly,
         _ => Shortage::No,
     }
 }
@@ -117,18 +136,23 @@ fn counter(text: &str) -> Option<u64> {
 }
 
 /// Looks for kills in what the log holds; `None` if it cannot be read.
-fn read_log(pid: Pid, since: Duration) -> Option<Log> {
+fn read_log(pid: Pid, started: Duration, last_look: Duration) -> Option<Log> {
     let flags = OFlags::NONBLOCK.bits().cast_signed();
     let mut file = OpenOptions::new().read(true).custom_flags(flags).open(LOG).ok()?;
-    let mut log = Log { named: false, others: 0 };
+    let mut log = Log::default();
     let mut record = [0; MAXIMUM_RECORD];
     for _ in 0..MAXIMUM_RECORDS {
         match file.read(&mut record) {
-            Ok(length) => match victim(&String::from_utf8_lossy(&record[..length]), since) {
-                Some(victim) if victim == pid.as_raw_nonzero().get() => log.named = true,
-                Some(_) => log.others += 1,
-                None => {}
-            },
+            Ok(length) => {
+                let Some((at, victim)) = victim(&String::from_utf8_lossy(&record[..length])) else {
+                    continue;
+                };
+                if at + CLOCKS_DIFFER >= started {
+                    log.since_start += 1;
+                    log.named |= victim == pid.as_raw_nonzero().get();
+                }
+                log.since_look += u64::from(at >= last_look);
+            }
             // A record that was overwritten while we read.
             Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => {}
             Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => return Some(log),
@@ -138,22 +162,19 @@ fn read_log(pid: Pid, since: Duration) -> Option<Log> {
     Some(log)
 }
 
-/// Whom a record of the log says to have been killed: `3,881,94821003,-;Out of memory: Killed process 417 (python3) …`.
+/// Whom a record of the log says to have been killed, and when: `3,881,94821003,-;Out of memory: Killed process 417 (python3) …`.
 /// Programs may write to the log too, but not in the kernel's name.
-fn victim(record: &str, since: Duration) -> Option<i32> {
+fn victim(record: &str) -> Option<(Duration, i32)> {
     let (head, text) = record.split_once(';')?;
     let mut fields = head.split(',');
     let (priority, _, microseconds) = (fields.next()?, fields.next()?, fields.next()?);
     let from_kernel = priority.parse::<u32>().ok()? < 8;
-    let at = Duration::from_micros(microseconds.parse().ok()?);
-    if !from_kernel || at < since {
-        return None;
-    }
     let (reason, rest) = text.split_once(": Killed process ")?;
-    if !matches!(reason, "Out of memory" | "Memory cgroup out of memory") {
+    if !from_kernel || !matches!(reason, "Out of memory" | "Memory cgroup out of memory") {
         return None;
     }
-    rest.split_once(' ')?.0.parse().ok()
+    let at = Duration::from_micros(microseconds.parse().ok()?);
+    Some((at, rest.split_once(' ')?.0.parse().ok()?))
 }
 
 #[cfg(test)]
@@ -166,21 +187,25 @@ mod tests {
 
     #[test]
     fn what_is_said_is_what_is_known() {
-        let log = |named, others| Some(Log { named, others });
+        let log = |named, since_start, since_look| Log { named, since_start, since_look };
+        let unreadable = Log::default();
         let table = [
-            (KILLED, log(true, 0), 1, Shortage::Certainly),
-            (KILLED, log(true, 3), 0, Shortage::Certainly),
-            (KILLED, log(false, 0), 0, Shortage::No),
+            (KILLED, log(true, 1, 1), 1, Shortage::Certainly),
+            // Somebody else's end was looked at in between.
+            (KILLED, log(true, 1, 0), 0, Shortage::Certainly),
+            (KILLED, log(false, 0, 0), 0, Shortage::No),
             // The one that was counted is the one that the log gives to somebody else.
-            (KILLED, log(false, 1), 1, Shortage::No),
-            (KILLED, log(false, 0), 1, Shortage::Possibly),
-            (KILLED, None, 1, Shortage::Possibly),
-            (KILLED, None, 0, Shortage::No),
-            (Outcome::Exited(137), log(false, 1), 0, Shortage::Possibly),
-            (Outcome::Exited(137), None, 1, Shortage::Possibly),
-            (Outcome::Exited(137), log(false, 0), 0, Shortage::No),
-            (Outcome::Exited(1), log(true, 1), 1, Shortage::No),
-            (Outcome::Signalled { signal: 15, core_dumped: false }, log(true, 1), 1, Shortage::No),
+            (KILLED, log(false, 1, 1), 1, Shortage::No),
+            // The same, long before this one started.
+            (KILLED, log(false, 0, 1), 1, Shortage::No),
+            (KILLED, log(false, 0, 0), 1, Shortage::Possibly),
+            (KILLED, unreadable, 1, Shortage::Possibly),
+            (KILLED, unreadable, 0, Shortage::No),
+            (Outcome::Exited(137), log(false, 1, 0), 0, Shortage::Possibly),
+            (Outcome::Exited(137), unreadable, 1, Shortage::Possibly),
+            (Outcome::Exited(137), log(false, 0, 1), 1, Shortage::No),
+            (Outcome::Exited(1), log(true, 1, 1), 1, Shortage::No),
+            (Outcome::Signalled { signal: 15, core_dumped: false }, log(true, 1, 1), 1, Shortage::No),
         ];
         for (outcome, log, counted, expected) in table {
             assert_eq!(decide(outcome, log, counted), expected, "{outcome:?} {log:?} {counted}");
@@ -189,14 +214,10 @@ mod tests {
 
     #[test]
     fn only_the_kernel_names_victims() {
-        let since = Duration::from_micros(100);
+        let killed = Some((Duration::from_micros(200), 417));
         let table = [
-            (
-                "3,881,200,-;Out of memory: Killed process 417 (python3) total-vm:1kB, anon-rss:2kB\n",
-                Some(417),
-            ),
-            ("3,881,200,-;Memory cgroup out of memory: Killed process 417 (a b) total-vm\n", Some(417)),
-            ("3,881,99,-;Out of memory: Killed process 417 (python3)\n", None),
+            ("3,881,200,-;Out of memory: Killed process 417 (python3) total-vm:1kB, anon-rss:2kB\n", killed),
+            ("3,881,200,-;Memory cgroup out of memory: Killed process 417 (a b) total-vm\n", killed),
             ("11,881,200,-;Out of memory: Killed process 417 (python3)\n", None),
             ("3,881,200,-;x Out of memory: Killed process 417 (python3)\n", None),
             ("3,881,200,-;Out of memory: Killed process many\n", None),
@@ -204,7 +225,7 @@ mod tests {
             ("", None),
         ];
         for (record, expected) in table {
-            assert_eq!(victim(record, since), expected, "{record}");
+            assert_eq!(victim(record), expected, "{record}");
         }
     }
 
@@ -230,7 +251,7 @@ mod tests {
         #[test]
         fn any_text_is_read_without_panic(text in ".{0,200}", near in "[0-9,;-]{0,30}Out of memory: Killed process [0-9 ]{0,20}") {
             for record in [&text, &near] {
-                if let Some(pid) = victim(record, Duration::ZERO) {
+                if let Some((_, pid)) = victim(record) {
                     prop_assert!(record.contains(&pid.unsigned_abs().to_string()));
                 }
                 counter(record);
@@ -239,17 +260,16 @@ mod tests {
 
         #[test]
         fn nothing_is_certain_but_what_the_log_names(
-            signal in 1..32_i32, code in 0..256_i32, exited: bool, named: bool, others in 0..5_u64, readable: bool,
-            counted in 0..5_u64,
+            signal in 1..32_i32, code in 0..256_i32, exited: bool, named: bool, since_start in 0..5_u64,
+            since_look in 0..5_u64, counted in 0..5_u64,
         ) {
             let outcome =
                 if exited { Outcome::Exited(code) } else { Outcome::Signalled { signal, core_dumped: false } };
-            let log = readable.then_some(Log { named, others });
-            let said = decide(outcome, log, counted);
-            prop_assert_eq!(said == Shortage::Certainly, !exited && signal == 9 && readable && named);
+            let said = decide(outcome, Log { named, since_start, since_look }, counted);
+            prop_assert_eq!(said == Shortage::Certainly, !exited && signal == 9 && named);
             if said != Shortage::No {
                 prop_assert!(may_be_shortage(outcome));
-                prop_assert!(counted > 0 || readable);
+                prop_assert!(named || since_start > 0 || counted > 0);
             }
         }
     }
