@@ -3,11 +3,15 @@
 
 mod harness;
 
-use std::{collections::HashMap, fs, time::Duration};
+use std::{collections::HashMap, time::Duration};
 
 use connectrpc::{ErrorCode, client::CallOptions};
-use futures::{StreamExt, stream};
-use harness::{Agent, Running, as_user, by_pid, by_tag, command, run, run_as, shell, stdin};
+use futures::stream;
+use harness::{
+    Agent, Running, as_user, by_pid, by_tag, command,
+    observe::{gone, runs},
+    run, run_as, shell, stdin,
+};
 use wrenn_proto::process::{
     __buffa::oneof::stream_input_request,
     CloseStdinRequest, ConnectRequest, ConnectResponse, ListRequest, SendInputRequest, SendSignalRequest,
@@ -15,72 +19,19 @@ use wrenn_proto::process::{
     stream_input_request::{DataEvent, StartEvent},
 };
 
-/// `make soak` asks for more.
-fn rounds(sample: usize) -> usize {
-    std::env::var("WRENN_ROUNDS").ok().and_then(|rounds| rounds.parse().ok()).unwrap_or(sample)
-}
-
-#[tokio::test]
-async fn no_output_is_lost_however_fast_the_command_exits() {
-    let agent = Agent::start();
-    let client = agent.processes();
-    let client = &client;
-    let runs = stream::iter(0..rounds(300)).map(|turn| async move {
-        let text = format!("line {turn}");
-        let seen = run(client, command(&["/bin/echo", &text])).await;
-        assert_eq!(seen.text(), format!("{text}\n"));
-        assert_eq!(seen.end().exit_code, 0);
-    });
-    runs.buffer_unordered(8).for_each(|()| async {}).await;
-    let list = client.list(ListRequest::default()).await.unwrap().into_owned();
-    assert!(list.processes.is_empty(), "{list:?}");
-    assert_eq!(zombies(agent.pid()), 0);
-}
-
-fn zombies(parent: u32) -> usize {
-    let children = fs::read_to_string(format!("/proc/{parent}/task/{parent}/children")).unwrap();
-    children.split_whitespace().filter(|pid| is_state(pid, 'Z')).count()
-}
-
-fn is_state(pid: &str, state: char) -> bool {
-    let status = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-    status.rsplit_once(") ").is_some_and(|(_, rest)| rest.starts_with(state))
-}
-
-fn runs(pid: u32) -> bool {
-    fs::exists(format!("/proc/{pid}")).unwrap() && !is_state(&pid.to_string(), 'Z')
-}
-
-/// Waits until a process that is no child of ours is gone.
-async fn gone(pid: u32) {
-    let wait = async {
-        let mut look = tokio::time::interval(Duration::from_millis(5));
-        while runs(pid) {
-            look.tick().await;
-        }
-    };
-    tokio::time::timeout(harness::PATIENCE, wait).await.unwrap();
-}
-
-#[tokio::test]
-async fn large_output_comes_whole_and_in_order_to_a_slow_reader() {
-    let agent = Agent::start();
-    let client = agent.processes();
-    let script = "seq 1 400000; seq 1 1000 >&2";
-    let mut running = Running::start(&client, shell(script), CallOptions::default()).await.unwrap();
-    // The program is held up meanwhile, by backpressure.
-    tokio::time::sleep(Duration::from_millis(300)).await;
-    while running.next().await.unwrap() {}
-    let numbers = |upto: usize| (1..=upto).map(|number| format!("{number}\n")).collect::<String>();
-    assert!(running.seen.text() == numbers(400_000));
-    assert!(running.seen.stderr == numbers(1000).as_bytes());
-}
-
 #[tokio::test]
 async fn output_that_is_no_text_is_not_touched() {
     let agent = Agent::start();
-    let seen = run(&agent.processes(), shell(r"printf '\377\000\303'; sleep 0.05; printf '\251'")).await;
-    assert_eq!(seen.stdout, [0xff, 0x00, 0xc3, 0xa9]);
+    let client = agent.processes();
+    let mut request = shell(r"printf '\377\000\303'; read line; printf '\251'");
+    request.stdin = Some(true);
+    let mut running = Running::start(&client, request, CallOptions::default()).await.unwrap();
+    // A letter comes in two pieces.
+    running.until(|seen| seen.stdout == [0xff, 0x00, 0xc3]).await;
+    let input = stdin(b"\n").into();
+    let request = SendInputRequest { process: by_pid(running.seen.pid).into(), input, ..Default::default() };
+    client.send_input(request).await.unwrap();
+    assert_eq!(running.finish().await.unwrap().stdout, [0xff, 0x00, 0xc3, 0xa9]);
 }
 
 #[tokio::test]
@@ -342,85 +293,4 @@ async fn programs_run_as_the_user_that_is_named() {
     assert_eq!(seen.text(), "nobody\nnogroup\n/nonexistent nobody\nCapEff:\t0000000000000000\n100\n");
     let seen = run_as(&agent.processes(), shell("id -G; pwd"), as_user("nobody")).await.unwrap();
     assert_eq!(seen.text(), "65534\n/\n", "no group of the agent is kept");
-}
-
-#[tokio::test]
-async fn what_cannot_start_is_refused_in_the_words_of_the_contract() {
-    let agent = Agent::start();
-    let client = agent.processes();
-    let with = |change: &dyn Fn(&mut wrenn_proto::process::ProcessConfig)| {
-        let mut request = command(&["/bin/true"]);
-        change(request.process.get_or_insert_default());
-        request
-    };
-    let nothing = CallOptions::default;
-    let table = [
-        (
-            with(&|config| config.cwd = Some("/nowhere".to_owned())),
-            nothing(),
-            ErrorCode::InvalidArgument,
-            "cwd '/nowhere' does not exist",
-        ),
-        (
-            with(&|config| config.cwd = Some("/etc/passwd".to_owned())),
-            nothing(),
-            ErrorCode::InvalidArgument,
-            "cwd '/etc/passwd' is not a directory",
-        ),
-        (with(&|_| {}), as_user("nosuch"), ErrorCode::Unauthenticated, "invalid username: 'nosuch'"),
-        (
-            with(&|config| config.cwd = Some("/root".to_owned())),
-            as_user("nobody"),
-            ErrorCode::InvalidArgument,
-            "cwd '/root' cannot be entered: Permission denied (os error 13)",
-        ),
-        (
-            with(&|config| config.cmd = "no-such-command".to_owned()),
-            nothing(),
-            ErrorCode::InvalidArgument,
-            "exec: \"no-such-command\": executable file not found in $PATH",
-        ),
-        (
-            with(&|config| config.cmd = "/no/such".to_owned()),
-            nothing(),
-            ErrorCode::InvalidArgument,
-            "fork/exec /no/such: No such file or directory (os error 2)",
-        ),
-        (
-            with(&|config| config.cmd = "/etc/passwd".to_owned()),
-            nothing(),
-            ErrorCode::InvalidArgument,
-            "fork/exec /etc/passwd: Permission denied (os error 13)",
-        ),
-        (
-            with(&|config| config.cmd = String::new()),
-            nothing(),
-            ErrorCode::InvalidArgument,
-            "command is empty",
-        ),
-        (
-            with(&|config| config.args = vec!["a\0b".to_owned()]),
-            nothing(),
-            ErrorCode::InvalidArgument,
-            "the command, an argument or a variable contains a zero byte",
-        ),
-        (
-            with(&|config| {
-                config.envs.insert("A=B".to_owned(), "c".to_owned());
-            }),
-            nothing(),
-            ErrorCode::InvalidArgument,
-            "invalid environment variable name 'A=B'",
-        ),
-    ];
-    for (request, options, code, message) in table {
-        let error = run_as(&client, request, options).await.unwrap_err();
-        let said = error.message.clone().unwrap_or_default();
-        assert_eq!(error.code, code, "{said}");
-        assert!(said.starts_with(message), "{said:?} is not {message:?}");
-    }
-    assert!(client.list(ListRequest::default()).await.unwrap().into_owned().processes.is_empty());
-    assert_eq!(zombies(agent.pid()), 0);
-    let error = client.send_signal(SendSignalRequest::default()).await.unwrap_err();
-    assert_eq!(error.code, ErrorCode::InvalidArgument);
 }

@@ -5,6 +5,8 @@
     reason = "each test program uses its part of this, and it is part of tests"
 )]
 
+pub(crate) mod observe;
+
 use std::{
     io::{BufRead, BufReader},
     net::SocketAddr,
@@ -53,9 +55,15 @@ impl Drop for Agent {
 
 impl Agent {
     pub(crate) fn start() -> Self {
+        Self::start_with(Stdio::inherit())
+    }
+
+    /// Starts it with another standard error.
+    pub(crate) fn start_with(errors: Stdio) -> Self {
         let mut child = Command::new(env!("CARGO_BIN_EXE_envd"))
             .args(["agent", "--listen", "127.0.0.1:0"])
             .stdin(Stdio::null())
+            .stderr(errors)
             .stdout(Stdio::piped())
             .spawn()
             .unwrap();
