@@ -1,8 +1,9 @@
 //! `GET /tunnel/{sandbox_id}/{port}`: a byte stream to a port of a guest.
 //!
 //! The caller asks for the upgrade `wrenn-tunnel`; after the 101 both directions are copied until either
-//! side ends. Every byte moves the sandbox's inactivity clock. What the bytes mean is none of the agent's
-//! business: it neither parses nor buffers what a guest sends.
+//! side ends. A port on which the guest's program listens for itself alone is reached as well
+//! ([`crate::guest::loopback`]). Every byte moves the sandbox's inactivity clock. What the bytes mean is
+//! none of the agent's business: it neither parses nor buffers what a guest sends.
 //!
 //! | answer | when |
 //! |---|---|
@@ -30,6 +31,7 @@ use tokio::{
 use wrenn_types::SandboxId;
 
 use crate::{
+    guest::loopback::GuestStream,
     registry::Registry,
     sandbox::{Handle, Stage},
 };
@@ -114,9 +116,10 @@ fn stage_word(stage: Stage) -> &'static str {
 }
 
 /// Copies both directions until both have ended, the caller is gone, or the sandbox is no longer running.
-async fn carry(caller: impl AsyncRead + AsyncWrite, guest: tokio::net::TcpStream, handle: Handle) {
+async fn carry(caller: impl AsyncRead + AsyncWrite, guest: GuestStream, handle: Handle) {
     let (caller_read, caller_write) = tokio::io::split(caller);
-    let (guest_read, guest_write) = guest.into_split();
+    let (guest_read, guest_write) = guest.stream.into_split();
+    let guest_read = std::io::Cursor::new(guest.first).chain(guest_read);
     let mut watch = handle.watch();
     let both = async {
         let up = copy(caller_read, guest_write, &handle);

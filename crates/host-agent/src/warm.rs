@@ -8,7 +8,7 @@
 //!           │
 //!           ▼
 //!          clone the image's disk ─► slot ─► boot, memory in the snapshot's file ─► envd answers
-//!           ─► /init: grow the file system ─► run a few programs once ─► pause ─► save devices ─► stop ─► freeze the disk ─► commit
+//!           ─► /init: grow the file system ─► run a few programs ─► /snapshot/prepare ─► pause ─► save devices ─► stop ─► freeze the disk ─► commit
 //! ```
 //!
 //! Disk size is not part of what a snapshot fixes, with one exception: a root file system does not shrink.
@@ -36,6 +36,8 @@ pub const BUILD_BOUND: Duration = Duration::from_secs(300);
 const BOOT_BOUND: Duration = Duration::from_secs(120);
 /// How long it may take to grow its file system.
 const GROW_BOUND: Duration = Duration::from_secs(60);
+/// How long it may take to stand still.
+const PREPARE_BOUND: Duration = Duration::from_secs(30);
 
 /// What is run in a template before it is saved, so that the first command of a clone finds programs,
 /// libraries and the agent's own paths in memory and does not read them from its disk. A template without
@@ -45,9 +47,9 @@ const EXERCISES: [&[&str]; 3] = [
     &["/bin/bash", "-l", "-c", "exec /bin/sh -c 'id; env; ls'"],
     &["python3", "-c", "import json, os, sys"],
 ];
-/// What is run last: nothing that the template wrote is left to be written by its clones, and the second in which
-/// it is idle lets the kernel do what it puts off, once instead of in every clone.
-const SETTLING: [&[&str]; 2] = [&["sync"], &["sleep", "1"]];
+/// What is run last: in the second in which the template is idle the kernel does what it puts off, once instead
+/// of in every clone.
+const SETTLING: &[&str] = &["sleep", "1"];
 /// How often each of the exercises is run. After the first, the disk is not read any more; the second and third settle what
 /// the kernel and the agent allocate once.
 const EXERCISE_ROUNDS: usize = 3;
@@ -341,10 +343,8 @@ impl Warm {
                     guest::exercise(&connector, &request.default_user, program, GROW_BOUND).await?;
                 }
             }
-            for program in SETTLING {
-                guest::exercise(&connector, &request.default_user, program, GROW_BOUND).await?;
-            }
-            Ok(())
+            guest::exercise(&connector, &request.default_user, SETTLING, GROW_BOUND).await?;
+            guest::prepare(&connector, None, PREPARE_BOUND).await
         };
         if let Err(source) = up.await {
             return Err(WarmError::Guest { console: vm.console().await, source });

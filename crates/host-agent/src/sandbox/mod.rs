@@ -21,15 +21,15 @@ pub mod record;
 
 use std::{collections::BTreeMap, io, sync::Arc, time::SystemTime};
 
-use tokio::{
-    net::TcpStream,
-    sync::{Notify, watch},
-};
+use tokio::sync::{Notify, watch};
 use wrenn_types::{AccessToken, DiskMib, EndReason, InactivityTimeout, SandboxId, Shape, TemplateName};
 
 use self::{activity::Activity, bring_up::BringUpError, queue::RequestQueue};
 use crate::{
-    guest::{ENVD_PORT, IdleConnection},
+    guest::{
+        ENVD_PORT, IdleConnection,
+        loopback::{self, GuestStream},
+    },
     network::GuestConnector,
 };
 
@@ -170,15 +170,15 @@ impl Handle {
     /// itself, if nobody has had that yet.
     ///
     /// # Errors
-    /// As [`GuestConnector::connect`].
-    pub async fn connect(&self, connector: &GuestConnector, port: u16) -> io::Result<TcpStream> {
+    /// As [`loopback::connect`].
+    pub async fn connect(&self, connector: &GuestConnector, port: u16) -> io::Result<GuestStream> {
         if port == ENVD_PORT {
             let idle = self.inner.idle.lock().unwrap_or_else(std::sync::PoisonError::into_inner).take();
             if let Some(stream) = idle.and_then(IdleConnection::into_usable) {
-                return Ok(stream);
+                return Ok(stream.into());
             }
         }
-        connector.connect(port).await
+        loopback::connect(connector, port).await
     }
 
     /// Puts a request into the queue.

@@ -1,8 +1,11 @@
-//! The agent's own two questions to a guest: is envd there, and may it become itself.
+//! The agent's own questions to a guest: is envd there, may it become itself, will it hold still to be saved.
 //!
-//! Everything else that is said to a guest goes through the tunnel and is none of the agent's business.
+//! Everything else that is said to a guest goes through the tunnel and is none of the agent's business; how a
+//! tunnel gets to a port is in [`loopback`].
 //! Nothing that the guest answers is trusted: the status is looked at, the body is bounded and only ever
 //! shown to a person.
+
+pub mod loopback;
 
 use std::{collections::BTreeMap, future::poll_fn, io, time::Duration};
 
@@ -28,6 +31,8 @@ pub const ENVD_PORT: u16 = 49983;
 const CONNECT_ATTEMPT: Duration = Duration::from_millis(250);
 /// How long a connection may have been idle to be used again; the guest agent keeps one ten times as long.
 const IDLE_LIMIT: Duration = Duration::from_secs(60);
+/// How much longer than its own bound a guest may take to answer.
+const ANSWER_GRACE: Duration = Duration::from_secs(2);
 /// How much of an answer is read.
 const ANSWER_LIMIT: usize = 16 * 1024;
 
@@ -230,6 +235,29 @@ pub async fn initialise(
     }
     let request = request.body(Full::from(body)).map_err(|error| GuestError::Broken(Box::new(error)))?;
     ask(connector, "POST /init", request, bound).await
+}
+
+/// Makes a guest stand still before it is saved: its processes are frozen, its file systems written, its free
+/// blocks given back, and it answers nothing until the next [`initialise`].
+///
+/// # Errors
+/// The guest could not be made to stand still within `bound`; it goes on as before then.
+pub async fn prepare(
+    connector: &GuestConnector,
+    token: Option<&AccessToken>,
+    bound: Duration,
+) -> Result<(), GuestError> {
+    let limit = serde_json::json!({ "limitMs": u32::try_from(bound.as_millis()).unwrap_or(u32::MAX) });
+    let mut request = request("POST", "/snapshot/prepare")
+        .header(header::CONNECTION, "close")
+        .header(header::CONTENT_TYPE, "application/json");
+    if let Some(token) = token {
+        request = request.header("x-access-token", token.expose());
+    }
+    let request =
+        request.body(Full::from(limit.to_string())).map_err(|error| GuestError::Broken(Box::new(error)))?;
+    // The guest keeps its own bound, and has a moment to say that it was too short.
+    ask(connector, "POST /snapshot/prepare", request, bound + ANSWER_GRACE).await.map(drop)
 }
 
 /// Runs a program in the guest and waits until it has ended, well or not: what it leaves in the guest's

@@ -1,0 +1,286 @@
+//! A real guest, saved and restored by the agent's own parts: what must stand still does, and what must differ differs.
+//!
+//! ```text
+//!  boot ─► /init ─► a program that writes to the console, for ever ─► /snapshot/prepare ─► save
+//!                                                                             (control: without)
+//!    ├─► restore ─► asked and asked again, a refused /init: the console stays silent ─► /init: the program goes on
+//!    └─► restore ─► the same; and what the two know by chance is not the same
+//! ```
+//!
+//! The console is the witness: it is a device of each machine, empty when it is restored, and the program in
+//! the guest needs nobody's permission to write to it.
+
+#![allow(clippy::unwrap_used, clippy::print_stdout, reason = "these are tests")]
+
+use std::{
+    collections::BTreeMap,
+    process::ExitCode,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, Result, ensure};
+use camino::Utf8PathBuf;
+use libtest_mimic::{Arguments, Trial};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use wrenn_host_agent::{
+    guest::{self, ENVD_PORT, Identity, loopback},
+    images::Images,
+    network::{GuestConnector, Policy, PoolConfig, Slot, SlotPool, Uplink},
+    rootfs::{Qcow2Store, RootfsStore as _},
+};
+use wrenn_testkit::{stack, uplink};
+use wrenn_types::{DiskMib, InstanceId, MemoryMib, Shape, Vcpus};
+use wrenn_vmm::{
+    DiskSpec, MachineSpec, NetworkSpec, SnapshotFiles, Vm, Vmm,
+    qemu::{Qemu, QemuOptions},
+};
+
+const BOUND: Duration = Duration::from_secs(120);
+const TICK: &str = "tick";
+/// Writes to the console until the machine ends, and is nobody's child.
+const TICKER: &str = "(while :; do echo tick > /dev/console; sleep 0.02; done) </dev/null >/dev/null 2>&1 &";
+/// How often a restored guest is asked something while it must stand still: each answer proves that it runs.
+const QUESTIONS: usize = 20;
+
+fn main() -> ExitCode {
+    let arguments = Arguments::from_args();
+    let skip = stack::cannot_run();
+    if let Some(reason) = &skip {
+        println!("{reason}");
+    }
+    let trial = |name: &str, run: fn() -> Result<()>| {
+        Trial::test(name, move || run().map_err(|error| format!("{error:?}").into()))
+            .with_ignored_flag(skip.is_some())
+    };
+    let trials = vec![
+        trial("guest::no_process_runs_between_restore_and_identity", || with_lab(standstill)),
+        trial("guest::a_port_on_loopback_is_reached", || with_lab(loopback_port)),
+    ];
+    libtest_mimic::run(&arguments, trials).exit_code()
+}
+
+fn with_lab<F: Future<Output = Result<()>>>(run: fn(Arc<Lab>) -> F) -> Result<()> {
+    let runtime = tokio::runtime::Runtime::new()?;
+    runtime.block_on(async {
+        let outside = uplink::Uplink::create().await?;
+        let lab = Arc::new(Lab::new(outside.name()).await?);
+        let outcome = tokio::time::timeout(3 * BOUND, run(Arc::clone(&lab))).await.context("in time");
+        Arc::into_inner(lab).context("the case is over")?.slots.shutdown().await;
+        outside.remove().await?;
+        outcome?
+    })
+}
+
+/// What machines are made of here.
+struct Lab {
+    vmm: Qemu,
+    images: Images,
+    slots: SlotPool,
+    instance: InstanceId,
+    directory: tempfile::TempDir,
+}
+
+/// A machine that runs.
+struct Machine {
+    vm: Box<dyn Vm>,
+    slot: Slot,
+    connector: GuestConnector,
+    disk: DiskSpec,
+}
+
+impl Lab {
+    async fn new(outside: &str) -> Result<Self> {
+        let directory = Utf8PathBuf::from_path_buf(stack::images()?).unwrap();
+        let instance = InstanceId::random();
+        let policy = Policy { internet: false, dns_servers: Vec::new() };
+        let uplink = Uplink::Named(outside.parse()?);
+        Ok(Self {
+            vmm: Qemu::detect(QemuOptions::from_environment()?).await?,
+            images: Images::load(&directory)?,
+            slots: SlotPool::start(PoolConfig { instance: instance.clone(), uplink, ready: 2, policy })
+                .await?,
+            instance,
+            directory: tempfile::Builder::new().prefix("wrenn-guest-").tempdir_in("/run")?,
+        })
+    }
+
+    fn path(&self, name: &str) -> Utf8PathBuf {
+        Utf8PathBuf::from_path_buf(self.directory.path().join(name)).unwrap()
+    }
+
+    /// Where the memory of a booted machine is, and its devices once it is saved.
+    fn files(&self, name: &str) -> SnapshotFiles {
+        SnapshotFiles {
+            memory: self.path(&format!("{name}-memory")),
+            state: self.path(&format!("{name}-state")),
+        }
+    }
+
+    /// Starts a machine on a clone of `base`: anew, or from what was saved of another one.
+    async fn start(&self, name: &str, base: &DiskSpec, saved: Option<&str>) -> Result<Machine> {
+        let slot = self.slots.take().await?;
+        let run_dir = self.path(name);
+        std::fs::create_dir(&run_dir)?;
+        let size = DiskMib::new(2048)?;
+        let disk = Qcow2Store.clone_disk(base, &run_dir.join("disk"), size)?;
+        let spec = MachineSpec {
+            name: format!("wrenn-{}-{name}", self.instance),
+            run_dir,
+            shape: Shape { vcpus: Vcpus::default(), memory: MemoryMib::default() },
+            guest: self.images.guest().bundle.clone(),
+            disk: Some(disk.clone()),
+            network: Some(NetworkSpec {
+                namespace: slot.netns_path().to_owned(),
+                tap: slot.tap().to_owned(),
+            }),
+            kernel_arguments: Vec::new(),
+            keep_open: vec![slot.lock()?],
+        };
+        let vm = if let Some(saved) = saved {
+            let mut vm = self.vmm.restore(spec, &self.files(saved)).await?;
+            vm.resume().await?;
+            vm
+        } else {
+            self.vmm.boot(spec, Some(&self.files(name).memory)).await?
+        };
+        let connector = slot.connector();
+        let machine = Machine { vm, slot, connector, disk };
+        guest::wait_until_healthy(&machine.connector, BOUND).await?;
+        Ok(machine)
+    }
+
+    async fn boot(&self, name: &str) -> Result<Machine> {
+        let template = self.images.resolve(&"base".parse()?)?;
+        let machine = self.start(name, &template.template.disk(), None).await?;
+        initialise(&machine.connector, name).await?;
+        Ok(machine)
+    }
+
+    async fn stop(&self, mut machine: Machine) -> Result<()> {
+        machine.vm.stop().await?;
+        self.slots.release(machine.slot).await;
+        Ok(())
+    }
+
+    /// Saves a machine that ticks; what is answered is the frozen disk.
+    async fn save(&self, mut machine: Machine, name: &str) -> Result<DiskSpec> {
+        machine.vm.pause().await?;
+        machine.vm.snapshot(&self.files(name)).await?;
+        let disk = machine.disk.clone();
+        self.stop(machine).await?;
+        let frozen = self.path(&format!("{name}-frozen"));
+        Qcow2Store.freeze(&disk, &frozen)?;
+        Ok(DiskSpec { path: frozen, format: disk.format })
+    }
+}
+
+async fn initialise(connector: &GuestConnector, name: &str) -> Result<()> {
+    let entropy = Identity::fresh_entropy();
+    become_itself(connector, name, entropy).await
+}
+
+async fn become_itself(connector: &GuestConnector, name: &str, entropy: String) -> Result<()> {
+    let environment = BTreeMap::new();
+    let identity = Identity {
+        hostname: Some(name),
+        timestamp: jiff::Timestamp::now().to_string(),
+        entropy,
+        machine_id: Some(Identity::fresh_machine_id()),
+        access_token: None,
+        env_vars: &environment,
+        default_user: "user",
+        default_workdir: "/home/user",
+        dns_servers: &[],
+        disk_bytes: None,
+    };
+    guest::initialise(connector, &identity, None, BOUND).await.map(drop).map_err(Into::into)
+}
+
+async fn run(machine: &Machine, line: &str) -> Result<(), guest::GuestError> {
+    guest::exercise(&machine.connector, "root", &["/bin/sh", "-c", line], BOUND).await
+}
+
+/// Waits until the console says something more than it did.
+async fn said(machine: &mut Machine, what: &str) -> Result<()> {
+    let end = Instant::now() + BOUND;
+    while !machine.vm.console().await.contains(what) {
+        ensure!(Instant::now() < end, "the console never said {what}: {}", machine.vm.console().await);
+        // Every round trip gives the guest time to run; the console has no event to wait for.
+        guest::wait_until_healthy(&machine.connector, BOUND).await?;
+    }
+    Ok(())
+}
+
+async fn standstill(lab: Arc<Lab>) -> Result<()> {
+    // The control: saved while it runs, the program goes on in the clone before anybody has said who it is.
+    let mut machine = lab.boot("control").await?;
+    run(&machine, TICKER).await?;
+    said(&mut machine, TICK).await?;
+    let disk = lab.save(machine, "control").await?;
+    let mut clone = lab.start("control-clone", &disk, Some("control")).await?;
+    said(&mut clone, TICK).await.context("the control")?;
+    lab.stop(clone).await?;
+
+    let mut machine = lab.boot("template").await?;
+    run(&machine, TICKER).await?;
+    said(&mut machine, TICK).await?;
+    guest::prepare(&machine.connector, None, BOUND).await?;
+    let disk = lab.save(machine, "template").await?;
+    let mut known = Vec::new();
+    for name in ["one", "two"] {
+        let mut clone = lab.start(name, &disk, Some("template")).await?;
+        for _ in 0..QUESTIONS {
+            guest::wait_until_healthy(&clone.connector, BOUND).await?;
+        }
+        // One that cannot be reseeded stays closed.
+        let refused = become_itself(&clone.connector, name, "c2hvcnQ=".to_owned()).await;
+        ensure!(refused.is_err(), "an /init with too little entropy");
+        ensure!(run(&clone, "true").await.is_err(), "a guest that is not itself runs a program");
+        let console = clone.vm.console().await;
+        ensure!(!console.contains(TICK), "a process ran before the guest was itself: {console}");
+
+        initialise(&clone.connector, name).await?;
+        said(&mut clone, TICK).await.context("after /init")?;
+        let question = "set -- $(od -An -N8 -tx1 /dev/urandom) $(cat /proc/sys/kernel/random/uuid /etc/machine-id \
+            /proc/sys/kernel/random/boot_id) \
+            $(openssl rand -hex 8 || echo no-openssl-$(hostname)) \
+            $(python3 -c 'import random, uuid; print(random.random(), uuid.uuid4())'); \
+            echo known: $* :end > /dev/console";
+        run(&clone, question).await?;
+        said(&mut clone, ":end").await?;
+        let console = clone.vm.console().await;
+        let line = console.lines().find(|line| line.contains("known:")).context("what it knows")?.to_owned();
+        known.push(line);
+        lab.stop(clone).await?;
+    }
+    let words = |line: &str| line.split_whitespace().skip(9).map(str::to_owned).collect::<Vec<_>>();
+    let (one, two) = (words(&known[0]), words(&known[1]));
+    ensure!(one.len() > 5, "{one:?}");
+    for (one, two) in one.iter().zip(&two).filter(|(one, _)| *one != ":end") {
+        ensure!(one != two, "both clones know {one}");
+    }
+    Ok(())
+}
+
+async fn loopback_port(lab: Arc<Lab>) -> Result<()> {
+    let machine = lab.boot("ports").await?;
+    for (address, port) in [("127.0.0.1", 8101), ("::1", 8102), ("0.0.0.0", 8103)] {
+        let server = format!("python3 -m http.server {port} --bind {address} </dev/null >/dev/null 2>&1 &");
+        run(&machine, &server).await?;
+        let url = if address.contains(':') { format!("[{address}]") } else { address.to_owned() };
+        let up = format!("until curl -s -o /dev/null http://{url}:{port}/; do sleep 0.05; done");
+        run(&machine, &up).await?;
+        let mut stream = loopback::connect(&machine.connector, port).await?;
+        stream.stream.write_all(b"GET / HTTP/1.0\r\n\r\n").await?;
+        let mut answer = stream.first.to_vec();
+        stream.stream.read_to_end(&mut answer).await?;
+        ensure!(answer.starts_with(b"HTTP/1.0 200 OK"), "{}", String::from_utf8_lossy(&answer));
+    }
+    let direct = machine.connector.connect(8101).await;
+    ensure!(direct.is_err(), "the port is on loopback alone");
+    let error = loopback::connect(&machine.connector, 8104).await.unwrap_err();
+    ensure!(error.kind() == std::io::ErrorKind::ConnectionRefused, "{error}");
+    ensure!(loopback::connect(&machine.connector, ENVD_PORT).await.is_ok(), "the agent itself");
+    lab.stop(machine).await
+}
