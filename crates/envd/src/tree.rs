@@ -1,14 +1,20 @@
-//! Making, listing and removing trees, however deep they are.
+//! Making, listing, moving and removing trees, however deep they are.
 //!
 //! A tree in a guest is whatever its user made, also one deeper than any stack or path name allows. So nothing here
 //! calls itself, and removal works from open directories instead of path names.
 
+mod copy;
+mod relocate;
+
 use std::{
-    ffi::{CStr, CString},
+    ffi::{CStr, CString, OsString},
     fs, io,
     os::{
         fd::{AsFd, OwnedFd},
-        unix::fs::{MetadataExt, chown},
+        unix::{
+            ffi::OsStrExt,
+            fs::{MetadataExt, chown},
+        },
     },
     path::{Path, PathBuf},
 };
@@ -17,6 +23,8 @@ use rustix::{
     fs::{AtFlags, CWD, Dir, Mode, OFlags, openat, renameat, unlinkat},
     io::Errno,
 };
+
+pub(crate) use self::relocate::{MoveError, move_to};
 
 /// How many directories are open at once while a tree is removed.
 const OPEN_AT_ONCE: usize = 64;
@@ -44,18 +52,20 @@ pub(crate) fn make_directories(path: &Path, uid: u32, gid: u32) -> io::Result<()
 }
 
 /// The paths below `root`, parents before what they hold, in the order of their names, `depth` levels deep. At most
-/// `limit` of them; `None` means that there are more. Links are not followed.
-pub(crate) fn list(root: &str, depth: u32, limit: usize) -> io::Result<Option<Vec<String>>> {
+/// `limit` of them; `None` means that there are more. Links are not followed, but for `root` itself.
+pub(crate) fn list(root: &Path, depth: u32, limit: usize) -> io::Result<Option<Vec<PathBuf>>> {
     let mut found = Vec::new();
-    let mut waiting: Vec<(String, u32)> = children(root)?.map(|path| (path, 1)).collect();
+    let Some(top) = children(root, limit)? else { return Ok(None) };
+    let mut waiting: Vec<(PathBuf, u32)> = top.map(|path| (path, 1)).collect();
     while let Some((path, level)) = waiting.pop() {
         if found.len() == limit {
             return Ok(None);
         }
         let descend = level < depth && fs::symlink_metadata(&path).is_ok_and(|metadata| metadata.is_dir());
-        if descend {
-            // A directory that goes away or may not be read is listed, without what it holds.
-            waiting.extend(children(&path).into_iter().flatten().map(|path| (path, level + 1)));
+        // A directory that goes away or may not be read is listed, without what it holds.
+        if descend && let Ok(held) = children(&path, limit) {
+            let Some(held) = held else { return Ok(None) };
+            waiting.extend(held.map(|path| (path, level + 1)));
         }
         found.push(path);
         if waiting.len() > limit {
@@ -65,26 +75,30 @@ pub(crate) fn list(root: &str, depth: u32, limit: usize) -> io::Result<Option<Ve
     Ok(Some(found))
 }
 
-/// The paths in a directory, last name first. A name that is no text cannot be sent and is left out.
-fn children(directory: &str) -> io::Result<impl Iterator<Item = String> + use<>> {
-    let mut names: Vec<String> = Vec::new();
+/// The paths in a directory, last name first; none if there are more than `limit`.
+fn children(directory: &Path, limit: usize) -> io::Result<Option<impl Iterator<Item = PathBuf> + use<>>> {
+    let mut names: Vec<OsString> = Vec::new();
     for entry in fs::read_dir(directory)? {
-        names.extend(entry?.file_name().into_string());
+        if names.len() == limit {
+            return Ok(None);
+        }
+        names.push(entry?.file_name());
     }
     names.sort_unstable_by(|one, other| other.cmp(one));
-    let prefix = directory.trim_end_matches('/').to_owned();
-    Ok(names.into_iter().map(move |name| format!("{prefix}/{name}")))
+    let directory = directory.to_owned();
+    Ok(Some(names.into_iter().map(move |name| directory.join(name))))
 }
 
 /// Removes a file, a link, or a directory with all that it holds. What is not there is removed already.
-pub(crate) fn remove(path: &str) -> io::Result<()> {
+pub(crate) fn remove(path: impl AsRef<Path>) -> io::Result<()> {
+    let path = path.as_ref();
     let metadata = match fs::symlink_metadata(path) {
         Ok(metadata) => metadata,
         Err(error) if is_absent(&error) => return Ok(()),
         Err(error) => return Err(error),
     };
     let removed = if metadata.is_dir() {
-        let name = CString::new(path)?;
+        let name = CString::new(path.as_os_str().as_bytes())?;
         empty_directory(&name, metadata.dev()).and_then(|()| unlinkat(CWD, &name, AtFlags::REMOVEDIR))
     } else {
         rustix::fs::unlink(path)
@@ -194,15 +208,16 @@ mod tests {
         }
         symlink("b", format!("{root}/link")).unwrap();
         let names = |depth, limit| {
-            let list = list(root, depth, limit).unwrap()?;
-            Some(list.into_iter().map(|path| path.strip_prefix(root).unwrap().to_owned()).collect::<Vec<_>>())
+            let list = list(Path::new(root), depth, limit).unwrap()?;
+            let below = |path: &PathBuf| path.to_str().unwrap().strip_prefix(root).unwrap().to_owned();
+            Some(list.iter().map(below).collect::<Vec<_>>())
         };
         assert_eq!(names(1, 100).unwrap(), ["/a", "/b", "/c", "/link"]);
         assert_eq!(names(2, 100).unwrap(), ["/a", "/b", "/b/d", "/b/z", "/c", "/link"]);
         assert_eq!(names(u32::MAX, 100).unwrap().len(), 8);
         assert_eq!(names(1, 3), None);
         assert_eq!(names(1, 4).unwrap().len(), 4);
-        assert!(list(&format!("{root}/a"), 1, 9).is_err());
+        assert!(list(Path::new(&format!("{root}/a")), 1, 9).is_err());
     }
 
     #[test]
