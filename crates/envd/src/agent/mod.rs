@@ -23,6 +23,7 @@ mod host;
 mod identity;
 mod loopback;
 mod machine;
+mod metadata;
 mod metrics;
 mod paths;
 mod process;
