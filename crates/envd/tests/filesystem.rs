@@ -8,7 +8,7 @@ use std::{fs, os::unix::fs::MetadataExt};
 use connectrpc::ErrorCode;
 use harness::{Agent, as_user};
 use wrenn_proto::filesystem::{
-    CreateWatcherRequest, FileType, ListDirRequest, MakeDirRequest, MoveRequest, RemoveRequest, StatRequest,
+    FileType, ListDirRequest, MakeDirRequest, MoveRequest, RemoveRequest, StatRequest,
 };
 
 struct Place {
@@ -178,6 +178,4 @@ async fn what_cannot_be_done_is_refused_in_the_words_of_the_contract() {
     );
     let onto_full = client.r#move(rename(place.path("full/x"), "/proc/x")).await.unwrap_err();
     assert!(!onto_full.message.unwrap_or_default().is_empty());
-    let watch = client.create_watcher(CreateWatcherRequest::default()).await.unwrap_err();
-    assert_eq!(watch.code, ErrorCode::Unimplemented);
 }

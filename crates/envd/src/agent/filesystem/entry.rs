@@ -4,40 +4,43 @@ use std::{
     fs::{self, FileType, Metadata},
     io,
     os::unix::fs::{FileTypeExt, MetadataExt},
-    path::Path,
+    path::{Component, Path, PathBuf},
 };
 
 use buffa_types::google::protobuf::Timestamp;
 use wrenn_proto::filesystem::{EntryInfo, FileType as WireType};
 
-use crate::agent::{paths, users::Accounts};
+use crate::agent::{metadata, paths, users::Accounts};
 
 const SET_UID: u32 = 0o4000;
 const SET_GID: u32 = 0o2000;
 const STICKY: u32 = 0o1000;
 
-/// Describes `path` itself. A symbolic link has the type of what it leads to, and says where that is; where it leads
-/// nowhere its type is not specified.
-pub(crate) fn describe(path: &str, accounts: &Accounts) -> io::Result<EntryInfo> {
+/// Describes `path` itself. A symbolic link has the type and the mode of what it leads to, and says where that is; where
+/// it leads nowhere it has no type and no mode. A name that is no text is told with marks in place of what is none.
+pub(super) fn describe(path: &Path, accounts: &Accounts) -> io::Result<EntryInfo> {
     let metadata = fs::symlink_metadata(path)?;
-    let (kind, target) = if metadata.is_symlink() {
-        let kind = fs::metadata(path)
-            .map_or(WireType::FILE_TYPE_UNSPECIFIED, |target| wire_type(target.file_type()));
-        (kind, Some(target(path)))
+    let (kind, mode, target) = if metadata.is_symlink() {
+        let (kind, mode) = fs::metadata(path).map_or((WireType::FILE_TYPE_UNSPECIFIED, 0), |target| {
+            (wire_type(target.file_type()), target.mode())
+        });
+        (kind, mode, Some(target(path)))
     } else {
-        (wire_type(metadata.file_type()), None)
+        (wire_type(metadata.file_type()), metadata.mode(), None)
     };
+    let text = path.to_string_lossy();
     Ok(EntryInfo {
-        name: paths::name(path).to_owned(),
+        name: paths::name(&text).to_owned(),
         r#type: kind.into(),
-        path: path.to_owned(),
         size: i64::try_from(metadata.len()).unwrap_or(i64::MAX),
-        mode: metadata.mode() & 0o777,
+        mode: mode & 0o777,
         permissions: permissions(&metadata),
         owner: accounts.user_name(metadata.uid()),
         group: accounts.group_name(metadata.gid()),
         modified_time: modified(&metadata).into(),
         symlink_target: target,
+        metadata: metadata::read(path).into_iter().collect(),
+        path: text.into_owned(),
         ..EntryInfo::default()
     })
 }
@@ -54,10 +57,30 @@ fn wire_type(kind: FileType) -> WireType {
     }
 }
 
-/// Where a link leads in the end; for one that leads nowhere, what it says.
-fn target(path: &str) -> String {
-    let end = fs::canonicalize(path).or_else(|_| fs::read_link(path)).unwrap_or_default();
+/// Where a link leads in the end. For one that leads nowhere, or round in a circle, the path that it names.
+fn target(path: &Path) -> String {
+    let named = || {
+        let named = fs::read_link(path).ok()?;
+        let above = fs::canonicalize(path.parent()?).ok()?;
+        Some(plain(&above.join(named)))
+    };
+    let end = fs::canonicalize(path).ok().or_else(named).unwrap_or_else(|| path.to_owned());
     end.to_string_lossy().into_owned()
+}
+
+/// An absolute path without `.` and `..`.
+fn plain(path: &Path) -> PathBuf {
+    let mut plain = PathBuf::from("/");
+    for component in path.components() {
+        match component {
+            Component::Normal(name) => plain.push(name),
+            Component::ParentDir => {
+                plain.pop();
+            }
+            Component::RootDir | Component::CurDir | Component::Prefix(_) => {}
+        }
+    }
+    plain
 }
 
 fn modified(metadata: &Metadata) -> Timestamp {
@@ -90,14 +113,15 @@ fn permissions(metadata: &Metadata) -> String {
     text
 }
 
-/// Whether something, a broken link included, has this path.
-pub(crate) fn exists(path: &str) -> bool {
-    fs::symlink_metadata(Path::new(path)).is_ok()
-}
-
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::{PermissionsExt, symlink};
+    use std::{
+        ffi::OsStr,
+        os::unix::{
+            ffi::OsStrExt,
+            fs::{PermissionsExt, symlink},
+        },
+    };
 
     use super::*;
 
@@ -111,7 +135,7 @@ mod tests {
         symlink("file", path("link")).unwrap();
         symlink("nowhere", path("broken")).unwrap();
         let accounts = Accounts::new("me:x:0:0::/:\n", "us:x:0:\n");
-        let entry = |name: &str| describe(&path(name), &accounts).unwrap();
+        let entry = |name: &str| describe(Path::new(&path(name)), &accounts).unwrap();
 
         let file = entry("file");
         assert_eq!((file.name.as_str(), file.size, file.mode), ("file", 5, 0o640));
@@ -130,11 +154,57 @@ mod tests {
         assert_eq!(link.symlink_target.as_deref(), real.to_str());
         assert_eq!(link.path, path("link"));
 
-        let broken = entry("broken");
-        assert_eq!(broken.r#type, WireType::FILE_TYPE_UNSPECIFIED);
-        assert_eq!(broken.symlink_target.as_deref(), Some("nowhere"));
+        assert_eq!(link.mode, 0o640, "as of the target");
 
-        assert_eq!(describe("/dev/null", &accounts).unwrap().permissions, "Dcrw-rw-rw-");
-        assert_eq!(describe("/tmp", &accounts).unwrap().permissions, "dtrwxrwxrwx");
+        symlink("chain", path("round")).unwrap();
+        symlink("./round", path("chain")).unwrap();
+        symlink("link", path("to-link")).unwrap();
+        let real =
+            |name: &str| fs::canonicalize(directory.path()).unwrap().join(name).to_str().map(str::to_owned);
+        for (name, target) in [("broken", "nowhere"), ("round", "chain"), ("chain", "round")] {
+            let broken = entry(name);
+            assert_eq!((broken.r#type, broken.mode), (WireType::FILE_TYPE_UNSPECIFIED.into(), 0));
+            assert_eq!(broken.symlink_target, real(target));
+        }
+        assert_eq!(entry("to-link").symlink_target, real("file"));
+    }
+
+    #[test]
+    fn every_kind_of_permissions() {
+        let directory = tempfile::tempdir().unwrap();
+        let accounts = Accounts::default();
+        let of = |path: &Path| describe(path, &accounts).unwrap().permissions;
+        let file = directory.path().join("file");
+        fs::write(&file, "").unwrap();
+        for (mode, text) in [
+            (0o4755, "urwxr-xr-x"),
+            (0o2755, "grwxr-xr-x"),
+            (0o6711, "ugrwx--x--x"),
+            (0o1000, "t---------"),
+            (0o0, "----------"),
+            (0o7777, "ugtrwxrwxrwx"),
+        ] {
+            fs::set_permissions(&file, fs::Permissions::from_mode(mode)).unwrap();
+            assert_eq!(of(&file), text);
+        }
+        let pipe = directory.path().join("pipe");
+        rustix::fs::mknodat(rustix::fs::CWD, &pipe, rustix::fs::FileType::Fifo, 0o600.into(), 0).unwrap();
+        assert_eq!(of(&pipe), "prw-------");
+        let socket = directory.path().join("socket");
+        let _listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+        assert!(of(&socket).starts_with('S'));
+        assert_eq!(of(Path::new("/dev/null")), "Dcrw-rw-rw-");
+        assert_eq!(of(Path::new("/tmp")), "dtrwxrwxrwx");
+    }
+
+    #[test]
+    fn a_name_that_is_no_text_and_an_owner_without_a_name() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join(OsStr::from_bytes(b"a\xffb"));
+        fs::write(&path, "").unwrap();
+        std::os::unix::fs::chown(&path, Some(4_000_000_000), Some(4_000_000_001)).unwrap();
+        let entry = describe(&path, &Accounts::default()).unwrap();
+        assert_eq!(entry.name, "a\u{fffd}b");
+        assert_eq!((entry.owner.as_str(), entry.group.as_str()), ("4000000000", "4000000001"));
     }
 }

@@ -1,159 +1,57 @@
-//! The filesystem service: stat, list, make, move, remove.
+//! The filesystem service: stat, list, make, move, remove, watch.
+//!
+//! | module | what it is |
+//! |---|---|
+//! | [`operations`] | what is done for one who asks |
+//! | [`entry`] | what a client is told of a file |
+//! | [`watch`] | watching directories |
+//! | [`mounts`] | what kind of file system a directory is on |
+//! | [`error`] | why something is refused |
 //!
 //! Everything is done by the agent itself, which is root; what it makes is given to the user of the request. The work
-//! runs on threads that may block, because a path can lead to a file system that does not answer.
-//!
-//! What a client is told of a file is made in [`entry`].
+//! runs on threads that may block, because a path can lead to a file system that does not answer. Only so many of them
+//! are for this service ([`THREADS`]): where all of them wait for such a file system, programs still start and files
+//! elsewhere are still sent, and a request that finds none free in time is told so.
 
 mod entry;
+mod error;
+mod mounts;
+mod operations;
+mod watch;
 
-use std::{io, path::Path, sync::Arc};
+use std::{sync::Arc, time::Duration};
 
 use connectrpc::{ConnectError, RequestContext, Response, ServiceRequest, ServiceResult, ServiceStream};
 use http::HeaderMap;
+use tokio::{sync::Semaphore, time::Instant};
 use wrenn_proto::filesystem as wire;
 
-use super::{
-    auth::basic_user,
-    paths::{self, PathError},
-    state::{Agent, Identity},
-    users::{Accounts, User},
+use self::{
+    error::FilesystemError,
+    operations::Asker,
+    watch::{Wanted, Watchers},
 };
-use crate::{console::chain, tree};
+use super::{auth::basic_user, process::keepalive, state::Agent};
 
 /// How many entries one list may hold.
 const MAXIMUM_ENTRIES: usize = 100_000;
+/// How many operations run at once. The threads that may block are more than this and those of watches together.
+const THREADS: usize = 24;
+/// How long an operation waits for others to end.
+const PATIENCE: Duration = Duration::from_secs(30);
 
 /// The service.
 #[derive(Debug)]
 pub(crate) struct FilesystemService {
     agent: Arc<Agent>,
-}
-
-/// Why an operation was refused. The texts are part of the contract.
-#[derive(Debug, thiserror::Error)]
-enum FilesystemError {
-    #[error("invalid username: '{0}'")]
-    User(String),
-    #[error("cannot read the user database")]
-    Accounts(#[source] io::Error),
-    #[error("{0}")]
-    Path(PathError),
-    #[error("file not found: {0}")]
-    FileNotFound(String),
-    #[error("path not found: {0}")]
-    PathNotFound(String),
-    #[error("source file not found: {0}")]
-    SourceNotFound(String),
-    #[error("path is not a directory: {0}")]
-    NotADirectory(String),
-    #[error("directory already exists: {0}")]
-    DirectoryExists(String),
-    #[error("path already exists but it is not a directory: {0}")]
-    FileExists(String),
-    #[error("{0} is the root of the file system")]
-    Root(String),
-    #[error("there are more than {MAXIMUM_ENTRIES} entries: ask for less depth")]
-    TooManyEntries,
-    #[error("cannot {operation} {path}")]
-    Io {
-        operation: &'static str,
-        path: String,
-        #[source]
-        source: io::Error,
-    },
-}
-
-/// Who asks, and what paths mean to them.
-struct Asker {
-    accounts: Accounts,
-    user: User,
-    identity: Arc<Identity>,
-}
-
-impl Asker {
-    fn new(name: Option<String>, identity: Arc<Identity>) -> Result<Self, FilesystemError> {
-        let accounts = Accounts::load().map_err(FilesystemError::Accounts)?;
-        let name = name.unwrap_or_else(|| identity.default_user.clone());
-        let user = accounts.user(&name).ok_or(FilesystemError::User(name))?;
-        Ok(Self { accounts, user, identity })
-    }
-
-    fn resolve(&self, path: &str) -> Result<String, FilesystemError> {
-        paths::resolve(path, &self.user, self.identity.default_directory.as_deref())
-            .map_err(FilesystemError::Path)
-    }
-
-    fn describe(&self, path: &str) -> Result<wire::EntryInfo, FilesystemError> {
-        entry::describe(path, &self.accounts).map_err(|source| {
-            if tree::is_absent(&source) {
-                FilesystemError::FileNotFound(path.to_owned())
-            } else {
-                FilesystemError::Io { operation: "stat", path: path.to_owned(), source }
-            }
-        })
-    }
-
-    fn list(&self, path: &str, depth: u32) -> Result<Vec<wire::EntryInfo>, FilesystemError> {
-        let path = self.resolve(path)?;
-        let failed = |source: io::Error| match source.kind() {
-            io::ErrorKind::NotFound => FilesystemError::PathNotFound(path.clone()),
-            io::ErrorKind::NotADirectory => FilesystemError::NotADirectory(path.clone()),
-            _ => FilesystemError::Io { operation: "list", path: path.clone(), source },
-        };
-        let found = tree::list(&path, depth.max(1), MAXIMUM_ENTRIES).map_err(failed)?;
-        let found = found.ok_or(FilesystemError::TooManyEntries)?;
-        // What went away since it was found is not there.
-        Ok(found.iter().filter_map(|path| entry::describe(path, &self.accounts).ok()).collect())
-    }
-
-    fn make_directory(&self, path: &str) -> Result<wire::EntryInfo, FilesystemError> {
-        let path = self.resolve(path)?;
-        match std::fs::metadata(&path) {
-            Ok(metadata) if metadata.is_dir() => return Err(FilesystemError::DirectoryExists(path)),
-            Ok(_) => return Err(FilesystemError::FileExists(path)),
-            Err(_) => {}
-        }
-        tree::make_directories(Path::new(&path), self.user.uid, self.user.gid).map_err(
-            |source| match source.kind() {
-                io::ErrorKind::NotADirectory | io::ErrorKind::AlreadyExists => {
-                    FilesystemError::FileExists(path.clone())
-                }
-                _ => FilesystemError::Io { operation: "make the directory", path: path.clone(), source },
-            },
-        )?;
-        self.describe(&path)
-    }
-
-    fn rename(&self, source: &str, destination: &str) -> Result<wire::EntryInfo, FilesystemError> {
-        let (source, destination) = (self.resolve(source)?, self.resolve(destination)?);
-        if !entry::exists(&source) {
-            return Err(FilesystemError::SourceNotFound(source));
-        }
-        let failed = |error: io::Error| FilesystemError::Io {
-            operation: "move to",
-            path: destination.clone(),
-            source: error,
-        };
-        if let Some(parent) = Path::new(&destination).parent() {
-            tree::make_directories(parent, self.user.uid, self.user.gid).map_err(failed)?;
-        }
-        std::fs::rename(&source, &destination).map_err(failed)?;
-        self.describe(&destination)
-    }
-
-    fn remove(&self, path: &str) -> Result<(), FilesystemError> {
-        let path = self.resolve(path)?;
-        if path == "/" {
-            return Err(FilesystemError::Root(path));
-        }
-        tree::remove(&path).map_err(|source| FilesystemError::Io { operation: "remove", path, source })
-    }
+    threads: Arc<Semaphore>,
+    watchers: Watchers,
 }
 
 impl FilesystemService {
     pub(crate) fn new(agent: Arc<Agent>) -> Self {
-        Self { agent }
+        watch::raise_kernel_limits(agent.place);
+        Self { agent, threads: Arc::new(Semaphore::new(THREADS)), watchers: Watchers::default() }
     }
 
     /// Does something for whoever asks, on a thread that may block.
@@ -163,9 +61,25 @@ impl FilesystemService {
         work: impl FnOnce(&Asker) -> Result<T, FilesystemError> + Send + 'static,
     ) -> Result<T, ConnectError> {
         let (name, identity) = (basic_user(headers), self.agent.identity());
-        let work = move || work(&Asker::new(name, identity)?);
-        let answer = tokio::task::spawn_blocking(work).await;
-        answer.map_err(|_| ConnectError::internal("the work was interrupted"))?.map_err(ConnectError::from)
+        let permit = tokio::time::timeout(PATIENCE, Arc::clone(&self.threads).acquire_owned()).await;
+        let permit = permit.map_err(|_| FilesystemError::Busy)?.map_err(|_| FilesystemError::Interrupted)?;
+        let work = move || {
+            // Held until the work is done, also when the client went away long before.
+            let _permit = permit;
+            work(&Asker::new(name, identity)?)
+        };
+        let answer = tokio::task::spawn_blocking(work).await.map_err(|_| FilesystemError::Interrupted)?;
+        Ok(answer?)
+    }
+
+    async fn wanted(
+        &self,
+        headers: &HeaderMap,
+        path: &str,
+        how: impl FnOnce(String) -> Wanted,
+    ) -> Result<Wanted, ConnectError> {
+        let path = path.to_owned();
+        Ok(how(self.ask(headers, move |asker| asker.resolve(&path)).await?))
     }
 }
 
@@ -223,68 +137,48 @@ impl wire::Filesystem for FilesystemService {
 
     async fn watch_dir(
         &self,
-        _context: RequestContext,
-        _request: ServiceRequest<'_, wire::WatchDirRequest>,
+        context: RequestContext,
+        request: ServiceRequest<'_, wire::WatchDirRequest>,
     ) -> ServiceResult<ServiceStream<wire::WatchDirResponse>> {
-        Err(no_watching())
+        let (recursive, include_entry, allow_network_mounts) =
+            (request.recursive, request.include_entry, request.allow_network_mounts);
+        let how = |path| Wanted { path, recursive, include_entry, allow_network_mounts };
+        let wanted = self.wanted(context.headers(), request.path, how).await?;
+        let watch = self.watchers.watch(wanted).await?;
+        let deadline = context.deadline().map(Instant::from_std);
+        let events = watch::events(watch, keepalive(context.headers()), deadline);
+        // Compressing them would hold them back.
+        Ok(Response::stream(events).compress(false))
     }
 
     async fn create_watcher(
         &self,
-        _context: RequestContext,
-        _request: ServiceRequest<'_, wire::CreateWatcherRequest>,
+        context: RequestContext,
+        request: ServiceRequest<'_, wire::CreateWatcherRequest>,
     ) -> ServiceResult<wire::CreateWatcherResponse> {
-        Err(no_watching())
+        let (recursive, include_entry, allow_network_mounts) =
+            (request.recursive, request.include_entry, request.allow_network_mounts);
+        let how = |path| Wanted { path, recursive, include_entry, allow_network_mounts };
+        let wanted = self.wanted(context.headers(), request.path, how).await?;
+        let watcher_id = self.watchers.create(wanted).await?;
+        Response::ok(wire::CreateWatcherResponse { watcher_id, ..Default::default() })
     }
 
     async fn get_watcher_events(
         &self,
         _context: RequestContext,
-        _request: ServiceRequest<'_, wire::GetWatcherEventsRequest>,
+        request: ServiceRequest<'_, wire::GetWatcherEventsRequest>,
     ) -> ServiceResult<wire::GetWatcherEventsResponse> {
-        Err(no_watching())
+        let events = self.watchers.events(request.watcher_id).await?;
+        Response::ok(wire::GetWatcherEventsResponse { events, ..Default::default() })
     }
 
     async fn remove_watcher(
         &self,
         _context: RequestContext,
-        _request: ServiceRequest<'_, wire::RemoveWatcherRequest>,
+        request: ServiceRequest<'_, wire::RemoveWatcherRequest>,
     ) -> ServiceResult<wire::RemoveWatcherResponse> {
-        Err(no_watching())
-    }
-}
-
-fn no_watching() -> ConnectError {
-    ConnectError::unimplemented("this version of the guest agent does not watch directories")
-}
-
-impl From<FilesystemError> for ConnectError {
-    fn from(error: FilesystemError) -> Self {
-        let message = chain(&error);
-        match error {
-            FilesystemError::User(_) => Self::unauthenticated(message),
-            FilesystemError::FileNotFound(_)
-            | FilesystemError::PathNotFound(_)
-            | FilesystemError::SourceNotFound(_) => Self::not_found(message),
-            FilesystemError::DirectoryExists(_) => Self::already_exists(message),
-            FilesystemError::Path(_)
-            | FilesystemError::NotADirectory(_)
-            | FilesystemError::FileExists(_)
-            | FilesystemError::Root(_) => Self::invalid_argument(message),
-            FilesystemError::TooManyEntries => Self::resource_exhausted(message),
-            FilesystemError::Io { ref source, .. } => match source.kind() {
-                io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
-                    Self::resource_exhausted(message)
-                }
-                io::ErrorKind::PermissionDenied => Self::permission_denied(message),
-                io::ErrorKind::NotADirectory
-                | io::ErrorKind::IsADirectory
-                | io::ErrorKind::DirectoryNotEmpty
-                | io::ErrorKind::InvalidInput
-                | io::ErrorKind::InvalidFilename => Self::invalid_argument(message),
-                _ => Self::internal(message),
-            },
-            FilesystemError::Accounts(_) => Self::internal(message),
-        }
+        self.watchers.remove(request.watcher_id)?;
+        Response::ok(wire::RemoveWatcherResponse::default())
     }
 }

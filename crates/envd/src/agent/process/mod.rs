@@ -33,9 +33,9 @@ use tokio::time::Instant;
 use wrenn_guest_linux::terminal::Size;
 use wrenn_proto::process as wire;
 
-pub(crate) use self::registry::Registry;
+pub(crate) use self::{events::keepalive, registry::Registry};
 use self::{
-    events::{Limit, events, keepalive},
+    events::{Limit, events},
     launch::{LaunchError, Order, Standard, launch},
     message::Event,
     registry::Selector,
