@@ -263,10 +263,18 @@ async fn the_list_tells_what_runs() {
 #[tokio::test]
 async fn a_quiet_process_keeps_its_stream_alive() {
     let agent = Agent::start();
+    let client = agent.processes();
     let options = CallOptions::default().with_header("keepalive-ping-interval", "1");
-    let seen = run_as(&agent.processes(), shell("sleep 2.5; echo done"), options).await.unwrap();
-    assert!(seen.keepalives >= 2, "{}", seen.keepalives);
-    assert_eq!(seen.text(), "done\n");
+    let mut request = shell("read line; echo done");
+    request.stdin = Some(true);
+    let start = std::time::Instant::now();
+    let mut running = Running::start(&client, request, options).await.unwrap();
+    running.until(|seen| seen.keepalives == 2).await;
+    assert!(start.elapsed() >= Duration::from_secs(2), "not more often than asked for");
+    let input = stdin(b"\n").into();
+    let request = SendInputRequest { process: by_pid(running.seen.pid).into(), input, ..Default::default() };
+    client.send_input(request).await.unwrap();
+    assert_eq!(running.finish().await.unwrap().text(), "done\n");
 }
 
 #[tokio::test]

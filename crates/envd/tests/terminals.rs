@@ -4,10 +4,13 @@
 mod harness;
 
 use connectrpc::{ErrorCode, client::CallOptions};
-use harness::{Agent, Running, as_user, by_pid, by_tag, command, keys, shell, stdin, terminal};
+use futures::{StreamExt, stream};
+use harness::{Agent, Running, as_user, by_pid, by_tag, keys, observe::gone, shell, stdin, terminal};
 use wrenn_proto::process::{
-    CloseStdinRequest, ConnectRequest, ConnectResponse, PTY, SendInputRequest, SendSignalRequest, Signal,
-    UpdateRequest, pty,
+    __buffa::oneof::stream_input_request,
+    CloseStdinRequest, ConnectRequest, ConnectResponse, ListRequest, PTY, SendInputRequest,
+    SendSignalRequest, Signal, StreamInputRequest, UpdateRequest, pty,
+    stream_input_request::{DataEvent, StartEvent},
 };
 
 async fn open(agent: &Agent, script: &str) -> Running {
@@ -19,6 +22,16 @@ async fn press(agent: &Agent, pid: u32, bytes: &[u8]) {
     let request =
         SendInputRequest { process: by_pid(pid).into(), input: keys(bytes).into(), ..Default::default() };
     agent.processes().send_input(request).await.unwrap();
+}
+
+async fn resize(agent: &Agent, pid: u32, cols: u32, rows: u32) {
+    let size = pty::Size { cols, rows, ..Default::default() };
+    let request = UpdateRequest {
+        process: by_pid(pid).into(),
+        pty: PTY { size: size.into(), ..Default::default() }.into(),
+        ..Default::default()
+    };
+    agent.processes().update(request).await.unwrap();
 }
 
 #[tokio::test]
@@ -45,34 +58,93 @@ async fn the_size_changes_while_it_runs() {
     let script = "trap 'stty size; exit' WINCH; echo ready; while :; do sleep 0.02; done";
     let mut running = open(&agent, script).await;
     running.until(|seen| seen.screen().contains("ready")).await;
-    let size = pty::Size { cols: 132, rows: 50, ..Default::default() };
-    let request = UpdateRequest {
-        process: by_pid(running.seen.pid).into(),
-        pty: PTY { size: size.into(), ..Default::default() }.into(),
-        ..Default::default()
-    };
-    agent.processes().update(request).await.unwrap();
+    resize(&agent, running.seen.pid, 132, 50).await;
     assert!(running.finish().await.unwrap().screen().contains("50 132"));
 }
 
+/// A MiB in which every byte occurs, and in no short period.
+fn noise() -> Vec<u8> {
+    (0..1_u32 << 20).map(|at| at.wrapping_mul(2_654_435_761).to_le_bytes()[3]).collect()
+}
+
 #[tokio::test]
-async fn input_is_never_dropped() {
+async fn input_is_never_dropped_whatever_its_bytes() {
     let agent = Agent::start();
-    let mut running = open(&agent, "stty raw -echo; echo ready; head -c 300000 | md5sum").await;
+    let client = agent.processes();
+    let mut running = open(&agent, "stty raw -echo; echo ready; exec cat").await;
     running.until(|seen| seen.screen().contains("ready")).await;
     let pid = running.seen.pid;
-    let finish = tokio::spawn(running.finish());
-    let bytes: Vec<u8> = (0..300_000_u32).map(|at| at.wrapping_mul(2_654_435_761).to_le_bytes()[3]).collect();
-    for piece in bytes.chunks(1000) {
-        press(&agent, pid, piece).await;
+    let bytes = noise();
+    let event = |event| StreamInputRequest { event: Some(event), ..Default::default() };
+    let start = StartEvent { process: by_pid(pid).into(), ..Default::default() };
+    let pieces = bytes.chunks(50_000).flat_map(|piece| {
+        let data = DataEvent { input: keys(piece).into(), ..Default::default() };
+        let data = event(stream_input_request::Event::from(data));
+        [data, event(stream_input_request::Event::Keepalive(Box::default()))]
+    });
+    let start = event(stream_input_request::Event::from(start));
+    let requests: Vec<_> = [start].into_iter().chain(pieces).collect();
+    let send = async {
+        client.stream_input(stream::iter(requests)).await.unwrap();
+        // The size changes while output flows, and not a byte of it goes astray.
+        resize(&agent, pid, 132, 50).await;
+    };
+    let resizes = async {
+        for turn in 1..100 {
+            resize(&agent, pid, turn, turn).await;
+        }
+    };
+    let greeting = running.seen.pty.len();
+    let whole = greeting + bytes.len();
+    let receive = running.until(|seen| seen.pty.len() >= whole);
+    let (_, (), ()) = tokio::join!(receive, send, resizes);
+    assert!(running.seen.pty[greeting..] == bytes);
+    signal(&agent, pid).await;
+    assert_eq!(running.finish().await.unwrap().end().status, "signal: killed");
+}
+
+async fn signal(agent: &Agent, pid: u32) {
+    let signal = Signal::SIGNAL_SIGKILL.into();
+    let request = SendSignalRequest { process: by_pid(pid).into(), signal, ..Default::default() };
+    agent.processes().send_signal(request).await.unwrap();
+}
+
+#[tokio::test]
+async fn many_terminals_at_once() {
+    let agent = Agent::start();
+    let talks = stream::iter(0..50_u32).map(|turn| {
+        let agent = &agent;
+        async move {
+            let mut running = open(agent, "tty; read line; echo got $line; stty size").await;
+            running.until(|seen| seen.screen().contains("\r\n")).await;
+            let name = running.seen.screen();
+            resize(agent, running.seen.pid, 100 + turn, 50).await;
+            press(agent, running.seen.pid, format!("{turn}\r").as_bytes()).await;
+            let screen = running.finish().await.unwrap().screen();
+            assert!(screen.contains(&format!("got {turn}\r\n50 {}\r\n", 100 + turn)), "{screen}");
+            name
+        }
+    });
+    let names: Vec<_> = talks.buffer_unordered(50).collect().await;
+    assert_eq!(names.len(), 50);
+    let list = agent.processes().list(ListRequest::default()).await.unwrap().into_owned();
+    assert!(list.processes.is_empty(), "{list:?}");
+}
+
+#[tokio::test]
+async fn who_is_left_on_a_terminal_is_hung_up() {
+    let agent = Agent::start();
+    // One in the group of the terminal, and one that has left it but holds the terminal open.
+    let script = "sleep 3000 & echo $!; setsid sh -c 'echo $$; cat; exit 0' & wait $!; true";
+    let mut running = open(&agent, script).await;
+    running.until(|seen| seen.screen().lines().count() == 2 && seen.screen().ends_with('\n')).await;
+    let screen = running.seen.screen();
+    let left: Vec<u32> = screen.lines().map(|line| line.trim().parse().unwrap()).collect();
+    signal(&agent, running.seen.pid).await;
+    assert_eq!(running.finish().await.unwrap().end().status, "signal: killed");
+    for pid in left {
+        gone(pid).await;
     }
-    let directory = tempfile::tempdir().unwrap();
-    let file = directory.path().join("bytes");
-    std::fs::write(&file, &bytes).unwrap();
-    let sum = harness::run(&agent.processes(), command(&["md5sum", file.to_str().unwrap()])).await;
-    let sum = sum.text();
-    let seen = finish.await.unwrap().unwrap();
-    assert!(seen.screen().contains(sum.split(' ').next().unwrap()), "{}", seen.screen());
 }
 
 #[tokio::test]
