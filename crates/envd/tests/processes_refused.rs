@@ -298,7 +298,7 @@ struct Watched {
 impl Watched {
     fn start() -> Self {
         let errors = tempfile::NamedTempFile::new().unwrap();
-        Self { agent: Agent::start_with(Stdio::from(errors.reopen().unwrap())), errors }
+        Self { agent: Agent::start_with(&[], Stdio::from(errors.reopen().unwrap())), errors }
     }
 
     /// It answers, and nothing in it panicked.

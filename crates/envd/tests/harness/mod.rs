@@ -55,13 +55,14 @@ impl Drop for Agent {
 
 impl Agent {
     pub(crate) fn start() -> Self {
-        Self::start_with(Stdio::inherit())
+        Self::start_with(&[], Stdio::inherit())
     }
 
-    /// Starts it with another standard error.
-    pub(crate) fn start_with(errors: Stdio) -> Self {
+    /// Starts it with more options and its own place for errors.
+    pub(crate) fn start_with(options: &[&str], errors: Stdio) -> Self {
         let mut child = Command::new(env!("CARGO_BIN_EXE_envd"))
             .args(["agent", "--listen", "127.0.0.1:0"])
+            .args(options)
             .stdin(Stdio::null())
             .stderr(errors)
             .stdout(Stdio::piped())
