@@ -136,6 +136,21 @@ async fn signals_reach_the_group() {
 }
 
 #[tokio::test]
+async fn what_was_killed_is_gone_when_the_answer_comes() {
+    let agent = Agent::start();
+    let client = agent.processes();
+    for _ in 0..20 {
+        let sleep = command(&["/bin/sleep", "300"]);
+        let running = Running::start(&client, sleep, CallOptions::default()).await.unwrap();
+        signal(&agent, running.seen.pid, Signal::SIGNAL_SIGKILL).await.unwrap();
+        // Not even a zombie, to which `kill -0` would say that it is there.
+        assert!(!std::fs::exists(format!("/proc/{}", running.seen.pid)).unwrap());
+        let error = signal(&agent, running.seen.pid, Signal::SIGNAL_SIGKILL).await.unwrap_err();
+        assert_eq!(error.code, ErrorCode::NotFound);
+    }
+}
+
+#[tokio::test]
 async fn standard_input() {
     let agent = Agent::start();
     let client = agent.processes();

@@ -336,7 +336,7 @@ fn frame() -> impl Strategy<Value = Vec<u8>> {
     ];
     let flags = prop_oneof![Just(0_u8), Just(2), any::<u8>()];
     (flags, payload, proptest::option::weighted(0.2, any::<u32>())).prop_map(|(flags, payload, lie)| {
-        let length = lie.unwrap_or(u32::try_from(payload.len()).unwrap());
+        let length = lie.unwrap_or_else(|| u32::try_from(payload.len()).unwrap());
         [[flags].as_slice(), &length.to_be_bytes(), &payload].concat()
     })
 }

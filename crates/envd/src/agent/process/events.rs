@@ -15,8 +15,8 @@ use super::{
 
 const KEEPALIVE_HEADER: &str = "keepalive-ping-interval";
 const DEFAULT_KEEPALIVE: Duration = Duration::from_secs(90);
-/// How long after its time limit a killed process may take to be gone before its client is told all the same.
-const KILL_LIMIT: Duration = Duration::from_secs(5);
+/// How long a killed process may take to be gone before its client is told all the same.
+pub(crate) const KILL_LIMIT: Duration = Duration::from_secs(5);
 
 /// What the time limit of a request means.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -29,13 +29,13 @@ use connectrpc::{
 };
 use futures::StreamExt;
 use rustix::process::Signal;
-use tokio::time::Instant;
+use tokio::time::{Instant, timeout};
 use wrenn_guest_linux::terminal::Size;
 use wrenn_proto::process as wire;
 
 pub(crate) use self::{events::keepalive, registry::Registry};
 use self::{
-    events::{Limit, events},
+    events::{KILL_LIMIT, Limit, events},
     launch::{LaunchError, Order, Standard, launch},
     message::Event,
     registry::Selector,
@@ -209,7 +209,13 @@ impl wire::Process for ProcessService {
             }
         };
         match process.signal(signal) {
-            Ok(true) => Response::ok(wire::SendSignalResponse::default()),
+            Ok(true) => {
+                if signal == Signal::KILL {
+                    // Who asked may look next whether it is there. Only the kernel can delay this, and not for ever.
+                    let _ = timeout(KILL_LIMIT, process.exit()).await;
+                }
+                Response::ok(wire::SendSignalResponse::default())
+            }
             Ok(false) => Err(not_found(&selector)),
             Err(error) => Err(internal(&error)),
         }

@@ -15,7 +15,12 @@
 //!   reads the end from [`Process::end`], which was set before.
 //! - **A grandchild keeps the output open.** What was in the pipe when the program exited is always delivered.
 //!   What comes later is delivered for [`GRACE`] at most, then the end is published, and what a grandchild writes
-//!   after that is read and dropped, so that a server left in the background does not die of a broken pipe.
+//!   after that is read and dropped, so that a server left in the background does not die of a broken pipe. A
+//!   terminal is given up instead, which hangs up whoever is left on it.
+//! - **Signals and time limits reach the group.** What left it (`setsid`, as a daemon does) is no longer part of the
+//!   process and goes on. All processes of users share one cgroup, which is for freezing them together; one for each
+//!   would reach daemons too, but cost every command the making and removing of a directory, and end what was meant
+//!   to stay.
 
 use std::{
     io,
@@ -235,6 +240,11 @@ impl Process {
             Err(Errno::SRCH) => Ok(false),
             Err(error) => Err(error),
         }
+    }
+
+    /// Waits until it was reaped.
+    pub(crate) async fn exit(&self) {
+        exit_of(&mut self.exited.subscribe()).await;
     }
 
     /// Gives the process input, in the order of the calls. Waits while the process does not read.
