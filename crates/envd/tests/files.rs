@@ -1,6 +1,11 @@
 //! Files up and down, over the wire, against a real agent.
-#![allow(clippy::unwrap_used, reason = "all of this is tests")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::print_stdout,
+    reason = "all of this is tests, and says what was skipped"
+)]
 
+mod files_place;
 mod harness;
 
 use std::{
@@ -11,36 +16,9 @@ use std::{
 };
 
 use bytes::Bytes;
-use harness::{Agent, encode};
+use files_place::{FORM, Place, form, noise};
+use harness::Agent;
 use http::Request;
-
-struct Place {
-    agent: Agent,
-    directory: tempfile::TempDir,
-}
-
-impl Place {
-    fn new() -> Self {
-        Self { agent: Agent::start(), directory: tempfile::tempdir().unwrap() }
-    }
-
-    fn path(&self, name: &str) -> String {
-        self.directory.path().join(name).to_str().unwrap().to_owned()
-    }
-
-    fn uri(&self, name: &str) -> String {
-        format!("/files?path={}", encode(&self.path(name)))
-    }
-}
-
-fn noise(length: usize) -> Bytes {
-    let mut state = 1_u64;
-    let mut next = || {
-        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
-        state.to_be_bytes()[0]
-    };
-    (0..length).map(|_| next()).collect()
-}
 
 #[tokio::test]
 async fn a_large_file_up_and_down() {
@@ -55,10 +33,6 @@ async fn a_large_file_up_and_down() {
     let down = place.agent.get(&place.uri("new/dir/large")).await;
     assert_eq!((down.status.as_u16(), down.headers["content-length"].to_str().unwrap()), (200, "33554432"));
     assert!(down.body.unwrap() == content);
-    let peak = fs::read_to_string(format!("/proc/{}/status", place.agent.pid())).unwrap();
-    let peak = peak.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap().trim();
-    let peak: u64 = peak.split(' ').next().unwrap().parse().unwrap();
-    assert!(peak < 28 * 1024, "the agent used {peak} KiB for a file of 32768 KiB");
 }
 
 #[tokio::test]
@@ -78,45 +52,6 @@ async fn what_is_written_belongs_to_the_user() {
     assert_eq!(place.agent.upload(&place.path("empty"), "").await.status, 200);
     let empty = place.agent.get(&place.uri("empty")).await;
     assert_eq!(empty.headers["content-length"], "0");
-}
-
-#[tokio::test]
-async fn several_files_in_one_form() {
-    let place = Place::new();
-    let (one, two) = (place.path("ünï/one"), place.path("two"));
-    let part = |name: &str, file: &str, content: &str| {
-        format!("--XX\r\nContent-Disposition: form-data; name=\"{name}\"{file}\r\n\r\n{content}\r\n")
-    };
-    let send = async |uri: &str, parts: &[String]| {
-        let body = format!("{}--XX--\r\n", parts.concat());
-        let request = Request::post(uri).header("content-type", "multipart/form-data; boundary=XX");
-        place.agent.send(request, body).await
-    };
-    let named = |path: &str| format!("; filename=\"{path}\"");
-    let parts = [part("file", &named(&one), "1"), part("other", "", "x"), part("file", &named(&two), "22")];
-    let answer = send("/files", &parts).await;
-    assert_eq!(answer.status, 200, "{answer:?}");
-    assert_eq!(answer.json()[1]["name"], "two");
-    assert_eq!(
-        (fs::read_to_string(&one).unwrap(), fs::read_to_string(&two).unwrap()),
-        ("1".into(), "22".into())
-    );
-    // The query names the file, and the part need not.
-    let answer = send(&place.uri("three"), &[part("file", "", "333")]).await;
-    assert_eq!(answer.status, 200, "{answer:?}");
-    assert_eq!(fs::read_to_string(place.path("three")).unwrap(), "333");
-
-    let twice = send("/files", &[part("file", &named(&one), "1"), part("file", &named(&one), "2")]).await;
-    assert_eq!((twice.status.as_u16(), twice.message()), (400, format!("path '{one}' is given twice")));
-    let nameless = send("/files", &[part("file", "", "1")]).await;
-    assert_eq!(nameless.status, 400);
-    let none = send("/files", &[part("other", "", "1")]).await;
-    assert_eq!(none.message(), "there is no part named 'file'");
-    let broken = Request::post("/files").header("content-type", "multipart/form-data; boundary=XX");
-    let half = part("file", &named(&place.path("half")), "half of it");
-    let answer = place.agent.send(broken, half.trim_end().to_owned()).await;
-    assert_eq!(answer.status, 400);
-    assert!(!fs::exists(place.path("half")).unwrap());
 }
 
 #[tokio::test]
@@ -141,45 +76,6 @@ async fn half_a_body_leaves_no_file() {
     wait(true).await;
     drop(stream);
     wait(false).await;
-}
-
-#[tokio::test]
-async fn a_full_disk_leaves_no_file() {
-    let place = Place::new();
-    let mount = place.path("small");
-    fs::create_dir(&mount).unwrap();
-    let mounted =
-        rustix::mount::mount("small", &mount, "tmpfs", rustix::mount::MountFlags::empty(), c"size=1m");
-    mounted.expect("these tests run as root");
-    let answer = place.agent.upload(&format!("{mount}/file"), noise(8 << 20)).await;
-    let left = fs::exists(format!("{mount}/file")).unwrap();
-    let fits = place.agent.upload(&format!("{mount}/file"), noise(500_000)).await;
-    rustix::mount::unmount(&mount, rustix::mount::UnmountFlags::DETACH).unwrap();
-    assert_eq!((answer.status.as_u16(), answer.message().as_str()), (507, "not enough disk space"));
-    assert!(!left);
-    assert_eq!(fits.status, 200);
-}
-
-#[tokio::test]
-async fn parts_of_a_file() {
-    let place = Place::new();
-    for (name, length) in [("small", 1000_usize), ("large", 1_000_000)] {
-        let content = noise(length);
-        fs::write(place.path(name), &content).unwrap();
-        let get = async |range: &str| {
-            place.agent.send(Request::get(place.uri(name)).header("range", range), "").await
-        };
-        let answer = get("bytes=10-19").await;
-        assert_eq!(answer.status, 206);
-        assert_eq!(answer.headers["content-range"].to_str().unwrap(), format!("bytes 10-19/{length}"));
-        assert_eq!(answer.body.unwrap(), content.slice(10..20));
-        assert!(get("bytes=500-").await.body.unwrap() == content.slice(500..));
-        assert!(get("bytes=-7").await.body.unwrap() == content.slice(length - 7..));
-        let beyond = get("bytes=1000000-").await;
-        assert_eq!(beyond.status, 416);
-        assert_eq!(beyond.headers["content-range"].to_str().unwrap(), format!("bytes */{length}"));
-        assert_eq!(get("nonsense").await.status, 200);
-    }
 }
 
 #[tokio::test]
@@ -214,42 +110,109 @@ async fn a_file_that_shrinks_breaks_off_instead_of_ending() {
 }
 
 #[tokio::test]
-async fn what_cannot_be_done_is_refused_in_the_words_of_the_contract() {
+async fn several_files_in_one_form() {
     let place = Place::new();
-    let agent = &place.agent;
-    let root = place.path("");
-    fs::create_dir(place.path("dir")).unwrap();
-    fs::write(place.path("file"), "").unwrap();
-    let (missing, dir) = (place.path("missing"), place.path("dir"));
-    let octets = |uri: String| Request::post(uri).header("content-type", "application/octet-stream");
-    let answers = [
-        (agent.get(&place.uri("missing")).await, 404, format!("path '{missing}' does not exist")),
-        (agent.get(&place.uri("file/x")).await, 404, format!("path '{root}file/x' does not exist")),
-        (agent.get(&place.uri("dir")).await, 400, format!("path '{dir}' is a directory")),
-        (agent.get("/files?path=/dev/zero").await, 400, "path '/dev/zero' is not a regular file".to_owned()),
-        (agent.get("/files?path=a%00b").await, 400, "path contains a zero byte".to_owned()),
-        (agent.get("/files?path=%ff").await, 400, "the query is not text".to_owned()),
-        (agent.get("/files?path=/x&username=nosuch").await, 401, "invalid username: 'nosuch'".to_owned()),
-        (agent.upload(&dir, "x").await, 400, format!("path '{dir}' is a directory")),
-        (agent.upload("/dev/null", "x").await, 400, "path '/dev/null' is not a regular file".to_owned()),
-        (
-            agent.send(octets("/files".to_owned()), "x").await,
-            400,
-            "path is needed for this content type".to_owned(),
-        ),
-        (
-            agent.send(octets(place.uri("z")).header("content-encoding", "gzip"), "x").await,
-            415,
-            "content encoding 'gzip' is not supported".to_owned(),
-        ),
-        (
-            agent.send(Request::post("/files?path=/x").header("content-type", "text/plain"), "x").await,
-            400,
-            "content type 'text/plain' is not supported".to_owned(),
-        ),
-        (agent.send(Request::delete("/files?path=/x"), "").await, 405, "method not allowed".to_owned()),
-    ];
-    for (answer, status, message) in answers {
-        assert_eq!((answer.status.as_u16(), answer.message()), (status, message));
-    }
+    let (one, two) = (place.path("ünï/one"), place.path("two"));
+    let send = async |uri: &str, parts: &[(&str, Option<&str>, &[u8])]| {
+        place.agent.send(Request::post(uri).header("content-type", FORM), form(parts)).await
+    };
+    let parts: [(&str, Option<&str>, &[u8]); 3] =
+        [("file", Some(&one), b"1"), ("other", None, b"x"), ("file", Some(&two), b"")];
+    let answer = send("/files", &parts).await;
+    assert_eq!(answer.status, 200, "{answer:?}");
+    assert_eq!(
+        answer.json(),
+        serde_json::json!([
+            {"path": one, "name": "one", "type": "file"},
+            {"path": two, "name": "two", "type": "file"},
+        ])
+    );
+    assert_eq!((place.read("ünï/one"), place.read("two")), (b"1".to_vec(), Vec::new()));
+    // The query names the file, and the part need not, or says something else.
+    let answer = send(&place.uri("three"), &[("file", None, b"333")]).await;
+    assert_eq!((answer.status.as_u16(), place.read("three")), (200, b"333".to_vec()));
+    let answer = send(&place.uri("four"), &[("file", Some("/else/where"), b"4")]).await;
+    assert_eq!((answer.status.as_u16(), place.read("four")), (200, b"4".to_vec()));
+
+    // A large one, in one piece and in many small ones, with what looks like a boundary inside.
+    let content = [noise(3 << 20).as_ref(), b"\r\n--X\r\n--", &noise(100_000)].concat();
+    let body = Bytes::from(form(&[("file", Some(&one), &content), ("file", Some(&two), b"2")]));
+    let request = || Request::post("/files").header("content-type", FORM);
+    assert_eq!(place.agent.send(request(), body.clone()).await.status, 200);
+    assert!(place.read("ünï/one") == content);
+    let pieces = (0..body.len()).step_by(9973).map(|at| body.slice(at..body.len().min(at + 9973)));
+    assert_eq!(place.agent.send_pieces(request(), pieces.collect()).await.status, 200);
+    assert!(place.read("ünï/one") == content && place.read("two") == b"2");
+
+    // What came whole before something went wrong stays.
+    let names: Vec<String> = (0..3).map(|number| place.path(&format!("many/{number}"))).collect();
+    let mut parts: Vec<(&str, Option<&str>, &[u8])> =
+        names.iter().map(|name| ("file", Some(name.as_str()), b"first".as_slice())).collect();
+    parts.push(("file", Some(&names[1]), b"second"));
+    assert_eq!(send("/files", &parts).await.status, 400);
+    assert_eq!(place.read("many/1"), b"first");
+}
+
+#[tokio::test]
+async fn metadata_comes_with_a_file_and_goes_with_the_next() {
+    let place = Place::new();
+    let answer = place.put("file", &[("X-Metadata-Author", "me"), ("x-metadata-empty", "")], "1").await;
+    assert_eq!(answer.status, 200, "{answer:?}");
+    let Some(metadata) = answer.json()[0].get("metadata").cloned() else {
+        println!("skipped: this file system has no extended attributes");
+        return;
+    };
+    assert_eq!(metadata, serde_json::json!({"author": "me", "empty": ""}));
+    let mut value = [0; 8];
+    let length = rustix::fs::getxattr(place.path("file"), "user.e2b.author", &mut value).unwrap();
+    assert_eq!(&value[..length], b"me");
+    let answer = place.put("file", &[("x-metadata-other", "x")], "2").await;
+    assert_eq!(answer.json()[0]["metadata"], serde_json::json!({"other": "x"}));
+    let answer = place.put("file", &[], "3").await;
+    assert_eq!(answer.json()[0].as_object().unwrap().len(), 3, "no metadata, no key of it: {answer:?}");
+    assert!(rustix::fs::getxattr(place.path("file"), "user.e2b.other", &mut value).is_err());
+    // In a form every file gets it.
+    let names = [place.path("a"), place.path("b")];
+    let body = form(&[("file", Some(&names[0]), b"a"), ("file", Some(&names[1]), b"b")]);
+    let request = Request::post("/files").header("content-type", FORM).header("x-metadata-k", "v");
+    let answer = place.agent.send(request, body).await.json();
+    assert_eq!((&answer[0]["metadata"]["k"], &answer[1]["metadata"]["k"]), (&"v".into(), &"v".into()));
+}
+
+#[tokio::test]
+async fn a_file_is_made_and_written_in_three_events() {
+    use rustix::fs::inotify::{self, CreateFlags, ReadFlags, WatchFlags};
+    let place = Place::new();
+    let watch = inotify::init(CreateFlags::NONBLOCK | CreateFlags::CLOEXEC).unwrap();
+    let flags =
+        WatchFlags::CREATE | WatchFlags::MODIFY | WatchFlags::ATTRIB | WatchFlags::MOVE | WatchFlags::DELETE;
+    inotify::add_watch(&watch, place.path("").as_str(), flags).unwrap();
+    let events = || {
+        let mut buffer = [std::mem::MaybeUninit::uninit(); 4096];
+        let mut reader = inotify::Reader::new(&watch, &mut buffer);
+        let mut events = Vec::new();
+        while let Ok(event) = reader.next() {
+            events.push(event.events());
+        }
+        events
+    };
+    let new = [ReadFlags::CREATE, ReadFlags::ATTRIB, ReadFlags::MODIFY];
+    assert_eq!(place.put("plain", &[], "content").await.status, 200);
+    assert_eq!(events(), new);
+    let packed = files_place::gzip(&[b'x'; 200_000]);
+    assert_eq!(place.put("packed", &[("content-encoding", "gzip")], packed).await.status, 200);
+    assert_eq!(events(), new);
+    let request = Request::post(place.uri("pieces")).header("content-type", "application/octet-stream");
+    let pieces = vec![Bytes::from("one"), Bytes::from("two"), Bytes::from("three")];
+    assert_eq!(place.agent.send_pieces(request, pieces).await.status, 200);
+    assert_eq!(events(), new);
+    let body = form(&[("file", None, b"content")]);
+    let request = Request::post(place.uri("form")).header("content-type", FORM);
+    assert_eq!(place.agent.send(request, body).await.status, 200);
+    assert_eq!(events(), new);
+    // One that is there gets its owner, is emptied and written; the last two are one event to who reads them together.
+    assert_eq!(place.put("plain", &[], "other").await.status, 200);
+    assert_eq!(events(), [ReadFlags::ATTRIB, ReadFlags::MODIFY]);
+    assert_eq!(place.put("empty", &[], "").await.status, 200);
+    assert_eq!(events(), [ReadFlags::CREATE, ReadFlags::ATTRIB]);
 }

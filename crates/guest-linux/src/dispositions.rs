@@ -2,6 +2,8 @@
 
 use std::{io, ptr};
 
+use nix::libc;
+
 /// Lets every signal do again what it does by default, unless it is handled or is `SIGPIPE`, which the runtime of
 /// this program ignores for itself.
 ///

@@ -178,6 +178,7 @@ mod tests {
     }
 
     #[test]
+    #[allow(clippy::print_stdout, reason = "who runs the tests is told what was skipped")]
     fn what_is_set_is_read_and_what_is_not_named_goes() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("file");

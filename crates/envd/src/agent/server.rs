@@ -6,7 +6,8 @@
 //! | `POST /init` | the host, with the current token once there is one | yes |
 //! | `POST /snapshot/prepare`, `/freeze`, `/unfreeze` | the host, with the token | yes |
 //! | `POST /connect/PORT` | the host | no |
-//! | `GET`, `POST /files` | token or signature | no |
+//! | `GET`, `HEAD`, `POST /files` | token or signature | no |
+//! | `POST /files/compose` | token | no |
 //! | `GET /metrics`, `/processes`, `/envs` | token | no |
 //! | `POST /process.Process/…`, `/filesystem.Filesystem/…` | token | no |
 //!
@@ -171,13 +172,19 @@ async fn answer_while_open(
     }
     if request.uri().path() == "/files" {
         return match *request.method() {
-            Method::GET | Method::POST => files::serve(agent, request).await,
+            Method::GET | Method::HEAD | Method::POST => files::serve(agent, request).await,
             _ => not_allowed(),
         };
     }
     if agent.identity().token.as_ref().is_some_and(|token| !auth::has_token(request.headers(), token)) {
-        files::drain(request.into_body()).await;
-        return reply::error(StatusCode::UNAUTHORIZED, UNAUTHORIZED);
+        let answer = reply::error(StatusCode::UNAUTHORIZED, UNAUTHORIZED);
+        return files::refuse(answer, request.into_body());
+    }
+    if request.uri().path() == "/files/compose" {
+        return match *request.method() {
+            Method::POST => files::compose(agent, request).await,
+            _ => not_allowed(),
+        };
     }
     match (request.uri().path(), matches!(*request.method(), Method::GET | Method::HEAD)) {
         ("/metrics", true) => match agent.meter.read() {

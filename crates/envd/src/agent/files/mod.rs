@@ -1,18 +1,30 @@
-//! `GET` and `POST /files`: whole files, down and up, piece by piece.
+//! `GET` and `POST /files`: whole files, down and up, piece by piece. `POST /files/compose`: one file of several.
 //!
-//! However large a file is, only a few pieces of it are in memory. Reading and writing runs on threads that may
-//! block, one piece at a time, so a slow client holds no thread.
+//! However large a file is, only a few pieces of it are in memory. Reading, writing and packing runs on threads that
+//! may block, one piece at a time, so a slow client holds no thread.
 //!
 //! | module | what it is |
 //! |---|---|
 //! | [`query`] | the query of a request |
-//! | [`range`] | which part of a file a client wants |
+//! | [`encoding`] | which encodings a client sends and takes |
+//! | [`conditions`] | whether a client wants a file that is as it is |
+//! | [`range`] | which parts of a file a client wants |
 //! | [`download`] | a file to a client |
-//! | [`upload`] | a body to a file, and what becomes of half a file |
+//! | [`source`] | the pieces of a file, read ahead, as they are or packed |
+//! | [`upload`] | a body to a file, or to several |
+//! | [`form`] | `multipart/form-data`, read as it comes |
+//! | [`sink`] | a file that is being written, and what becomes of half a file |
+//! | [`compose`] | one file of several |
 
+mod compose;
+mod conditions;
 mod download;
+mod encoding;
+mod form;
 mod query;
 mod range;
+mod sink;
+mod source;
 mod upload;
 
 use std::{
@@ -21,12 +33,16 @@ use std::{
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
-use http::{Method, Request, Response, StatusCode};
+use bytes::Bytes;
+use http::{HeaderValue, Method, Request, Response, StatusCode, header};
+use http_body::{Body as _, Frame};
 use http_body_util::BodyExt;
 use hyper::body::Incoming;
 
+use self::form::FormError;
 use super::{
     auth::{self, FileAuthError, FileQuery, Operation},
+    metadata::MetadataError,
     paths::{self, PathError},
     reply::{self, Body},
     state::{Agent, Identity},
@@ -34,9 +50,13 @@ use super::{
 };
 use crate::console::chain;
 
-/// How much of a body that is refused is still read, so that its sender gets to see the answer.
-const DRAIN_BYTES: usize = 16 << 20;
-const DRAIN_TIME: Duration = Duration::from_secs(5);
+/// How much of a body that is refused is still read, so that its sender gets to see the answer, and for how long.
+const DRAIN_BYTES: u64 = 16 << 30;
+const DRAIN_TIME: Duration = Duration::from_secs(60);
+/// After a longer rest of a body the connection is not used again.
+const WORTH_A_CONNECTION: u64 = 1 << 20;
+/// How long a client may send nothing in the middle of a body.
+const PATIENCE: Duration = Duration::from_secs(620);
 
 /// Why a file was not read or written. The texts are part of the contract.
 #[derive(Debug, thiserror::Error)]
@@ -59,14 +79,38 @@ enum FilesError {
     NotRegular(String),
     #[error("{0}")]
     Request(String),
-    #[error("content encoding '{0}' is not supported")]
+    #[error("source file not found: {0}")]
+    NoSource(String),
+    #[error("unsupported content type: {0}, expected multipart/form-data or application/octet-stream")]
+    ContentType(String),
+    #[error("error decompressing request body: unsupported Content-Encoding: {0}, supported: [gzip]")]
     Encoding(String),
+    #[error("error decompressing request body: it is no whole gzip stream")]
+    Gzip,
+    #[error("error parsing Accept-Encoding: {0}")]
+    NotAcceptable(&'static str),
+    #[error("invalid metadata: {0}")]
+    Metadata(MetadataError),
+    #[error("{0}")]
+    Form(FormError),
+    #[error(
+        "you cannot upload multiple files to the same path '{0}' in one upload request, only the first specified file was uploaded"
+    )]
+    Twice(String),
     #[error("the body ended early")]
     BodyEnded,
+    #[error("the body stopped coming")]
+    BodyStopped,
     #[error("the work was interrupted")]
     Interrupted,
-    #[error("not enough disk space")]
-    NoSpace,
+    #[error("{}not enough disk space available", attempted(*.0))]
+    NoSpace(Option<u64>),
+    #[error("not enough inodes available")]
+    NoInodes,
+    #[error("not enough space for file metadata")]
+    NoSpaceForMetadata,
+    #[error("the file is not the one that the conditions name")]
+    Precondition,
     #[error("range not satisfiable")]
     Range { size: u64 },
     #[error("cannot {operation} '{path}'")]
@@ -87,10 +131,18 @@ impl FilesError {
             | Self::Directory(_)
             | Self::NotRegular(_)
             | Self::Request(_)
+            | Self::ContentType(_)
+            | Self::Encoding(_)
+            | Self::Gzip
+            | Self::Metadata(_)
+            | Self::Form(_)
+            | Self::Twice(_)
             | Self::BodyEnded => StatusCode::BAD_REQUEST,
-            Self::Encoding(_) => StatusCode::UNSUPPORTED_MEDIA_TYPE,
-            Self::NotFound(_) => StatusCode::NOT_FOUND,
-            Self::NoSpace => StatusCode::INSUFFICIENT_STORAGE,
+            Self::NotFound(_) | Self::NoSource(_) => StatusCode::NOT_FOUND,
+            Self::NotAcceptable(_) => StatusCode::NOT_ACCEPTABLE,
+            Self::BodyStopped => StatusCode::REQUEST_TIMEOUT,
+            Self::Precondition => StatusCode::PRECONDITION_FAILED,
+            Self::NoSpace(_) | Self::NoInodes | Self::NoSpaceForMetadata => StatusCode::INSUFFICIENT_STORAGE,
             Self::Range { .. } => StatusCode::RANGE_NOT_SATISFIABLE,
             Self::Io { source, .. } if source.kind() == io::ErrorKind::PermissionDenied => {
                 StatusCode::FORBIDDEN
@@ -104,7 +156,7 @@ impl FilesError {
         match source.kind() {
             io::ErrorKind::NotFound => Self::NotFound(path.to_owned()),
             io::ErrorKind::IsADirectory => Self::Directory(path.to_owned()),
-            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => Self::NoSpace,
+            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => Self::NoSpace(None),
             io::ErrorKind::NotADirectory if operation == "read" => Self::NotFound(path.to_owned()),
             io::ErrorKind::NotADirectory | io::ErrorKind::InvalidFilename => {
                 Self::Request(format!("path '{path}' cannot be: {source}"))
@@ -112,6 +164,16 @@ impl FilesError {
             _ => Self::Io { operation, path: path.to_owned(), source },
         }
     }
+}
+
+impl From<FormError> for FilesError {
+    fn from(error: FormError) -> Self {
+        Self::Form(error)
+    }
+}
+
+fn attempted(bytes: Option<u64>) -> String {
+    bytes.map(|bytes| format!("attempted to write {bytes} bytes: ")).unwrap_or_default()
 }
 
 /// Who asks, and what paths mean to them.
@@ -134,7 +196,7 @@ impl Asker {
     }
 }
 
-/// Serves a request for `/files`.
+/// Serves a request for `/files`: `GET`, `HEAD` or `POST`.
 pub(crate) async fn serve(agent: &Agent, request: Request<Incoming>) -> Response<Body> {
     let (parts, mut body) = request.into_parts();
     let answer = match check(agent, &parts) {
@@ -149,24 +211,32 @@ pub(crate) async fn serve(agent: &Agent, request: Request<Incoming>) -> Response
             }
         }
     };
-    match answer {
-        Ok(response) => response,
-        Err(error) => {
-            drain(body).await;
-            let mut response = reply::error(error.status(), &chain(&error));
-            if let FilesError::Range { size } = error {
-                range::mark_unsatisfiable(response.headers_mut(), size);
-            }
-            response
+    finish(answer, body)
+}
+
+/// Serves a request for `/files/compose`, of somebody who showed the token.
+pub(crate) async fn compose(agent: &Agent, request: Request<Incoming>) -> Response<Body> {
+    let (parts, mut body) = request.into_parts();
+    let name = auth::basic_user(&parts.headers);
+    let answer = compose::serve(name, agent.identity(), &mut body).await;
+    finish(answer, body)
+}
+
+fn finish(answer: Result<Response<Body>, FilesError>, body: Incoming) -> Response<Body> {
+    answer.unwrap_or_else(|error| {
+        let mut response = reply::error(error.status(), &chain(&error));
+        if let FilesError::Range { size } = error {
+            range::mark_unsatisfiable(response.headers_mut(), size);
         }
-    }
+        refuse(response, body)
+    })
 }
 
 fn check(
     agent: &Agent,
     parts: &http::request::Parts,
 ) -> Result<(FileQuery, Operation, Arc<Identity>), FilesError> {
-    let operation = if parts.method == Method::GET { Operation::Read } else { Operation::Write };
+    let operation = if parts.method == Method::POST { Operation::Write } else { Operation::Read };
     let query = query::parse(parts.uri.query().unwrap_or_default()).map_err(FilesError::Query)?;
     let identity = agent.identity();
     if let Some(token) = &identity.token {
@@ -176,19 +246,35 @@ fn check(
     Ok((query, operation, identity))
 }
 
-/// Reads what is left of a refused body, within bounds. Closing with unread bytes would reset the connection, and the
-/// sender would lose the answer.
-pub(crate) async fn drain(mut body: Incoming) {
-    let read = async {
-        let mut left = DRAIN_BYTES;
-        while let Some(Ok(frame)) = body.frame().await {
-            let length = frame.data_ref().map_or(0, bytes::Bytes::len);
-            match left.checked_sub(length) {
-                Some(rest) => left = rest,
-                None => break,
+/// The next frame of a body that should go on.
+async fn next_frame(body: &mut Incoming) -> Result<Option<Frame<Bytes>>, FilesError> {
+    let frame = tokio::time::timeout(PATIENCE, body.frame()).await.map_err(|_| FilesError::BodyStopped)?;
+    frame.transpose().map_err(|_| FilesError::BodyEnded)
+}
+
+/// Answers before a body was read to its end. What is left of it is read and dropped, within bounds, while the answer
+/// goes out: closing with unread bytes would reset the connection, and a sender that first sends all would never get
+/// to read the answer.
+pub(crate) fn refuse(mut response: Response<Body>, mut body: Incoming) -> Response<Body> {
+    if body.is_end_stream() {
+        return response;
+    }
+    if body.size_hint().upper().is_none_or(|left| left > WORTH_A_CONNECTION) {
+        response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+    }
+    tokio::spawn(async move {
+        let read = async {
+            let mut left = DRAIN_BYTES;
+            while let Some(Ok(frame)) = body.frame().await {
+                let length = frame.data_ref().map_or(0, |data| data.len() as u64);
+                match left.checked_sub(length) {
+                    Some(rest) => left = rest,
+                    None => break,
+                }
             }
-        }
-    };
-    // Giving up is the point of the limit.
-    let _ = tokio::time::timeout(DRAIN_TIME, read).await;
+        };
+        // Giving up is the point of the limit.
+        let _ = tokio::time::timeout(DRAIN_TIME, read).await;
+    });
+    response
 }

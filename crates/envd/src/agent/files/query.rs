@@ -39,6 +39,15 @@ pub(crate) fn parse(query: &str) -> Result<FileQuery, QueryError> {
 
 /// Undoes form encoding: `+` is a space, `%41` is `A`. A stray `%` stands for itself.
 fn decode(text: &str) -> Result<String, QueryError> {
+    decode_as(text, b' ').ok_or(QueryError::NotText)
+}
+
+/// Undoes `%41` alone; `None` if what comes of it is no text.
+pub(super) fn unescape(text: &str) -> Option<String> {
+    decode_as(text, b'+')
+}
+
+fn decode_as(text: &str, plus: u8) -> Option<String> {
     let bytes = text.as_bytes();
     let mut decoded = Vec::with_capacity(bytes.len());
     let mut at = 0;
@@ -49,12 +58,12 @@ fn decode(text: &str) -> Result<String, QueryError> {
                 decoded.push(value);
                 at += 2;
             }
-            (b'+', None) => decoded.push(b' '),
+            (b'+', None) => decoded.push(plus),
             (other, None) => decoded.push(other),
         }
         at += 1;
     }
-    String::from_utf8(decoded).map_err(|_| QueryError::NotText)
+    String::from_utf8(decoded).ok()
 }
 
 fn escape(high: Option<&u8>, low: Option<&u8>) -> Option<u8> {

@@ -1,0 +1,251 @@
+//! A file that is being written, and what becomes of half a file.
+//!
+//! The bytes go straight to the file that was named, in the order create, chown, write: whoever watches the directory
+//! sees those three and nothing else, so there is no temporary file and no rename, and a small body is one write.
+//!
+//! What is promised: a file that is there when its upload was answered with 200 is whole. One whose body broke off or
+//! did not fit on the disk is removed, the old content of an overwritten file having gone when the new began to come;
+//! but a body that says how long it is, and is plainly too long for what is free, leaves the old file as it was.
+
+use std::{
+    fs::{self, File},
+    io::{self, Write},
+    os::unix::fs::{MetadataExt, OpenOptionsExt, fchown},
+    path::Path,
+};
+
+use serde::Serialize;
+
+use super::{FilesError, paths};
+use crate::{
+    agent::{
+        metadata::{self, Metadata},
+        users::User,
+    },
+    tree,
+};
+
+/// How much is gathered before it is written.
+const GATHERED: usize = 256 * 1024;
+/// A piece of this size is not copied to be gathered with others.
+const WORTH_A_WRITE: usize = 64 * 1024;
+/// Of a body that is longer, it is asked beforehand whether it fits.
+const ASK_FOR: u64 = 1 << 20;
+
+/// What a client is told of each file that it sent.
+#[derive(Debug, Serialize)]
+pub(super) struct Written {
+    pub(super) path: String,
+    pub(super) name: String,
+    pub(super) r#type: &'static str,
+    #[serde(skip_serializing_if = "Metadata::is_empty")]
+    pub(super) metadata: Metadata,
+}
+
+impl Written {
+    pub(super) fn new(path: String, metadata: Metadata) -> Self {
+        Self { name: paths::name(&path).to_owned(), path, r#type: "file", metadata }
+    }
+}
+
+/// A file that is being written. Unless it is finished it is removed, also when the request is given up in the middle.
+#[derive(Debug)]
+pub(super) struct Sink {
+    file: File,
+    gathered: Vec<u8>,
+    partial: Partial,
+}
+
+impl Sink {
+    /// Makes or empties a file and gives it to the user. `expected` is how much is to come, if that is known.
+    pub(super) fn create(path: String, user: &User, expected: Option<u64>) -> Result<Self, FilesError> {
+        let failed = |error| FilesError::from_io("write", &path, error);
+        let flags = rustix::fs::OFlags::NONBLOCK.bits().cast_signed();
+        let open = |create| {
+            File::options()
+                .write(true)
+                .create(create)
+                .truncate(false)
+                .mode(0o666)
+                .custom_flags(flags)
+                .open(&path)
+        };
+        if fs::metadata(&path).is_ok_and(|metadata| !metadata.is_file() && !metadata.is_dir()) {
+            return Err(FilesError::NotRegular(path));
+        }
+        let parent = || {
+            let parent = Path::new(&path).parent().unwrap_or_else(|| Path::new("/"));
+            tree::make_directories(parent, user.uid, user.gid)
+        };
+        let existed = open(false);
+        let file = match existed {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => match open(true) {
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                    parent().map_err(failed)?;
+                    open(true).map_err(failed)?
+                }
+                Err(error) if error.kind() == io::ErrorKind::StorageFull => return Err(FilesError::NoInodes),
+                other => other.map_err(failed)?,
+            },
+            other => other.map_err(failed)?,
+        };
+        let metadata = file.metadata().map_err(failed)?;
+        let partial =
+            Partial { device: metadata.dev(), inode: metadata.ino(), kept: false, path: path.clone() };
+        let mut sink = Self { file, gathered: Vec::new(), partial };
+        if let Some(expected) = expected.filter(|expected| *expected > ASK_FOR) {
+            // An error here says nothing; the write itself will tell.
+            let free = rustix::fs::fstatfs(&sink.file)
+                .map_or(u64::MAX, |disk| disk.f_bfree.saturating_mul(disk.f_bsize.unsigned_abs()));
+            let own = metadata.blocks().saturating_mul(512);
+            if expected > free.saturating_add(own) {
+                // Nothing happened to a file that was there; one that was made now goes.
+                sink.partial.kept = metadata.len() > 0;
+                return Err(FilesError::NoSpace(Some(expected)));
+            }
+        }
+        fchown(&sink.file, Some(user.uid), Some(user.gid)).map_err(failed)?;
+        if metadata.len() > 0 {
+            sink.file.set_len(0).map_err(failed)?;
+        }
+        Ok(sink)
+    }
+
+    pub(super) fn write(&mut self, bytes: &[u8]) -> Result<(), FilesError> {
+        if self.gathered.is_empty() && bytes.len() >= WORTH_A_WRITE {
+            return self.file.write_all(bytes).map_err(|error| self.failed(error));
+        }
+        self.gathered.extend_from_slice(bytes);
+        if self.gathered.len() >= GATHERED { self.flush() } else { Ok(()) }
+    }
+
+    fn flush(&mut self) -> Result<(), FilesError> {
+        let written = self.file.write_all(&self.gathered).map_err(|error| self.failed(error));
+        self.gathered.clear();
+        written
+    }
+
+    /// Writes what is left, and the metadata: all of it is there now.
+    pub(super) fn finish(mut self, metadata: &Metadata) -> Result<Written, FilesError> {
+        if !self.gathered.is_empty() {
+            self.flush()?;
+        }
+        metadata::replace(&self.file, metadata).map_err(|error| match error.kind() {
+            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => FilesError::NoSpaceForMetadata,
+            _ => self.failed(error),
+        })?;
+        // A file system that has no attributes keeps none: what is told is what is there.
+        let kept = if metadata.is_empty() { Metadata::new() } else { metadata::read_open(&self.file) };
+        self.partial.kept = true;
+        Ok(Written::new(std::mem::take(&mut self.partial.path), kept))
+    }
+
+    fn failed(&self, error: io::Error) -> FilesError {
+        FilesError::from_io("write", &self.partial.path, error)
+    }
+}
+
+/// Removes the file unless it is kept.
+#[derive(Debug)]
+struct Partial {
+    path: String,
+    device: u64,
+    inode: u64,
+    kept: bool,
+}
+
+impl Drop for Partial {
+    fn drop(&mut self) {
+        if self.kept {
+            return;
+        }
+        // Behind a link it is the file itself that must go; and only it, should somebody have put another in its place.
+        let Ok(path) = fs::canonicalize(&self.path) else { return };
+        let same = |metadata: fs::Metadata| (metadata.dev(), metadata.ino()) == (self.device, self.inode);
+        if fs::metadata(&path).is_ok_and(same) {
+            // There is nobody left to tell; the file system may have become read-only.
+            let _ = fs::remove_file(&path);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn user() -> User {
+        User {
+            name: "me".to_owned(),
+            uid: rustix::process::geteuid().as_raw(),
+            gid: rustix::process::getegid().as_raw(),
+            home: "/".to_owned(),
+            shell: "/bin/sh".to_owned(),
+        }
+    }
+
+    fn create(path: &Path) -> Result<Sink, FilesError> {
+        Sink::create(path.to_str().unwrap().to_owned(), &user(), None)
+    }
+
+    #[test]
+    fn half_a_file_goes_and_a_whole_one_stays() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("a/b");
+        let mut sink = create(&path).unwrap();
+        sink.write(&[1; WORTH_A_WRITE]).unwrap();
+        assert_eq!(fs::metadata(&path).unwrap().len(), WORTH_A_WRITE as u64);
+        drop(sink);
+        assert!(!path.exists());
+        assert!(path.parent().unwrap().exists());
+        let mut sink = create(&path).unwrap();
+        sink.write(b"wh").unwrap();
+        sink.write(b"ole").unwrap();
+        let written = sink.finish(&Metadata::new()).unwrap();
+        assert_eq!((written.path.as_str(), written.name.as_str()), (path.to_str().unwrap(), "b"));
+        assert_eq!(fs::read_to_string(&path).unwrap(), "whole");
+        create(&path).unwrap().finish(&Metadata::new()).unwrap();
+        assert_eq!(fs::read_to_string(&path).unwrap(), "");
+    }
+
+    #[test]
+    fn what_took_its_place_is_not_removed() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("file");
+        let sink = create(&path).unwrap();
+        fs::rename(&path, directory.path().join("elsewhere")).unwrap();
+        fs::write(&path, "another").unwrap();
+        drop(sink);
+        assert_eq!(fs::read_to_string(&path).unwrap(), "another");
+    }
+
+    #[test]
+    fn what_is_plainly_too_large_leaves_what_was_there() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("file");
+        let create = || Sink::create(path.to_str().unwrap().to_owned(), &user(), Some(u64::MAX));
+        assert!(matches!(create(), Err(FilesError::NoSpace(Some(u64::MAX)))));
+        assert!(!path.exists());
+        fs::write(&path, "old").unwrap();
+        assert!(matches!(create(), Err(FilesError::NoSpace(_))));
+        assert_eq!(fs::read_to_string(&path).unwrap(), "old");
+    }
+
+    #[test]
+    fn a_link_to_nothing_makes_what_it_names() {
+        let directory = tempfile::tempdir().unwrap();
+        let (link, target) = (directory.path().join("link"), directory.path().join("target"));
+        std::os::unix::fs::symlink(&target, &link).unwrap();
+        create(&link).unwrap().finish(&Metadata::new()).unwrap();
+        assert!(target.is_file() && link.is_symlink());
+        drop(create(&link).unwrap());
+        assert!(!target.exists() && link.is_symlink());
+    }
+
+    #[test]
+    fn what_is_no_file_is_not_written() {
+        let directory = tempfile::tempdir().unwrap();
+        assert!(matches!(create(directory.path()), Err(FilesError::Directory(_))));
+        assert!(matches!(create(Path::new("/dev/null")), Err(FilesError::NotRegular(_))));
+        assert!(matches!(create(Path::new("/dev/null/x")), Err(FilesError::Request(_))));
+    }
+}
