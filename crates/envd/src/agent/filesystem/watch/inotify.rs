@@ -74,12 +74,7 @@ impl Inotify {
             };
             let name = event.file_name().map_or(&[][..], |name| name.to_bytes());
             read += HEADER + if name.is_empty() { 0 } else { (name.len() + 1).next_multiple_of(HEADER) };
-            notes.push_back(Note {
-                descriptor: event.wd(),
-                flags: event.events(),
-                cookie: event.cookie(),
-                name: name.into(),
-            });
+            notes.push_back(Note { descriptor: event.wd(), flags: event.events(), name: name.into() });
         }
         Ok(())
     }

@@ -29,8 +29,7 @@
 //! | mode, owner, times, links, attributes changed | `CHMOD` |
 //! | removed | `REMOVE` |
 //! | moved away, wherever to | `RENAME` of the old name |
-//! | a directory was moved within a watched tree | `RENAME`, `CREATE`; nothing about what it holds |
-//! | in a directory that is new in a watched tree, before it could be watched | `CREATE`, and `WRITE` if it is a file with content |
+//! | a directory came into a watched tree, from wherever | `CREATE`, and what it held already as if it were made now: `CREATE`, and `WRITE` of a file with content |
 //! | the watched directory itself was removed or moved | `REMOVE` or `RENAME` of `.`; a stream ends |
 //!
 //! **A request sees what was done before it.** `GetWatcherEvents` reads the kernel's notes itself before it answers, and
@@ -288,7 +287,7 @@ impl Shared {
                 },
                 () = self.renewed.notified() => {}
             }
-            self.pump().await;
+            while self.pump().await {}
             let follower = self.follower.lock().await;
             if follower.has_ended() {
                 return false;
@@ -299,13 +298,13 @@ impl Shared {
         }
     }
 
-    /// Puts everything that happened until now into the queue.
-    async fn pump(self: &Arc<Self>) {
+    /// Puts everything that happened until now into the queue. Whether more happened meanwhile.
+    async fn pump(self: &Arc<Self>) -> bool {
         let mut follower = Arc::clone(&self.follower).lock_owned().await;
         if !follower.has_notes() {
-            return;
+            return false;
         }
-        let Ok(permit) = Arc::clone(&self.threads).acquire_owned().await else { return };
+        let Ok(permit) = Arc::clone(&self.threads).acquire_owned().await else { return false };
         let shared = Arc::clone(self);
         let work = move || {
             let generation = follower.generation();
@@ -319,11 +318,13 @@ impl Shared {
                 shared.renewed.notify_one();
             }
             drop(permit);
+            follower.has_notes()
         };
-        // It does not panic; were it to, the watch would be quiet from there on, and say so.
-        if tokio::task::spawn_blocking(work).await.is_err() {
+        // It does not panic; were it to, events would be missing.
+        tokio::task::spawn_blocking(work).await.unwrap_or_else(|_| {
             self.queue.lose(Loss::Kernel);
-        }
+            false
+        })
     }
 
     fn event(&self, change: &Change, accounts: &mut Option<Accounts>) -> Event {

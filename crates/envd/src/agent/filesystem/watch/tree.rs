@@ -1,31 +1,33 @@
 //! What the kernel's notes mean: pure, so that it can be tested with any notes at all.
 //!
-//! The kernel names a directory by a number, the watch descriptor, which stays with the directory wherever it moves.
-//! So the tree is kept as the kernel sees it: each directory knows the one above it and its own name there, and
-//! a path is put together when a client is told of one. A directory that moves is one change, whatever it holds.
+//! The kernel names a directory by a number, the watch descriptor. The tree says where each of them is: in which other
+//! one, by which name. A path is put together when a client is told of one.
 //!
-//! ```text
-//!  MOVED_FROM a ──► remembered ──┬── MOVED_TO b, same cookie ──► the directory is called b now
-//!                                └── MOVE_SELF of it first ────► it left: it is watched no more
-//! ```
-//!
-//! The kernel writes these three in that order, so what left and what merely moved is never a guess.
+//! A directory that is moved is another one from then on, as far as a client can tell: it is told that the old name is gone,
+//! and what there is under the new one. So a note that a directory went away ends the watch of all of it, and a note
+//! that one came begins a new one, and nothing depends on the two being told apart from other pairs.
 
-use std::{collections::HashMap, ffi::OsStr, os::unix::ffi::OsStrExt, path::PathBuf};
+use std::{
+    collections::{BTreeMap, HashMap},
+    ffi::OsStr,
+    os::unix::ffi::OsStrExt,
+    path::PathBuf,
+};
 
 use rustix::fs::inotify::ReadFlags;
 
 /// How deep a directory may be; no path that the kernel takes is deeper.
 const MAXIMUM_DEPTH: usize = 4096;
-/// How many directories may be on their way at once. Beyond that the oldest are taken for gone.
-const MAXIMUM_DEPARTURES: usize = 1024;
+
+/// Something came to a place, or went from it.
+const COMES: ReadFlags = ReadFlags::CREATE.union(ReadFlags::MOVED_TO);
+const GOES: ReadFlags = ReadFlags::DELETE.union(ReadFlags::MOVED_FROM);
 
 /// A note of the kernel.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Note {
     pub(super) descriptor: i32,
     pub(super) flags: ReadFlags,
-    pub(super) cookie: u32,
     /// What it is about, within the directory; empty if it is about the directory itself.
     pub(super) name: Box<[u8]>,
 }
@@ -60,18 +62,35 @@ pub(super) enum Fate {
 }
 
 /// Where a directory is.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct Place {
     pub(super) above: i32,
     pub(super) name: Box<[u8]>,
+}
+
+/// What a directory is to its file system: device and inode. The number of one that is gone may be given again.
+pub(super) type Inode = (u64, u64);
+
+#[derive(Debug)]
+struct Directory {
+    place: Place,
+    inode: Inode,
+}
+
+/// What is to be done about a place where a directory may be.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Follow {
+    /// One came there: watch it, tell what it holds.
+    New(Place),
+    /// One went from there. If there is one all the same, the two changed places.
+    Replaced(Place),
 }
 
 /// What a note leads to.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct Outcome {
     pub(super) changes: Vec<Change>,
-    /// Here a directory came to be, which is to be watched too.
-    pub(super) follow: Option<Place>,
+    pub(super) follow: Option<Follow>,
     /// These directories are to be watched no more.
     pub(super) release: Vec<i32>,
     pub(super) fate: Fate,
@@ -81,15 +100,17 @@ pub(super) struct Outcome {
 #[derive(Debug)]
 pub(super) struct Tree {
     root: i32,
+    root_inode: Inode,
     recursive: bool,
     /// Every directory but the root.
-    directories: HashMap<i32, Place>,
-    departures: Vec<(u32, Place)>,
+    directories: HashMap<i32, Directory>,
+    /// The same the other way round: a directory's own are next to each other.
+    places: BTreeMap<Place, i32>,
 }
 
 impl Tree {
-    pub(super) fn new(root: i32, recursive: bool) -> Self {
-        Self { root, recursive, directories: HashMap::new(), departures: Vec::new() }
+    pub(super) fn new(root: i32, root_inode: Inode, recursive: bool) -> Self {
+        Self { root, root_inode, recursive, directories: HashMap::new(), places: BTreeMap::new() }
     }
 
     /// How many directories are watched.
@@ -97,23 +118,42 @@ impl Tree {
         self.directories.len() + 1
     }
 
-    /// Says that the directory `descriptor` is at a place. True if it was not known before.
-    pub(super) fn put(&mut self, descriptor: i32, place: Place) -> bool {
+    /// Says that the directory `descriptor` is at a place. None if that is known; else it is new there, and these are to
+    /// be watched no more: what was thought to be at the place, and what was known of it at another.
+    pub(super) fn put(&mut self, descriptor: i32, inode: Inode, place: Place) -> Option<Vec<i32>> {
         // A directory is never below itself; notes that say so are from two different moments.
-        if descriptor == self.root || self.chain(&place).any(|above| above == descriptor) {
-            return false;
+        if self.places.get(&place) == Some(&descriptor)
+            || descriptor == self.root
+            || self.chain(&place).any(|above| above == descriptor)
+        {
+            return None;
         }
-        self.directories.insert(descriptor, place).is_none()
+        let mut gone = self.remove(&place);
+        if let Some(other) = self.directories.get(&descriptor) {
+            let other = other.place.clone();
+            gone.extend(self.remove(&other).into_iter().filter(|gone| *gone != descriptor));
+        }
+        self.places.insert(place.clone(), descriptor);
+        self.directories.insert(descriptor, Directory { place, inode });
+        Some(gone)
     }
 
-    /// The path of something in a directory, unless the directory is not known.
-    pub(super) fn path(&self, place: &Place) -> Option<PathBuf> {
-        let mut names = vec![&*place.name];
-        let mut above = place.above;
-        while above != self.root {
-            let place = self.directories.get(&above)?;
+    /// Which directory a watched one is.
+    pub(super) fn inode(&self, descriptor: i32) -> Option<Inode> {
+        if descriptor == self.root {
+            return Some(self.root_inode);
+        }
+        self.directories.get(&descriptor).map(|directory| directory.inode)
+    }
+
+    /// The path of a watched directory; that of the root is empty.
+    pub(super) fn path(&self, descriptor: i32) -> Option<PathBuf> {
+        let mut names: Vec<&[u8]> = Vec::new();
+        let mut here = descriptor;
+        while here != self.root {
+            let place = &self.directories.get(&here)?.place;
             names.push(&place.name);
-            above = place.above;
+            here = place.above;
             if names.len() > MAXIMUM_DEPTH {
                 return None;
             }
@@ -126,19 +166,15 @@ impl Tree {
         let mut next = Some(place.above);
         std::iter::from_fn(move || {
             let here = next?;
-            next = self.directories.get(&here).map(|place| place.above);
+            next = self.directories.get(&here).map(|directory| directory.place.above);
             Some(here)
         })
         .take(MAXIMUM_DEPTH)
     }
 
-    fn at(&self, place: &Place) -> Option<i32> {
-        self.directories.iter().find(|(_, other)| *other == place).map(|(descriptor, _)| *descriptor)
-    }
-
     /// Takes a note in.
     pub(super) fn take(&mut self, note: &Note) -> Outcome {
-        let Note { descriptor, flags, cookie, ref name } = *note;
+        let Note { descriptor, flags, ref name } = *note;
         if flags.contains(ReadFlags::QUEUE_OVERFLOW) {
             return Outcome { fate: Fate::Lost, ..Outcome::default() };
         }
@@ -148,18 +184,17 @@ impl Tree {
         if name.is_empty() {
             return self.take_own(descriptor, flags);
         }
+        let Some(path) = self.path(descriptor) else { return Outcome::default() };
+        let path = path.join(OsStr::from_bytes(name));
         let place = Place { above: descriptor, name: name.clone() };
-        let Some(path) = self.path(&place) else { return Outcome::default() };
         let changes = kinds(flags).map(|kind| Change { path: path.clone(), kind }).collect();
         let mut outcome = Outcome { changes, ..Outcome::default() };
         if self.recursive && flags.contains(ReadFlags::ISDIR) {
-            if flags.contains(ReadFlags::MOVED_FROM) {
-                self.depart(cookie, place);
-            } else if flags.intersects(ReadFlags::CREATE | ReadFlags::MOVED_TO) {
-                if flags.contains(ReadFlags::MOVED_TO) {
-                    self.arrive(cookie, &place);
-                }
-                outcome.follow = Some(place);
+            if flags.intersects(COMES) {
+                outcome.follow = Some(Follow::New(place));
+            } else if flags.intersects(GOES) {
+                outcome.release = self.remove(&place);
+                outcome.follow = flags.contains(ReadFlags::MOVED_FROM).then_some(Follow::Replaced(place));
             }
         }
         outcome
@@ -174,43 +209,24 @@ impl Tree {
             let fate = if ends { Fate::Ended } else { Fate::GoesOn };
             return Outcome { changes, fate, ..Outcome::default() };
         }
-        if gone {
-            self.directories.remove(&descriptor);
-        } else if flags.contains(ReadFlags::MOVE_SELF)
-            && let Some(place) = self.directories.get(&descriptor)
-            && let Some(index) = self.departures.iter().position(|(_, from)| from == place)
-        {
-            self.departures.remove(index);
-            return Outcome { release: self.remove(descriptor), ..Outcome::default() };
+        if gone && let Some(directory) = self.directories.get(&descriptor) {
+            let place = directory.place.clone();
+            return Outcome { release: self.remove(&place), ..Outcome::default() };
         }
         Outcome::default()
     }
 
-    fn depart(&mut self, cookie: u32, place: Place) {
-        if self.at(&place).is_some() {
-            if self.departures.len() == MAXIMUM_DEPARTURES {
-                self.departures.remove(0);
-            }
-            self.departures.push((cookie, place));
-        }
-    }
-
-    fn arrive(&mut self, cookie: u32, place: &Place) {
-        let Some(index) = self.departures.iter().position(|(other, _)| *other == cookie) else { return };
-        let (_, from) = self.departures.remove(index);
-        if let Some(descriptor) = self.at(&from) {
-            self.put(descriptor, place.clone());
-        }
-    }
-
-    /// Forgets a directory and all below it.
-    fn remove(&mut self, top: i32) -> Vec<i32> {
-        let below = |place: &Place| self.chain(place).any(|above| above == top);
-        let mut gone: Vec<i32> =
-            self.directories.iter().filter(|(_, place)| below(place)).map(|(below, _)| *below).collect();
-        gone.push(top);
-        for descriptor in &gone {
-            self.directories.remove(descriptor);
+    /// Forgets the directory at a place and all below it.
+    fn remove(&mut self, place: &Place) -> Vec<i32> {
+        let mut gone = Vec::new();
+        let mut waiting: Vec<i32> = self.places.remove(place).into_iter().collect();
+        while let Some(descriptor) = waiting.pop() {
+            self.directories.remove(&descriptor);
+            gone.push(descriptor);
+            let first = Place { above: descriptor, name: [].into() };
+            let below = self.places.range(first..).take_while(|(place, _)| place.above == descriptor);
+            let below: Vec<Place> = below.map(|(place, _)| place.clone()).collect();
+            waiting.extend(below.iter().filter_map(|place| self.places.remove(place)));
         }
         gone
     }
@@ -228,6 +244,13 @@ fn kinds(flags: ReadFlags) -> impl Iterator<Item = Kind> {
     .into_iter()
     .filter(move |(any, _)| flags.intersects(*any))
     .map(|(_, kind)| kind)
+}
+
+/// Whether any of the notes says that something came to a place or went from it.
+pub(super) fn is_touched<'a>(place: &Place, mut notes: impl Iterator<Item = &'a Note>) -> bool {
+    notes.any(|note| {
+        note.descriptor == place.above && note.flags.intersects(COMES.union(GOES)) && note.name == place.name
+    })
 }
 
 /// A name that a directory held at the moment from which on it was watched.
@@ -248,12 +271,11 @@ pub(super) fn held_before<'a>(
     listed: impl Iterator<Item = &'a OsStr>,
     notes: impl Iterator<Item = &'a Note>,
 ) -> Vec<Held<'a>> {
-    let comes = ReadFlags::CREATE | ReadFlags::MOVED_TO;
-    let goes = ReadFlags::DELETE | ReadFlags::MOVED_FROM;
     let mut came: HashMap<&OsStr, bool> = HashMap::new();
-    for note in notes.filter(|note| note.descriptor == descriptor && note.flags.intersects(comes | goes)) {
+    for note in notes.filter(|note| note.descriptor == descriptor && note.flags.intersects(COMES.union(GOES)))
+    {
         if !note.name.is_empty() {
-            let coming = note.flags.intersects(comes);
+            let coming = note.flags.intersects(COMES);
             came.entry(OsStr::from_bytes(&note.name)).or_insert(coming);
         }
     }
@@ -271,9 +293,10 @@ mod tests {
     use super::*;
 
     const ROOT: i32 = 1;
+    const INODE: Inode = (0, 0);
 
-    fn note(descriptor: i32, flags: ReadFlags, cookie: u32, name: &str) -> Note {
-        Note { descriptor, flags, cookie, name: name.as_bytes().into() }
+    fn note(descriptor: i32, flags: ReadFlags, name: &str) -> Note {
+        Note { descriptor, flags, name: name.as_bytes().into() }
     }
 
     fn place(above: i32, name: &str) -> Place {
@@ -282,18 +305,15 @@ mod tests {
 
     /// root ─ a (2) ─ b (3)
     fn tree() -> Tree {
-        let mut tree = Tree::new(ROOT, true);
-        assert!(tree.put(2, place(ROOT, "a")));
-        assert!(tree.put(3, place(2, "b")));
+        let mut tree = Tree::new(ROOT, INODE, true);
+        assert_eq!(tree.put(2, INODE, place(ROOT, "a")), Some(vec![]));
+        assert_eq!(tree.put(3, INODE, place(2, "b")), Some(vec![]));
         tree
     }
 
     fn told(outcome: &Outcome) -> Vec<(&str, Kind)> {
         outcome.changes.iter().map(|change| (change.path.to_str().unwrap(), change.kind)).collect()
     }
-
-    const FROM: ReadFlags = ReadFlags::MOVED_FROM.union(ReadFlags::ISDIR);
-    const TO: ReadFlags = ReadFlags::MOVED_TO.union(ReadFlags::ISDIR);
 
     #[test]
     fn each_note_in_the_words_of_the_contract() {
@@ -306,91 +326,71 @@ mod tests {
             (ReadFlags::ATTRIB, Kind::Chmod),
         ];
         for (flags, kind) in table {
-            let outcome = tree().take(&note(3, flags, 0, "x"));
+            let outcome = tree().take(&note(3, flags, "x"));
             assert_eq!(told(&outcome), [("a/b/x", kind)]);
             assert_eq!((outcome.follow, outcome.fate), (None, Fate::GoesOn));
         }
     }
 
     #[test]
-    fn a_directory_that_moves_takes_what_it_holds_with_it() {
-        let mut tree = tree();
-        assert_eq!(told(&tree.take(&note(ROOT, FROM, 7, "a"))), [("a", Kind::Rename)]);
-        let arrival = tree.take(&note(ROOT, TO, 7, "c"));
-        assert_eq!(told(&arrival), [("c", Kind::Create)]);
-        assert_eq!(arrival.follow, Some(place(ROOT, "c")));
-        assert!(!tree.put(2, place(ROOT, "c")), "it is known");
-        assert_eq!(tree.take(&note(2, ReadFlags::MOVE_SELF, 0, "")), Outcome::default());
-        assert_eq!(told(&tree.take(&note(3, ReadFlags::MODIFY, 0, "x"))), [("c/b/x", Kind::Write)]);
-    }
-
-    #[test]
-    fn a_directory_that_leaves_is_watched_no_more() {
-        let mut tree = tree();
-        tree.take(&note(ROOT, FROM, 7, "a"));
-        let mut gone = tree.take(&note(2, ReadFlags::MOVE_SELF, 0, "")).release;
-        gone.sort_unstable();
-        assert_eq!(gone, [2, 3]);
-        assert_eq!(tree.len(), 1);
-        assert_eq!(tree.take(&note(3, ReadFlags::MODIFY, 0, "x")), Outcome::default());
-    }
-
-    #[test]
-    fn two_directories_that_change_places() {
-        let mut tree = tree();
-        tree.put(4, place(ROOT, "z"));
-        for step in [
-            note(ROOT, FROM, 1, "a"),
-            note(ROOT, TO, 1, "z"),
-            note(2, ReadFlags::MOVE_SELF, 0, ""),
-            note(ROOT, FROM, 2, "z"),
-            note(ROOT, TO, 2, "a"),
-            note(4, ReadFlags::MOVE_SELF, 0, ""),
-        ] {
-            assert!(tree.take(&step).release.is_empty());
+    fn a_directory_that_goes_is_forgotten_with_all_below_it() {
+        for flags in [ReadFlags::MOVED_FROM, ReadFlags::DELETE] {
+            let mut tree = tree();
+            let outcome = tree.take(&note(ROOT, flags | ReadFlags::ISDIR, "a"));
+            assert_eq!(outcome.release, [2, 3]);
+            let replaced = Follow::Replaced(place(ROOT, "a"));
+            assert_eq!(outcome.follow, (flags == ReadFlags::MOVED_FROM).then_some(replaced));
+            assert_eq!(tree.len(), 1);
+            assert_eq!(tree.take(&note(3, ReadFlags::MODIFY, "x")), Outcome::default());
         }
-        // Which of the two the second move was of is only known when the place is looked at, as `follow` asks for.
-        tree.put(2, place(ROOT, "z"));
-        tree.put(4, place(ROOT, "a"));
-        assert_eq!(told(&tree.take(&note(3, ReadFlags::MODIFY, 0, "x"))), [("z/b/x", Kind::Write)]);
-        assert_eq!(told(&tree.take(&note(4, ReadFlags::MODIFY, 0, "x"))), [("a/x", Kind::Write)]);
+        let mut tree = tree();
+        assert_eq!(tree.take(&note(3, ReadFlags::IGNORED, "")).release, [3]);
+        assert_eq!(tree.len(), 2);
+    }
+
+    #[test]
+    fn a_directory_is_at_one_place_and_a_place_has_one() {
+        let mut tree = tree();
+        tree.put(4, INODE, place(ROOT, "z"));
+        assert_eq!(tree.put(4, INODE, place(ROOT, "z")), None, "known");
+        assert_eq!(tree.put(2, INODE, place(3, "x")), None, "below itself");
+        assert_eq!(tree.put(2, INODE, place(ROOT, "z")), Some(vec![4, 3]));
+        assert_eq!(tree.path(2), Some(PathBuf::from("z")));
+        assert_eq!((tree.path(3), tree.path(4), tree.len()), (None, None, 2));
     }
 
     #[test]
     fn only_the_root_speaks_of_itself() {
         let mut tree = tree();
-        assert_eq!(tree.take(&note(2, ReadFlags::ATTRIB, 0, "")), Outcome::default());
-        assert_eq!(tree.take(&note(2, ReadFlags::DELETE_SELF, 0, "")), Outcome::default());
-        tree.take(&note(3, ReadFlags::IGNORED, 0, ""));
-        assert_eq!(tree.len(), 2);
-        assert_eq!(told(&tree.take(&note(ROOT, ReadFlags::ATTRIB, 0, ""))), [(".", Kind::Chmod)]);
-        let removed = tree.take(&note(ROOT, ReadFlags::DELETE_SELF, 0, ""));
+        for flags in [ReadFlags::ATTRIB, ReadFlags::DELETE_SELF, ReadFlags::MOVE_SELF] {
+            assert_eq!(tree.take(&note(2, flags, "")), Outcome::default());
+        }
+        assert_eq!(told(&tree.take(&note(ROOT, ReadFlags::ATTRIB, ""))), [(".", Kind::Chmod)]);
+        let removed = tree.take(&note(ROOT, ReadFlags::DELETE_SELF, ""));
         assert_eq!((told(&removed), removed.fate), (vec![(".", Kind::Remove)], Fate::Ended));
-        let moved = tree.take(&note(ROOT, ReadFlags::MOVE_SELF, 0, ""));
+        let moved = tree.take(&note(ROOT, ReadFlags::MOVE_SELF, ""));
         assert_eq!((told(&moved), moved.fate), (vec![(".", Kind::Rename)], Fate::Ended));
-        assert_eq!(tree.take(&note(ROOT, ReadFlags::IGNORED, 0, "")).fate, Fate::Ended);
-        assert_eq!(tree.take(&note(-1, ReadFlags::QUEUE_OVERFLOW, 0, "")).fate, Fate::Lost);
+        assert_eq!(tree.take(&note(ROOT, ReadFlags::IGNORED, "")).fate, Fate::Ended);
+        assert_eq!(tree.take(&note(-1, ReadFlags::QUEUE_OVERFLOW, "")).fate, Fate::Lost);
     }
 
     #[test]
     fn only_a_recursive_watch_follows() {
-        let created = note(ROOT, ReadFlags::CREATE | ReadFlags::ISDIR, 0, "new");
-        assert_eq!(tree().take(&created).follow, Some(place(ROOT, "new")));
-        assert_eq!(Tree::new(ROOT, false).take(&created).follow, None);
+        let created = note(ROOT, ReadFlags::CREATE | ReadFlags::ISDIR, "new");
+        assert_eq!(tree().take(&created).follow, Some(Follow::New(place(ROOT, "new"))));
+        assert_eq!(Tree::new(ROOT, INODE, false).take(&created).follow, None);
     }
 
     fn notes() -> impl Strategy<Value = Note> {
         let flags = prop_oneof![
             Just(ReadFlags::CREATE | ReadFlags::ISDIR),
-            Just(FROM),
-            Just(TO),
-            Just(ReadFlags::MOVE_SELF),
+            Just(ReadFlags::MOVED_FROM | ReadFlags::ISDIR),
+            Just(ReadFlags::MOVED_TO | ReadFlags::ISDIR),
             Just(ReadFlags::IGNORED),
             any::<u32>().prop_map(ReadFlags::from_bits_retain),
         ];
-        (0..8_i32, flags, 0..4_u32, prop::collection::vec(b'a'..=b'd', 0..2)).prop_map(
-            |(descriptor, flags, cookie, name)| Note { descriptor, flags, cookie, name: name.into() },
-        )
+        (0..8_i32, flags, prop::collection::vec(b'a'..=b'd', 0..2))
+            .prop_map(|(descriptor, flags, name)| Note { descriptor, flags, name: name.into() })
     }
 
     proptest! {
@@ -403,13 +403,15 @@ mod tests {
                     prop_assert!(change.path.is_relative());
                     prop_assert!(change.path.components().count() <= MAXIMUM_DEPTH);
                 }
-                if let Some(place) = outcome.follow {
-                    tree.put(descriptor, place);
+                if let Some(Follow::New(place) | Follow::Replaced(place)) = outcome.follow {
+                    tree.put(descriptor, INODE, place);
                 }
-                prop_assert!(tree.len() <= 9 && tree.departures.len() <= MAXIMUM_DEPARTURES);
-                // No directory is below itself: every chain comes to an end.
-                for place in tree.directories.values() {
-                    prop_assert!(tree.chain(place).count() <= tree.len());
+                prop_assert!(tree.len() <= 9);
+                // Both ways round are the same, and every directory has a path.
+                prop_assert_eq!(tree.places.len(), tree.directories.len());
+                for (descriptor, directory) in &tree.directories {
+                    prop_assert_eq!(tree.places.get(&directory.place), Some(descriptor));
+                    prop_assert!(tree.path(*descriptor).is_some());
                 }
             }
         }
@@ -436,8 +438,8 @@ mod tests {
                     now.insert(*number);
                     ReadFlags::CREATE
                 };
-                notes.push(note(5, flags, 0, &name(*number)));
-                notes.push(note(6, flags, 0, &name(number + 1)));
+                notes.push(note(5, flags, &name(*number)));
+                notes.push(note(6, flags, &name(number + 1)));
             }
             let held = held_before(5, listed.iter().map(|path| path.as_os_str()), notes.iter());
             let names: Vec<_> = held.iter().map(|held| PathBuf::from(held.name)).collect();
