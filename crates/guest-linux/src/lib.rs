@@ -9,14 +9,12 @@
 //! | [`terminal`] | a pseudo terminal: the pair, its size, its owner |
 //! | [`entropy`] | giving the kernel fresh randomness and making it use it |
 //! | [`block`] | growing a mounted ext4 file system |
-//! | [`dispositions`] | signals that are ignored, and should not be by children |
 //! | [`readiness`] | waiting for a descriptor in the asynchronous runtime |
 //! | [`route`] | addresses, routes and neighbours through rtnetlink |
 //! | [`trim`] | telling the disk which blocks are free |
 //! | [`uevent`] | waiting for the kernel to announce a device |
 
 pub mod block;
-pub mod dispositions;
 pub mod entropy;
 pub mod readiness;
 pub mod route;
