@@ -9,7 +9,7 @@ use connectrpc::{ErrorCode, client::CallOptions};
 use futures::stream;
 use harness::{
     Agent, Running, as_user, by_pid, by_tag, command,
-    observe::{gone, runs},
+    observe::{eventually, gone, runs},
     run, run_as, shell, stdin,
 };
 use wrenn_proto::process::{
@@ -90,6 +90,16 @@ async fn a_time_limit_kills_the_whole_group() {
     assert_eq!(error.code, ErrorCode::DeadlineExceeded, "{error:?}");
     gone(leader).await;
     gone(child).await;
+}
+
+#[tokio::test]
+async fn a_time_limit_of_nothing_is_none() {
+    let agent = Agent::start();
+    for limit in ["0", "-1"] {
+        let options = CallOptions::default().with_header("connect-timeout-ms", limit);
+        let seen = run_as(&agent.processes(), command(&["/bin/echo", "done"]), options).await.unwrap();
+        assert_eq!(seen.text(), "done\n");
+    }
 }
 
 #[tokio::test]
@@ -206,19 +216,27 @@ async fn input_that_nobody_reads_does_not_outlive_the_process() {
     let agent = Agent::start();
     let client = agent.processes();
     // The grandchild holds the pipe open and reads nothing.
-    let mut request = shell("sleep 300 & echo $!; sleep 0.5");
+    let mut request = shell("exec 3<&0; sleep 300 <&3 & echo $!; exec sleep 300");
     request.stdin = Some(true);
     let mut running = Running::start(&client, request, CallOptions::default()).await.unwrap();
     running.until(|seen| seen.stdout.ends_with(b"\n")).await;
     let child: u32 = running.seen.text().trim().parse().unwrap();
+    let pid = running.seen.pid;
     let request = SendInputRequest {
-        process: by_pid(running.seen.pid).into(),
+        process: by_pid(pid).into(),
         input: stdin(&vec![0; 1 << 20]).into(),
         ..Default::default()
     };
-    let (sent, seen) = tokio::join!(client.send_input(request), running.finish());
+    let end = async {
+        let pipe = std::fs::File::open(format!("/proc/{pid}/fd/0")).unwrap();
+        eventually(|| rustix::io::ioctl_fionread(&pipe).unwrap() >= 65_536).await;
+        let leader = rustix::process::Pid::from_raw(pid.cast_signed()).unwrap();
+        // The leader alone, and not its group.
+        rustix::process::kill_process(leader, rustix::process::Signal::TERM).unwrap();
+    };
+    let (sent, seen, ()) = tokio::join!(client.send_input(request), running.finish(), end);
     assert_eq!(sent.unwrap_err().code, ErrorCode::Internal);
-    assert_eq!(seen.unwrap().end().exit_code, 0);
+    assert_eq!(seen.unwrap().end().status, "signal: terminated");
     run(&client, shell(&format!("kill {child}"))).await;
 }
 

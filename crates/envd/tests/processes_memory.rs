@@ -109,3 +109,15 @@ async fn a_program_has_the_usual_priorities_whatever_the_agent_has() {
         assert_eq!(seen.text(), "100\n0\nbest-effort: prio 4\n", "{user}");
     }
 }
+
+#[tokio::test]
+async fn a_program_ignores_no_signal_whatever_the_agent_was_started_with() {
+    let mut command = Command::new("/bin/sh");
+    let script = "trap '' HUP INT QUIT TERM USR1 TSTP; exec \"$0\" agent --listen 127.0.0.1:0";
+    command.args(["-c", script, env!("CARGO_BIN_EXE_envd")]);
+    let agent = Agent::start_command(command);
+    let seen = run(&agent.processes(), shell("grep -E '^Sig(Ign|Blk)' /proc/self/status")).await;
+    assert_eq!(seen.text(), "SigBlk:\t0000000000000000\nSigIgn:\t0000000000000000\n");
+    let seen = run(&agent.processes(), shell("kill -INT $$")).await;
+    assert_eq!(seen.end().status, "signal: interrupt");
+}

@@ -116,6 +116,12 @@ async fn what_cannot_start_is_refused_in_the_words_of_the_contract() {
         ),
         (StartRequest::default(), nothing(), ErrorCode::InvalidArgument, "no process"),
         (
+            with(&|_| {}),
+            nothing().with_header("connect-timeout-ms", "soon"),
+            ErrorCode::InvalidArgument,
+            "connect-timeout-ms: \"soon\" is no number",
+        ),
+        (
             StartRequest { tag: Some("x".repeat(257)), ..with(&|_| {}) },
             nothing(),
             ErrorCode::InvalidArgument,

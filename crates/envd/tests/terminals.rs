@@ -135,7 +135,7 @@ async fn many_terminals_at_once() {
 async fn who_is_left_on_a_terminal_is_hung_up() {
     let agent = Agent::start();
     // One in the group of the terminal, and one that has left it but holds the terminal open.
-    let script = "sleep 3000 & echo $!; setsid sh -c 'echo $$; cat; exit 0' & wait $!; true";
+    let script = "exec 3<&0; sleep 3000 & echo $!; setsid sh -c 'echo $$; cat <&3; exit 0' & wait";
     let mut running = open(&agent, script).await;
     running.until(|seen| seen.screen().lines().count() == 2 && seen.screen().ends_with('\n')).await;
     let screen = running.seen.screen();

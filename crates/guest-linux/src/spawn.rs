@@ -25,6 +25,7 @@ use std::{
     ffi::{CStr, CString, c_char, c_int},
     os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd},
     ptr,
+    sync::LazyLock,
 };
 
 use nix::libc;
@@ -121,6 +122,7 @@ struct Orders {
     identity: *const Identity,
     stdio: [RawFd; 3],
     terminal: bool,
+    ignored: u64,
     oom_score: *const u8,
     oom_score_length: usize,
     failed_step: u8,
@@ -129,6 +131,7 @@ struct Orders {
 
 const CLEAR_SIGNAL_HANDLERS: u64 = 0x1_0000_0000;
 const INTO_CGROUP: u64 = 0x2_0000_0000;
+const HIGHEST_SIGNAL: c_int = 64;
 const IOPRIO_WHO_PROCESS: c_int = 1;
 /// Class "best effort", level 4: what a process without a priority of its own has by its niceness.
 const IOPRIO_BEST_EFFORT_4: c_int = 2 << 13 | 4;
@@ -173,6 +176,7 @@ pub fn spawn(program: &Program<'_>) -> Result<Spawned, SpawnError> {
         identity: program.identity.map_or(ptr::null(), ptr::from_ref),
         stdio: program.stdio.map(|descriptor| descriptor.as_raw_fd()),
         terminal: program.terminal,
+        ignored: *IGNORED,
         oom_score: oom_score.as_ptr(),
         oom_score_length: oom_score.len(),
         failed_step: 0,
@@ -215,6 +219,36 @@ impl Step {
         ];
         ALL.into_iter().find(|step| *step as u8 == report)
     }
+}
+
+/// The signals that this process ignores: SIGPIPE, as the Rust runtime has it, and what it was started with, for
+/// example SIGINT if a shell put it in the background. Nobody here changes that later, so it is asked once.
+static IGNORED: LazyLock<u64> =
+    LazyLock::new(|| (1..=HIGHEST_SIGNAL).filter(|signal| is_ignored(*signal)).map(bit).sum());
+
+fn is_ignored(signal: c_int) -> bool {
+    let mut current = SignalAction::default();
+    let nothing = ptr::null::<SignalAction>();
+    // SAFETY: it asks only, and the kernel writes to a structure of its own layout.
+    #[allow(unsafe_code)]
+    let answer =
+        unsafe { libc::syscall(libc::SYS_rt_sigaction, signal, nothing, &raw mut current, size_of::<u64>()) };
+    answer == 0 && current.handler == libc::SIG_IGN
+}
+
+/// The kernel's `struct sigaction`. The C library's call is no use here: it denies that some signals exist, which
+/// may be ignored all the same. All zeros is the default.
+#[repr(C)]
+#[derive(Default)]
+struct SignalAction {
+    handler: usize,
+    flags: u64,
+    restorer: usize,
+    mask: u64,
+}
+
+const fn bit(signal: c_int) -> u64 {
+    1 << (signal - 1)
 }
 
 fn null_terminated(strings: &[CString]) -> Vec<*const c_char> {
@@ -333,10 +367,12 @@ unsafe fn prepare_and_execute(orders: &Orders) -> (Step, c_int) {
     // SAFETY: see `child`; every pointer given to the kernel is one that the parent prepared.
     unsafe {
         let errno = || *libc::__errno_location();
-        // The Rust runtime ignores SIGPIPE, and an ignored signal stays ignored across execve.
-        let mut default: libc::sigaction = std::mem::zeroed();
-        default.sa_sigaction = libc::SIG_DFL;
-        libc::sigaction(libc::SIGPIPE, &raw const default, ptr::null_mut());
+        // An ignored signal stays ignored across execve.
+        for signal in (1..=HIGHEST_SIGNAL).filter(|signal| orders.ignored & bit(*signal) != 0) {
+            let default = SignalAction::default();
+            let nothing = ptr::null_mut::<SignalAction>();
+            libc::syscall(libc::SYS_rt_sigaction, signal, &raw const default, nothing, size_of::<u64>());
+        }
 
         if libc::syscall(libc::SYS_setsid) < 0 {
             return (Step::Session, errno());

@@ -10,7 +10,7 @@
 
 use std::{convert::Infallible, future::Future, io, time::Duration};
 
-use http::{Request, Response};
+use http::{HeaderMap, Request, Response};
 use hyper::{
     body::Incoming,
     server::conn::{http1, http2},
@@ -28,6 +28,7 @@ use super::reply::Body;
 /// How long a client may take to send the head of a request, and to begin the next one: longer than those who keep
 /// connections open for later keep them, so that it is never us who closes one that is about to be used.
 const HEAD_LIMIT: Duration = Duration::from_secs(620);
+const TIMEOUT: &str = "connect-timeout-ms";
 /// What a client of HTTP/2 says first.
 const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 /// How much is read at once to find out.
@@ -71,7 +72,8 @@ pub(super) async fn serve<F>(stream: TcpStream, answer: impl Fn(Request<Incoming
 where
     F: Future<Output = Response<Body>> + Send + 'static,
 {
-    let service = service_fn(|request| {
+    let service = service_fn(|mut request: Request<Incoming>| {
+        forget_no_limit(request.headers_mut());
         let answer = answer(request);
         async { Ok::<_, Infallible>(answer.await) }
     });
@@ -105,6 +107,15 @@ where
     };
 }
 
+/// A time limit of nothing means that there is none, as published clients have it. The library would take it for a
+/// limit that has passed.
+fn forget_no_limit(headers: &mut HeaderMap) {
+    let limit = headers.get(TIMEOUT).and_then(|value| value.to_str().ok()?.parse::<i64>().ok());
+    if limit.is_some_and(|milliseconds| milliseconds <= 0) {
+        headers.remove(TIMEOUT);
+    }
+}
+
 /// Reads until it is clear what the client speaks, and answers with what was read. Usually that is a whole request,
 /// which is then read in one go as it would be without this.
 async fn recognise(reader: &mut (impl AsyncReadExt + Unpin)) -> io::Result<(Protocol, Vec<u8>)> {
@@ -133,6 +144,18 @@ mod tests {
         assert_eq!(Protocol::of(b"GET"), Some(Protocol::Http1));
         assert_eq!(Protocol::of(&PREFACE[..23]), None);
         assert_eq!(Protocol::of(PREFACE), Some(Protocol::Http2));
+    }
+
+    #[test]
+    fn a_limit_of_nothing_is_none() {
+        for (given, kept) in
+            [("0", false), ("-1", false), ("1", true), ("5000", true), ("abc", true), ("", true)]
+        {
+            let mut headers = HeaderMap::new();
+            headers.insert(TIMEOUT, http::HeaderValue::from_static(given));
+            forget_no_limit(&mut headers);
+            assert_eq!(headers.contains_key(TIMEOUT), kept, "{given}");
+        }
     }
 
     proptest! {

@@ -28,6 +28,7 @@ use connectrpc::{
     ConnectError, InboundStream, RequestContext, Response, ServiceRequest, ServiceResult, ServiceStream,
 };
 use futures::StreamExt;
+use http::HeaderMap;
 use rustix::process::Signal;
 use tokio::time::{Instant, timeout};
 use wrenn_guest_linux::terminal::Size;
@@ -44,6 +45,7 @@ use self::{
 use super::{auth::basic_user, state::Agent};
 use crate::console::chain;
 
+const LIMIT_HEADER: &str = "connect-timeout-ms";
 /// The longest tag.
 const MAXIMUM_TAG: usize = 256;
 
@@ -122,6 +124,7 @@ impl wire::Process for ProcessService {
             identity: self.agent.identity(),
             cgroup: self.agent.cgroup.clone(),
         };
+        check_limit(context.headers())?;
         let deadline = context.deadline().map(Instant::from_std);
         let (process, subscription) = start(Arc::clone(&self.agent), order, tag, deadline).await?;
         let events = events(process, subscription, keepalive(context.headers()), deadline, Limit::Process);
@@ -238,6 +241,19 @@ async fn give_input(process: &Process, input: Option<wire::ProcessInput>) -> Res
         Some(Input::Stdin(bytes)) => process.write(InputKind::Stdin, &bytes).await.map_err(input_error),
         Some(Input::Pty(bytes)) => process.write(InputKind::Terminal, &bytes).await.map_err(input_error),
         None => Err(ConnectError::invalid_argument("no input")),
+    }
+}
+
+/// A command whose time limit cannot be read would run without one.
+fn check_limit(headers: &HeaderMap) -> Result<(), ConnectError> {
+    match headers
+        .get(LIMIT_HEADER)
+        .map(|value| (value, value.to_str().ok().and_then(|text| text.parse().ok())))
+    {
+        None | Some((_, Some(0_u64..))) => Ok(()),
+        Some((value, None)) => {
+            Err(ConnectError::invalid_argument(format!("{LIMIT_HEADER}: {value:?} is no number")))
+        }
     }
 }
 
