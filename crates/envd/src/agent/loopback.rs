@@ -29,7 +29,10 @@ use tokio::{
     time::timeout,
 };
 
-use super::reply::{self, Body};
+use super::{
+    connection::Connection,
+    reply::{self, Body},
+};
 use crate::network::PORT;
 
 /// What the `Upgrade` header must name.
@@ -172,17 +175,17 @@ async fn connect(port: u16) -> Result<TcpStream, ConnectError> {
 async fn relay(upgrade: OnUpgrade, mut service: TcpStream) {
     // The host went away before it had its answer.
     let Ok(upgraded) = upgrade.await else { return };
-    match upgraded.downcast::<TokioIo<TcpStream>>() {
+    match upgraded.downcast::<TokioIo<Connection>>() {
         Ok(parts) => {
             let mut host = parts.io.into_inner();
             // What the host sent right behind its request.
             let begun = service.write_all(&parts.read_buf).await;
             if begun.is_err() || copy(&mut host, &mut service).await.is_err() {
                 let _ = service.set_zero_linger();
-                let _ = host.set_zero_linger();
+                host.break_off();
             }
         }
-        // A connection of another kind: its own end cannot be chosen.
+        // A stream of HTTP/2: its own end cannot be chosen.
         Err(upgraded) => {
             if copy(&mut TokioIo::new(upgraded), &mut service).await.is_err() {
                 let _ = service.set_zero_linger();

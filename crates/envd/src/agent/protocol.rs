@@ -17,13 +17,9 @@ use hyper::{
     service::service_fn,
 };
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
-use tokio::{
-    io::{AsyncReadExt, join},
-    net::TcpStream,
-    time::timeout,
-};
+use tokio::{io::AsyncReadExt, net::TcpStream, time::timeout};
 
-use super::reply::Body;
+use super::{connection::Connection, reply::Body};
 
 /// How long a client may take to send the head of a request, and to begin the next one: longer than those who keep
 /// connections open for later keep them, so that it is never us who closes one that is about to be used.
@@ -68,7 +64,7 @@ impl Protocol {
 }
 
 /// Serves one connection until its end.
-pub(super) async fn serve<F>(stream: TcpStream, answer: impl Fn(Request<Incoming>) -> F)
+pub(super) async fn serve<F>(mut stream: TcpStream, answer: impl Fn(Request<Incoming>) -> F)
 where
     F: Future<Output = Response<Body>> + Send + 'static,
 {
@@ -77,10 +73,8 @@ where
         let answer = answer(request);
         async { Ok::<_, Infallible>(answer.await) }
     });
-    let (mut reader, writer) = stream.into_split();
-    let Ok(Ok((protocol, first))) = timeout(HEAD_LIMIT, recognise(&mut reader)).await else { return };
-    let reader = io::Cursor::new(first).chain(reader);
-    let stream = TokioIo::new(join(reader, writer));
+    let Ok(Ok((protocol, first))) = timeout(HEAD_LIMIT, recognise(&mut stream)).await else { return };
+    let stream = TokioIo::new(Connection::new(first, stream));
     // A connection that breaks is the client's business; whoever serves it notices by itself.
     let _ = match protocol {
         Protocol::Http1 => {
