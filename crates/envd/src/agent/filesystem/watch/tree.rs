@@ -246,10 +246,13 @@ fn kinds(flags: ReadFlags) -> impl Iterator<Item = Kind> {
     .map(|(_, kind)| kind)
 }
 
-/// Whether any of the notes says that something came to a place or went from it.
+/// Whether any of the notes says that something came to a place or went from it, or that the directory above is gone: then
+/// another one may have its path, and even its inode number.
 pub(super) fn is_touched<'a>(place: &Place, mut notes: impl Iterator<Item = &'a Note>) -> bool {
     notes.any(|note| {
-        note.descriptor == place.above && note.flags.intersects(COMES.union(GOES)) && note.name == place.name
+        note.descriptor == place.above
+            && (note.flags.contains(ReadFlags::IGNORED)
+                || note.flags.intersects(COMES.union(GOES)) && note.name == place.name)
     })
 }
 
