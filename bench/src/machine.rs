@@ -4,29 +4,29 @@ use std::{fs, process::Command};
 
 /// What a reader has to know to compare.
 #[derive(Debug, Clone)]
-pub(crate) struct Machine {
+pub struct Machine {
     /// The processor.
-    pub(crate) cpu: String,
+    pub cpu: String,
     /// How many of it.
-    pub(crate) cores: usize,
+    pub cores: usize,
     /// Memory in MiB.
-    pub(crate) memory_mib: u64,
+    pub memory_mib: u64,
     /// The kernel.
-    pub(crate) kernel: String,
+    pub kernel: String,
     /// The distribution.
-    pub(crate) system: String,
+    pub system: String,
     /// The VMM as it calls itself.
-    pub(crate) vmm: String,
+    pub vmm: String,
     /// What runs the guest's instructions.
-    pub(crate) accelerator: String,
+    pub accelerator: String,
     /// Kind of the filesystem that holds snapshots and disks.
-    pub(crate) filesystem: String,
+    pub filesystem: String,
 }
 
 impl Machine {
     /// Looks at this one.
     #[must_use]
-    pub(crate) fn here(vmm: String, accelerator: String, snapshots: &camino::Utf8Path) -> Self {
+    pub fn here(vmm: String, accelerator: String, snapshots: &camino::Utf8Path) -> Self {
         let read = |path: &str| fs::read_to_string(path).unwrap_or_default();
         let uname = rustix::system::uname();
         Self {
@@ -37,9 +37,30 @@ impl Machine {
             system: os_name(&read("/etc/os-release")).unwrap_or("unknown").to_owned(),
             vmm,
             accelerator,
-            filesystem: filesystem(snapshots).unwrap_or_else(|| "unknown".to_owned()),
+            filesystem: filesystem(snapshots),
         }
     }
+
+    /// What is said of it, each with its name.
+    #[must_use]
+    pub fn rows(&self) -> Vec<(&'static str, String)> {
+        let Self { cpu, cores, memory_mib, kernel, system, vmm, accelerator, filesystem } = self;
+        vec![
+            ("processor", format!("{cores} × {cpu}")),
+            ("memory", format!("{memory_mib} MiB")),
+            ("system", format!("{system}, Linux {kernel}")),
+            ("filesystem of snapshots", filesystem.clone()),
+            ("VMM", vmm.clone()),
+            ("accelerator", accelerator.clone()),
+        ]
+    }
+}
+
+/// How many processes wanted to run, on average of the last minute.
+#[must_use]
+pub fn load() -> String {
+    let text = fs::read_to_string("/proc/loadavg").unwrap_or_default();
+    text.split(' ').next().unwrap_or("unknown").to_owned()
 }
 
 /// The value of `name : value` lines, the first one.
@@ -58,9 +79,14 @@ fn os_name(text: &str) -> Option<&str> {
     text.lines().find_map(|line| Some(line.strip_prefix("PRETTY_NAME=")?.trim_matches('"')))
 }
 
-fn filesystem(path: &camino::Utf8Path) -> Option<String> {
-    let output = Command::new("stat").args(["-f", "-c", "%T", path.as_str()]).output().ok()?;
-    output.status.success().then(|| String::from_utf8_lossy(&output.stdout).trim().to_owned())
+/// The kind of the filesystem that holds a directory.
+#[must_use]
+pub fn filesystem(path: &camino::Utf8Path) -> String {
+    let output = Command::new("stat").args(["-f", "-c", "%T", path.as_str()]).output();
+    match output {
+        Ok(output) if output.status.success() => String::from_utf8_lossy(&output.stdout).trim().to_owned(),
+        _ => "unknown".to_owned(),
+    }
 }
 
 #[cfg(test)]

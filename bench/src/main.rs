@@ -12,11 +12,8 @@
 
 mod agent;
 mod floor;
-mod machine;
-mod memory;
 mod product;
 mod report;
-mod statistics;
 
 use std::{
     path::{Path, PathBuf},
@@ -28,16 +25,14 @@ use anyhow::{Context as _, Result, bail, ensure};
 use camino::{Utf8Path, Utf8PathBuf};
 use clap::Parser;
 use tokio::task::JoinSet;
+use wrenn_bench::{machine::Machine, memory::Memory, statistics::Samples};
 use wrenn_host_agent::{images::Images, network::Uplink};
 use wrenn_testkit::{Client, Stack, StackOptions, stack};
 use wrenn_types::{MemoryMib, Shape, Vcpus};
 
 use crate::{
     floor::{Answered, Floor, Question},
-    machine::Machine,
-    memory::Memory,
     report::{Load, MemoryRow, Results},
-    statistics::Samples,
 };
 
 /// How many floors, and then creates, are measured before it is the other's turn.

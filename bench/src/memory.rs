@@ -1,18 +1,21 @@
 //! What processes hold of the host's memory: their share of what is shared (PSS) and all of it (RSS).
 
-use std::fs;
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
 
 use anyhow::{Context as _, Result};
 
 /// Memory of one or more processes.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub(crate) struct Memory {
+pub struct Memory {
     /// How many processes.
-    pub(crate) processes: usize,
+    pub processes: usize,
     /// Proportional set size in KiB.
-    pub(crate) pss_kib: u64,
+    pub pss_kib: u64,
     /// Resident set size in KiB.
-    pub(crate) rss_kib: u64,
+    pub rss_kib: u64,
 }
 
 impl Memory {
@@ -20,7 +23,7 @@ impl Memory {
     ///
     /// # Errors
     /// /proc cannot be read. A process that ended meanwhile counts as none.
-    pub(crate) fn of(is_one: impl Fn(&[&str]) -> bool) -> Result<Self> {
+    pub fn of(is_one: impl Fn(&[&str]) -> bool) -> Result<Self> {
         let mut sum = Self::default();
         for entry in fs::read_dir("/proc").context("list processes")? {
             let path = entry.context("list processes")?.path();
@@ -30,19 +33,32 @@ impl Memory {
             if words[0].is_empty() || !is_one(&words) {
                 continue;
             }
-            let Ok(rollup) = fs::read_to_string(path.join("smaps_rollup")) else { continue };
-            if let (Some(pss), Some(rss)) = (kib(&rollup, "Pss:"), kib(&rollup, "Rss:")) {
+            if let Some(one) = Self::in_directory(&path) {
                 sum.processes += 1;
-                sum.pss_kib += pss;
-                sum.rss_kib += rss;
+                sum.pss_kib += one.pss_kib;
+                sum.rss_kib += one.rss_kib;
             }
         }
         Ok(sum)
     }
 
+    /// Memory of one process.
+    ///
+    /// # Errors
+    /// It has ended.
+    pub fn of_process(pid: u32) -> Result<Self> {
+        Self::in_directory(&PathBuf::from(format!("/proc/{pid}")))
+            .with_context(|| format!("process {pid} has ended"))
+    }
+
+    fn in_directory(process: &Path) -> Option<Self> {
+        let rollup = fs::read_to_string(process.join("smaps_rollup")).ok()?;
+        Some(Self { processes: 1, pss_kib: kib(&rollup, "Pss:")?, rss_kib: kib(&rollup, "Rss:")? })
+    }
+
     /// One process out of several that are alike.
     #[must_use]
-    pub(crate) fn each(self) -> Self {
+    pub fn each(self) -> Self {
         let processes = self.processes.max(1) as u64;
         Self { processes: 1, pss_kib: self.pss_kib / processes, rss_kib: self.rss_kib / processes }
     }
@@ -68,5 +84,6 @@ mod tests {
         let own = std::env::args().next().unwrap();
         let memory = Memory::of(|words| words[0] == own).unwrap();
         assert!(memory.processes >= 1 && memory.pss_kib > 0 && memory.rss_kib >= memory.pss_kib);
+        assert_eq!(Memory::of_process(std::process::id()).unwrap().processes, 1);
     }
 }

@@ -2,13 +2,13 @@
 
 use std::{fmt::Write as _, time::Duration};
 
-use crate::{
-    floor::Question,
+use wrenn_bench::{
     machine::Machine,
     memory::Memory,
-    product::Phases,
     statistics::{Samples, Summary, ratio},
 };
+
+use crate::{floor::Question, product::Phases};
 
 /// One load, on the floor and through the API.
 #[derive(Debug, Default)]
@@ -174,17 +174,9 @@ impl Results {
     }
 
     fn write_machine(&self, text: &mut String) {
-        let Machine { cpu, cores, memory_mib, kernel, system, vmm, accelerator, filesystem } = &self.machine;
         let _ = writeln!(text, "| | |\n|---|---|");
-        for (name, value) in [
-            ("date", self.date.clone()),
-            ("processor", format!("{cores} × {cpu}")),
-            ("memory", format!("{memory_mib} MiB")),
-            ("system", format!("{system}, Linux {kernel}")),
-            ("filesystem of snapshots", filesystem.clone()),
-            ("VMM", vmm.clone()),
-            ("accelerator", accelerator.clone()),
-        ] {
+        let date = ("date", self.date.clone());
+        for (name, value) in [date].into_iter().chain(self.machine.rows()) {
             let _ = writeln!(text, "| {name} | {value} |");
         }
         text.push('\n');

@@ -4,29 +4,29 @@ use std::time::Duration;
 
 /// What came of one operation that was done many times.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub(crate) struct Samples {
+pub struct Samples {
     durations: Vec<Duration>,
     failures: Vec<String>,
 }
 
 /// The numbers of a table's row.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub(crate) struct Summary {
+pub struct Summary {
     /// How many succeeded.
-    pub(crate) count: usize,
+    pub count: usize,
     /// How many failed.
-    pub(crate) failures: usize,
+    pub failures: usize,
     /// The median.
-    pub(crate) p50: Duration,
+    pub p50: Duration,
     /// What 99 of 100 are not above.
-    pub(crate) p99: Duration,
+    pub p99: Duration,
     /// The largest.
-    pub(crate) max: Duration,
+    pub max: Duration,
 }
 
 impl Samples {
     /// Takes one outcome in.
-    pub(crate) fn add<E: std::fmt::Display>(&mut self, outcome: Result<Duration, E>) {
+    pub fn add<E: std::fmt::Display>(&mut self, outcome: Result<Duration, E>) {
         match outcome {
             Ok(duration) => self.durations.push(duration),
             Err(error) => self.failures.push(format!("{error:#}")),
@@ -35,19 +35,19 @@ impl Samples {
 
     /// How many there are, failures included.
     #[must_use]
-    pub(crate) fn len(&self) -> usize {
+    pub fn len(&self) -> usize {
         self.durations.len() + self.failures.len()
     }
 
     /// Why operations failed.
     #[must_use]
-    pub(crate) fn failures(&self) -> &[String] {
+    pub fn failures(&self) -> &[String] {
         &self.failures
     }
 
     /// The numbers; none where nothing succeeded.
     #[must_use]
-    pub(crate) fn summary(&self) -> Option<Summary> {
+    pub fn summary(&self) -> Option<Summary> {
         let mut sorted = self.durations.clone();
         sorted.sort_unstable();
         Some(Summary {
@@ -68,7 +68,7 @@ fn nearest_rank(sorted: &[Duration], percent: usize) -> Option<Duration> {
 
 /// How many times as long.
 #[must_use]
-pub(crate) fn ratio(long: Duration, short: Duration) -> f64 {
+pub fn ratio(long: Duration, short: Duration) -> f64 {
     long.as_secs_f64() / short.as_secs_f64()
 }
 
