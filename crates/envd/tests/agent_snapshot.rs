@@ -82,6 +82,8 @@ async fn none_runs_between_prepare_and_a_successful_init() {
     let Some(cgroup) = Cgroup::new("prepare") else { return };
     let directory = tempfile::tempdir().unwrap();
     let count = directory.path().join("count");
+    // It may be stopped before it has counted at all.
+    fs::write(&count, "").unwrap();
     let agent = cgroup.agent();
     let client = agent.processes();
     let start = command(&["/bin/sh", "-c", BUSY, count.to_str().unwrap()]);
