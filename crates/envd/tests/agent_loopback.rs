@@ -76,7 +76,8 @@ async fn bytes_go_both_ways_and_each_way_ends_by_itself() {
 async fn a_service_that_breaks_off_is_seen_to() {
     let agent = Agent::start();
     let (listener, port) = service("127.0.0.1").await;
-    let (_, mut stream) = open(&agent, port, b"").await;
+    let (head, mut stream) = open(&agent, port, b"").await;
+    assert!(head.starts_with("HTTP/1.1 101 "), "{head}");
     let (mut served, _) = listener.accept().await.unwrap();
     served.write_all(b"half").await.unwrap();
     let mut half = [0; 4];
@@ -90,7 +91,8 @@ async fn a_service_that_breaks_off_is_seen_to() {
             .is_err_and(|error| { error.kind() == std::io::ErrorKind::ConnectionReset })
     );
     // And the other way round.
-    let (_, mut stream) = open(&agent, port, b"").await;
+    let (head, mut stream) = open(&agent, port, b"").await;
+    assert!(head.starts_with("HTTP/1.1 101 "), "{head}");
     let (mut served, _) = listener.accept().await.unwrap();
     stream.write_all(b"half").await.unwrap();
     timeout(PATIENCE, served.read_exact(&mut half)).await.unwrap().unwrap();

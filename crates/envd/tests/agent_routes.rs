@@ -3,8 +3,10 @@
 
 mod harness;
 
-use harness::{Agent, Running, command, run, shell};
+use connectrpc::client::CallOptions;
+use harness::{Agent, Running, by_pid, command, run, shell, stdin};
 use http::{Method, Request};
+use wrenn_proto::process::SendInputRequest;
 use wrenn_types::guest::{HOST_ONLY_PATHS, WITHOUT_TOKEN_PATHS, is_host_only};
 
 /// Paths that are served, with the method that they are for.
@@ -59,7 +61,10 @@ async fn what_looks_like_a_path_of_the_host_is_not_served_under_another_spelling
             assert!(is_host_only(&path), "{path}");
             let answer =
                 agent.send(Request::post(&path).header("content-type", "application/json"), "{}").await;
-            assert_eq!(answer.status, 404, "{path}");
+            assert_eq!(
+                (answer.status.as_u16(), answer.message().as_str()),
+                (404, "there is nothing at this path")
+            );
         }
     }
 }
@@ -154,16 +159,17 @@ async fn the_environment_is_what_init_gave() {
 async fn processes_are_listed_with_what_they_use() {
     let agent = Agent::start();
     let client = agent.processes();
-    let cat = Running::start(
-        &client,
-        {
-            let mut cat = command(&["/bin/cat", "-", "a\tb"]);
-            cat.stdin = Some(true);
-            cat
-        },
-        Default::default(),
-    );
-    let cat = cat.await.unwrap();
+    let mut start = command(&["/bin/cat", "-", "a\tb"]);
+    start.stdin = Some(true);
+    let mut cat = Running::start(&client, start, CallOptions::default()).await.unwrap();
+    let input = SendInputRequest {
+        process: by_pid(cat.seen.pid).into(),
+        input: stdin(b"line").into(),
+        ..Default::default()
+    };
+    client.send_input(input).await.unwrap();
+    // The kernel says that a program runs a moment before it knows its command line.
+    cat.until(|seen| seen.text() == "line").await;
     let json = agent.get("/processes").await.json();
     assert_eq!(json["truncated"], false);
     let listed = json["processes"].as_array().unwrap();

@@ -150,10 +150,11 @@ async fn connect(port: u16) -> Result<TcpStream, ConnectError> {
     let mut answer = ConnectError::Closed(port);
     for address in ADDRESSES {
         match timeout(CONNECT_LIMIT, TcpStream::connect((address, port))).await {
-            Ok(Ok(stream)) => {
+            Ok(Ok(stream)) if is_of_another(&stream) => {
                 let _ = stream.set_nodelay(true);
                 return Ok(stream);
             }
+            Ok(Ok(_)) => {}
             // Also where the guest has no such address: nothing listens on it then.
             Ok(Err(error))
                 if matches!(
@@ -168,6 +169,16 @@ async fn connect(port: u16) -> Result<TcpStream, ConnectError> {
         }
     }
     Err(answer)
+}
+
+/// Whether somebody else is at the other end. Where nothing listens, the kernel may choose the very port for our end,
+/// and then connects a socket to itself.
+fn is_of_another(stream: &TcpStream) -> bool {
+    match (stream.local_addr(), stream.peer_addr()) {
+        (Ok(local), Ok(peer)) => local != peer,
+        // It is gone by now, which its reader will see.
+        _ => true,
+    }
 }
 
 /// Carries bytes until both directions have ended or one side broke off. An end that is none must not look like one to

@@ -43,6 +43,8 @@ use crate::console::{chain, say};
 
 /// The version that `/health` names.
 const VERSION: &str = env!("CARGO_PKG_VERSION");
+/// How the paths of the services begin. Their errors are those of Connect; all others are plain.
+const SERVICES: [&str; 2] = ["/process.Process/", "/filesystem.Filesystem/"];
 const VERSION_HEADER: &str = "x-wrenn-envd-version";
 /// How many connections there may be at once; more wait to be accepted.
 const MAXIMUM_CONNECTIONS: usize = 4096;
@@ -198,6 +200,10 @@ async fn answer_while_open(
             Err(error) => failed(&error),
         },
         ("/metrics" | "/envs" | "/processes", false) => not_allowed(),
+        (path, _) if !SERVICES.iter().any(|service| path.starts_with(service)) => files::refuse(
+            reply::error(StatusCode::NOT_FOUND, "there is nothing at this path"),
+            request.into_body(),
+        ),
         _ => match services.call(request).await {
             Ok(response) => response.map(|body| body.map_err(|never| match never {}).boxed_unsync()),
             Err(never) => match never {},
