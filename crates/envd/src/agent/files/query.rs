@@ -12,9 +12,12 @@ pub(crate) enum QueryError {
     TooLong,
     #[error("the query is not text")]
     NotText,
+    #[error("the query has '{0}' more than once")]
+    Twice(&'static str),
 }
 
-/// Reads what we know of a query; other keys are passed over. Of a key that comes twice the first counts.
+/// Reads what we know of a query; other keys are passed over. A key that comes twice is refused: one value might be
+/// signed and the other used.
 pub(crate) fn parse(query: &str) -> Result<FileQuery, QueryError> {
     if query.len() > MAXIMUM {
         return Err(QueryError::TooLong);
@@ -22,15 +25,16 @@ pub(crate) fn parse(query: &str) -> Result<FileQuery, QueryError> {
     let mut parsed = FileQuery::default();
     for pair in query.split('&') {
         let (key, value) = pair.split_once('=').unwrap_or((pair, ""));
-        let field = match decode(key)?.as_str() {
-            "path" => &mut parsed.path,
-            "username" => &mut parsed.username,
-            "signature" => &mut parsed.signature,
-            "signature_expiration" => &mut parsed.expiration,
+        let (name, field) = match decode(key)?.as_str() {
+            "path" => ("path", &mut parsed.path),
+            "username" => ("username", &mut parsed.username),
+            "signature" => ("signature", &mut parsed.signature),
+            "signature_expiration" => ("signature_expiration", &mut parsed.expiration),
             _ => continue,
         };
-        let value = decode(value)?;
-        field.get_or_insert(value);
+        if field.replace(decode(value)?).is_some() {
+            return Err(QueryError::Twice(name));
+        }
     }
     // An empty user name is none.
     parsed.username = parsed.username.filter(|name| !name.is_empty());
@@ -86,7 +90,8 @@ mod tests {
         assert_eq!(query.username.as_deref(), Some("user"));
         assert_eq!(query.signature.as_deref(), Some("v1_a+b/c"));
         assert_eq!(query.expiration.as_deref(), Some("12"));
-        assert_eq!(parse("path=100%&path=2").unwrap().path.as_deref(), Some("100%"));
+        assert_eq!(parse("path=100%").unwrap().path.as_deref(), Some("100%"));
+        assert_eq!(parse("path=1&x=2&p%61th=1").unwrap_err(), QueryError::Twice("path"));
         assert_eq!(parse("path").unwrap().path.as_deref(), Some(""));
         assert_eq!(parse("").unwrap().path, None);
         assert_eq!(parse("path=%ff").unwrap_err(), QueryError::NotText);

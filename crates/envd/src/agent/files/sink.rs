@@ -70,16 +70,15 @@ impl Sink {
                 .custom_flags(flags)
                 .open(&path)
         };
-        if fs::metadata(&path).is_ok_and(|metadata| !metadata.is_file() && !metadata.is_dir()) {
-            return Err(FilesError::NotRegular(path));
-        }
         let parent = || {
             let parent = Path::new(&path).parent().unwrap_or_else(|| Path::new("/"));
             tree::make_directories(parent, user.uid, user.gid)
         };
-        let existed = open(false);
-        let file = match existed {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => match open(true) {
+        // What is no file is not even opened: with some devices that does something.
+        let file = match fs::metadata(&path) {
+            Ok(there) if !there.is_file() && !there.is_dir() => return Err(FilesError::NotRegular(path)),
+            Ok(_) => open(false).map_err(failed)?,
+            Err(_) => match open(true) {
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {
                     parent().map_err(failed)?;
                     open(true).map_err(failed)?
@@ -87,7 +86,6 @@ impl Sink {
                 Err(error) if error.kind() == io::ErrorKind::StorageFull => return Err(FilesError::NoInodes),
                 other => other.map_err(failed)?,
             },
-            other => other.map_err(failed)?,
         };
         let metadata = file.metadata().map_err(failed)?;
         let partial =
