@@ -28,7 +28,7 @@ use self::{
     console::{chain, say},
 };
 
-const USAGE: &str = "usage: envd agent [--listen ADDRESS:PORT | --port PORT] [--user NAME] [--cgroup DIRECTORY] \
+const USAGE: &str = "usage: envd agent [--listen ADDRESS:PORT | --port PORT] [--user NAME] [--cgroup DIRECTORY] [--handover] \
      [--guest]\n       envd supervise PROGRAM [ARGUMENT...]\n       envd --version";
 
 fn main() -> ExitCode {

@@ -56,6 +56,7 @@ fn main() -> ExitCode {
     let trials = vec![
         trial("guest::no_process_runs_between_restore_and_identity", || with_lab(standstill)),
         trial("guest::a_port_on_loopback_is_reached", || with_lab(loopback_port)),
+        trial("guest::a_killed_agent_is_followed_by_one_that_knows_who_it_is", || with_lab(killed_agent)),
     ];
     libtest_mimic::run(&arguments, trials).exit_code()
 }
@@ -282,5 +283,15 @@ async fn loopback_port(lab: Arc<Lab>) -> Result<()> {
     let error = loopback::connect(&machine.connector, 8104).await.unwrap_err();
     ensure!(error.kind() == std::io::ErrorKind::ConnectionRefused, "{error}");
     ensure!(loopback::connect(&machine.connector, ENVD_PORT).await.is_ok(), "the agent itself");
+    lab.stop(machine).await
+}
+
+async fn killed_agent(lab: Arc<Lab>) -> Result<()> {
+    let mut machine = lab.boot("killed").await?;
+    // The answer to this is the end of the connection.
+    ensure!(run(&machine, "pkill -KILL -x envd").await.is_err(), "the agent outlived its end");
+    said(&mut machine, "the agent was ended by signal 9").await?;
+    guest::wait_until_healthy(&machine.connector, BOUND).await?;
+    run(&machine, "true").await.context("without another /init")?;
     lab.stop(machine).await
 }

@@ -33,6 +33,11 @@ impl Token {
         (!text.is_empty()).then_some(Self(text))
     }
 
+    /// The text, for the agent that comes after this one.
+    pub(super) fn expose(&self) -> &str {
+        &self.0
+    }
+
     /// Compares in a time that does not depend on where the two differ.
     pub(crate) fn matches(&self, given: &[u8]) -> bool {
         self.0.as_bytes().ct_eq(given).into()

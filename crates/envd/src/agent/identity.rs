@@ -390,7 +390,7 @@ mod tests {
 
     fn guest() -> Arc<Agent> {
         let address = "0.0.0.0:49983".parse().unwrap();
-        Arc::new(Agent::new(Place::Guest, address, "root".to_owned(), None))
+        Arc::new(Agent::new(Place::Guest, address, "root".to_owned(), None, None))
     }
 
     /// An `/init` whose changes of the machine end so.

@@ -20,6 +20,7 @@ mod cors;
 mod files;
 mod filesystem;
 mod freezer;
+mod handover;
 mod host;
 mod identity;
 mod loopback;
@@ -48,7 +49,10 @@ use std::{
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::net::TcpListener;
 
-use self::state::{Agent, Cgroup, Place};
+use self::{
+    handover::Handover,
+    state::{Agent, Cgroup, Place},
+};
 use crate::{
     console::say,
     layout::{READY_LINE, USER_CGROUP},
@@ -70,6 +74,8 @@ pub(crate) struct Options {
     pub(crate) default_user: String,
     /// The directory of the cgroup in which the processes of users are born.
     pub(crate) cgroup: Option<PathBuf>,
+    /// Whether standard input is where an agent leaves the identity to the next one.
+    pub(crate) handover: bool,
 }
 
 /// What is wrong with a command line.
@@ -91,11 +97,18 @@ impl Options {
         let mut place = Place::Outside;
         let (mut port, mut listen) = (PORT, None);
         let mut default_user = "root".to_owned();
-        let mut cgroup = None;
+        let (mut cgroup, mut handover) = (None, false);
         while let Some(option) = words.next() {
-            if option == "--guest" {
-                place = Place::Guest;
-                continue;
+            match option.as_str() {
+                "--guest" => {
+                    place = Place::Guest;
+                    continue;
+                }
+                "--handover" => {
+                    handover = true;
+                    continue;
+                }
+                _ => {}
             }
             if !["--port", "--listen", "--user", "--cgroup"].contains(&option.as_str()) {
                 return Err(OptionsError::Unknown(option));
@@ -116,7 +129,7 @@ impl Options {
         let listen = listen.unwrap_or_else(|| (address, port).into());
         let ours = || PathBuf::from(USER_CGROUP);
         let cgroup = cgroup.or_else(|| (place == Place::Guest).then(ours));
-        Ok(Self { place, listen, default_user, cgroup })
+        Ok(Self { place, listen, default_user, cgroup, handover })
     }
 }
 
@@ -139,7 +152,8 @@ async fn serve(options: Options) -> io::Result<()> {
     let listener = TcpListener::bind(options.listen).await?;
     let address = listener.local_addr()?;
     let cgroup = options.cgroup.and_then(|directory| user_cgroup(directory, options.place));
-    let agent = Arc::new(Agent::new(options.place, address, options.default_user, cgroup));
+    let handover = options.handover.then(Handover::on_standard_input).transpose()?;
+    let agent = Arc::new(Agent::new(options.place, address, options.default_user, cgroup, handover));
     announce(options.place, address)?;
     server::serve(agent, listener).await
 }

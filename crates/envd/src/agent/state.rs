@@ -28,6 +28,7 @@ use tokio::{sync::Semaphore, time::Instant};
 use super::{
     auth::Token,
     freezer::{FreezeError, Freezer, Scope},
+    handover::Handover,
     loopback::Streams,
     metrics::Meter,
     process::Registry,
@@ -111,6 +112,7 @@ pub(crate) struct Agent {
     pub(crate) meter: Meter,
     pub(crate) streams: Streams,
     freezer: Option<Freezer>,
+    handover: Option<Handover>,
     identity: Mutex<Arc<Identity>>,
 }
 
@@ -120,18 +122,20 @@ impl Agent {
         address: SocketAddr,
         default_user: String,
         cgroup: Option<Cgroup>,
+        handover: Option<Handover>,
     ) -> Self {
         let gate = match place {
             Place::Guest => Gate::Closed("this guest has not been initialised".to_owned()),
             Place::Outside => Gate::Open,
         };
-        let identity = Identity {
+        let left = handover.as_ref().and_then(Handover::take);
+        let identity = left.unwrap_or_else(|| Identity {
             gate,
             token: None,
             environment: BTreeMap::new(),
             default_user,
             default_directory: None,
-        };
+        });
         let (cgroup, freezer) = cgroup.map(|cgroup| (Arc::new(cgroup.directory), cgroup.freezer)).unzip();
         Self {
             place,
@@ -143,6 +147,7 @@ impl Agent {
             meter: Meter::start(),
             streams: Streams::default(),
             freezer,
+            handover,
             identity: Mutex::new(Arc::new(identity)),
         }
     }
@@ -154,7 +159,11 @@ impl Agent {
 
     /// Changes who this guest is; only `/init` does.
     pub(crate) fn set_identity(&self, identity: Identity) {
-        *self.identity.lock().unwrap_or_else(PoisonError::into_inner) = Arc::new(identity);
+        let mut current = self.identity.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(handover) = &self.handover {
+            handover.leave(&identity);
+        }
+        *current = Arc::new(identity);
     }
 
     /// Opens or closes the guest, for whoever holds `changing`.

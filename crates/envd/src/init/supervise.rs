@@ -6,16 +6,16 @@
 //!  SIGTERM, SIGINT, SIGUSR1, SIGUSR2, SIGPWR ────────────────────────────► power off
 //! ```
 //!
-//! An agent that was restarted knows neither a token nor the processes of the one before. It is closed until the host
-//! calls `/init`. The processes go on, as children of process 1, without their pipes; those that were frozen for a
-//! snapshot stay frozen, because the kernel remembers that and not the agent.
+//! An agent that was restarted is who the one before was (`agent/handover.rs`), and knows none of its processes. They go
+//! on, as children of process 1, without their pipes; those that were frozen for a snapshot stay frozen, because
+//! the kernel remembers that and not the agent.
 //!
 //! `envd supervise PROGRAM…` does the same around any program, without being process 1 and without powering off.
 
 use std::{
     collections::VecDeque,
     fs, io,
-    os::unix::process::CommandExt,
+    os::{fd::OwnedFd, unix::process::CommandExt},
     process::{Command, ExitCode},
     time::{Duration, Instant},
 };
@@ -26,6 +26,7 @@ use nix::sys::{
 };
 use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
+    fs::{MemfdFlags, memfd_create},
     io::Errno,
     mount::{MountFlags, mount_remount},
     process::{Pid, WaitOptions, wait},
@@ -50,7 +51,12 @@ const POWER_OFF: [Signal; 5] =
 
 /// Runs the agent until the guest shall power off.
 pub(super) fn run() {
-    keep_running(start_agent);
+    // Without it the agent after the first is closed until the host calls `/init` again.
+    let handover = memfd_create(c"envd", MemfdFlags::CLOEXEC);
+    if let Err(error) = &handover {
+        say(format_args!("no file to hand over in: {error}"));
+    }
+    keep_running(|| start_agent(handover.as_ref().ok()));
 }
 
 /// Runs this program as process 1 runs the agent, and takes in its orphans.
@@ -119,9 +125,12 @@ pub(super) fn power_off() -> ExitCode {
 }
 
 /// Starts this program in the agent role. Its file in the initramfs is gone by now, but not what it was opened as.
-fn start_agent() -> io::Result<Pid> {
+fn start_agent(handover: Option<&OwnedFd>) -> io::Result<Pid> {
     let mut command = Command::new("/proc/self/exe");
     command.arg0("envd").args(["agent", "--guest"]).env_clear().env("PATH", PATH).current_dir("/");
+    if let Some(handover) = handover {
+        command.arg("--handover").stdin(handover.try_clone()?);
+    }
     spawn(&mut command)
 }
 

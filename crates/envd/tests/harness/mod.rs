@@ -61,13 +61,13 @@ impl Agent {
     /// Starts it with more options and its own place for errors.
     pub(crate) fn start_with(options: &[&str], errors: Stdio) -> Self {
         let mut command = Command::new(env!("CARGO_BIN_EXE_envd"));
-        command.args(["agent", "--listen", "127.0.0.1:0"]).args(options).stderr(errors);
+        command.args(["agent", "--listen", "127.0.0.1:0"]).args(options).stdin(Stdio::null()).stderr(errors);
         Self::start_command(command)
     }
 
     /// Starts it by a command, which must become the agent.
     pub(crate) fn start_command(mut command: Command) -> Self {
-        let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn().unwrap();
+        let mut child = command.stdout(Stdio::piped()).spawn().unwrap();
         let mut line = String::new();
         BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
         let line: serde_json::Value = serde_json::from_str(&line).unwrap();
