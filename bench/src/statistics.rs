@@ -39,6 +39,12 @@ impl Samples {
         self.durations.len() + self.failures.len()
     }
 
+    /// Whether nothing has been taken in.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
     /// Why operations failed.
     #[must_use]
     pub fn failures(&self) -> &[String] {

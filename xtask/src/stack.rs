@@ -4,7 +4,7 @@ use std::{os::unix::process::CommandExt as _, path::PathBuf, process::Command};
 
 use anyhow::{Result, bail};
 
-use crate::{cache::Cache, dependencies, host, images, programs, repository::Repository, step};
+use crate::{cache::Cache, dependencies, guest_bundle, host, images, programs, repository::Repository, step};
 
 /// What is passed on to the program.
 #[derive(Debug, clap::Args)]
@@ -49,13 +49,55 @@ pub(crate) fn run(repository: &Repository, command: &str, Arguments { arguments 
     )
 }
 
+/// Which of the two programs measures.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Bench {
+    /// Creates, into bench/RESULTS.md.
+    Creates,
+    /// The guest agent, into bench/GUEST.md.
+    Guest,
+}
+
+impl Bench {
+    /// A first word says which, and the rest is for that one; without a word it is both, or with arguments creates.
+    fn which(arguments: &[String]) -> (&'static [Self], &[String]) {
+        match arguments.split_first() {
+            None => (&[Self::Creates, Self::Guest], arguments),
+            Some((word, rest)) if word == "creates" => (&[Self::Creates], rest),
+            Some((word, rest)) if word == "guest" => (&[Self::Guest], rest),
+            Some(_) => (&[Self::Creates], arguments),
+        }
+    }
+
+    fn program(self) -> &'static str {
+        match self {
+            Self::Creates => "wrenn-bench",
+            Self::Guest => "wrenn-bench-guest",
+        }
+    }
+}
+
 /// Builds, then measures.
 pub(crate) fn bench(repository: &Repository, Arguments { arguments }: &Arguments) -> Result<()> {
     host::require_sandboxes()?;
     let Product { program, images } = build(repository)?;
-    let mut command = repository.cargo();
-    command.args(["run", "--release", "--package", "wrenn-bench", "--"]).args(arguments);
-    become_it(command.env("WRENN_BIN", program).env("WRENN_IMAGES", images))
+    let envd = guest_bundle::build_envd(repository, &Cache::open()?)?;
+    let (benches, arguments) = Bench::which(arguments);
+    let mut commands = benches.iter().map(|bench| {
+        let mut command = repository.cargo();
+        command
+            .args(["run", "--release", "--package", "wrenn-bench", "--bin", bench.program(), "--"])
+            .args(arguments)
+            .env("WRENN_BIN", &program)
+            .env("WRENN_IMAGES", &images)
+            .env("WRENN_ENVD", &envd);
+        command
+    });
+    let last = commands.next_back();
+    for mut command in commands {
+        step::loud("measuring", &mut command)?;
+    }
+    last.map_or(Ok(()), |mut command| become_it(&mut command))
 }
 
 /// Stops the stack of this clone. What was never built was never started.
@@ -72,4 +114,26 @@ pub(crate) fn down(repository: &Repository, Arguments { arguments }: &Arguments)
 fn become_it(command: &mut Command) -> Result<()> {
     let error = command.exec();
     bail!(anyhow::Error::new(error).context(format!("starting {}", command.get_program().to_string_lossy())))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_first_word_says_what_is_measured() {
+        let which = |words: &[&str]| {
+            let words: Vec<String> = words.iter().map(|word| (*word).to_owned()).collect();
+            let (benches, rest) = Bench::which(&words);
+            (benches, rest.to_vec())
+        };
+        assert_eq!(which(&[]), ([Bench::Creates, Bench::Guest].as_slice(), vec![]));
+        assert_eq!(which(&["guest", "--rounds", "1"]).0, [Bench::Guest]);
+        assert_eq!(which(&["guest", "--rounds", "1"]).1, ["--rounds", "1"]);
+        assert_eq!(
+            which(&["--count", "5"]),
+            ([Bench::Creates].as_slice(), vec!["--count".to_owned(), "5".to_owned()])
+        );
+        assert_eq!(which(&["creates"]), ([Bench::Creates].as_slice(), vec![]));
+    }
 }

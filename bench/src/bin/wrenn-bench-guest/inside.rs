@@ -47,6 +47,7 @@ const TURN: usize = 2000;
 
 /// What is measured.
 #[derive(Debug, clap::Args)]
+#[group(id = "inside")]
 pub(crate) struct Options {
     /// How many programs run in the guest.
     #[arg(long, default_value_t = 500)]

@@ -81,6 +81,7 @@ fn measure(
     outside: &outside::Options,
     only: Only,
 ) -> Result<Results> {
+    let _timers = runtime.enter();
     let before = machine::load();
     let vmm = runtime.block_on(inside::driver())?;
     let (name, accelerator) = inside::describe(vmm.identity());
@@ -102,4 +103,16 @@ fn measure(
         inside,
         outside,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory as _;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Arguments::command().debug_assert();
+    }
 }

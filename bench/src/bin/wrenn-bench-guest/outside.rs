@@ -41,6 +41,7 @@ const ENTER: &str = "ip link set lo up && mount -t tmpfs tmpfs /run && echo ente
 
 /// What is measured.
 #[derive(Debug, clap::Args)]
+#[group(id = "outside")]
 pub(crate) struct Options {
     /// Our agent, built for guests.
     #[arg(long, env = "WRENN_ENVD")]
@@ -264,17 +265,21 @@ impl Turns<'_> {
     fn small_files(&mut self, rounds: usize, together: usize, parent: &Path) -> Result<Series> {
         const FILES: usize = 1000;
         let what = match together {
-            1 => format!("{FILES} small files up, one a request"),
-            _ => format!("{FILES} small files up, {together} a request"),
+            1 => format!("{FILES} small files up, one a request, in memory"),
+            _ => format!("{FILES} small files up, {together} a request, in memory"),
         };
         let mut series = self.series(what, Measure::Files(FILES));
+        // They stay until the end: whoever comes after a removal would pay for it.
+        let mut directories = Vec::new();
         for round in 0..rounds {
             self.each(round, &mut series, |agent, handle, samples, _| {
                 let directory = tempfile::Builder::new().prefix("wrenn-bench-").tempdir_in(parent)?;
-                let directory = directory.path().to_str().context("the directory is text")?;
-                agent.attempt(handle, samples, |connection| {
-                    workload::small_files(connection, directory, 0..FILES, together)
-                })
+                let path = directory.path().to_str().context("the directory is text")?;
+                let outcome = agent.attempt(handle, samples, |connection| {
+                    workload::small_files(connection, path, 0..FILES, together)
+                });
+                directories.push(directory);
+                outcome
             })?;
         }
         Ok(series)
@@ -305,7 +310,7 @@ pub(crate) fn measure(handle: &Handle, options: &Options) -> Result<Outside> {
     }
     say("small files");
     for together in [1, TOGETHER] {
-        series.push(turns.small_files(options.rounds, together, &options.disk_directory)?);
+        series.push(turns.small_files(options.rounds, together, &options.memory_directory)?);
     }
     let ours = turns.agents[0].weight()?;
     let peer = turns.agents.get(1).map(Agent::weight).transpose()?;
