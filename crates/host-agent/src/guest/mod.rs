@@ -11,7 +11,7 @@ use std::{collections::BTreeMap, future::poll_fn, io, time::Duration};
 
 use base64::Engine as _;
 use http::{Request, StatusCode, header};
-use http_body_util::{BodyExt as _, Full, Limited};
+use http_body_util::{BodyExt as _, Full, LengthLimitError, Limited};
 use hyper::client::conn::http1;
 use hyper_util::rt::TokioIo;
 use serde::Serialize;
@@ -170,7 +170,11 @@ async fn ask(
         let conversation = async {
             let answer = sender.send_request(request).await.map_err(broken)?;
             let status = answer.status();
-            let body = Limited::new(answer.into_body(), ANSWER_LIMIT).collect().await;
+            let body = match Limited::new(answer.into_body(), ANSWER_LIMIT).collect().await {
+                // What a program printed beyond that is nobody's loss.
+                Err(error) if !error.is::<LengthLimitError>() => return Err(GuestError::Broken(error)),
+                body => body,
+            };
             if status.is_success() {
                 return Ok(());
             }
