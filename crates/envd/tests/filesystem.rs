@@ -1,12 +1,11 @@
 //! The filesystem service, over the wire, against a real agent.
-#![allow(clippy::unwrap_used, reason = "all of this is tests")]
+#![allow(clippy::unwrap_used, clippy::print_stdout, reason = "all of this is tests")]
 
 mod harness;
 
 use std::{fs, os::unix::fs::MetadataExt};
 
-use connectrpc::ErrorCode;
-use harness::{Agent, as_user};
+use harness::{Agent, as_user, basic};
 use wrenn_proto::filesystem::{
     FileType, ListDirRequest, MakeDirRequest, MoveRequest, RemoveRequest, StatRequest,
 };
@@ -114,68 +113,226 @@ async fn paths_are_resolved_for_the_user() {
 }
 
 #[tokio::test]
-async fn what_cannot_be_done_is_refused_in_the_words_of_the_contract() {
+async fn names_that_are_no_text_do_not_break_a_list() {
+    use std::os::unix::ffi::OsStrExt;
     let place = Place::new();
     let client = place.agent.filesystem();
+    fs::write(place.directory.path().join(std::ffi::OsStr::from_bytes(b"odd\xff")), "x").unwrap();
+    fs::write(place.path("even"), "").unwrap();
+    fs::write(place.path("new\nline"), "").unwrap();
+    let listed = client.list_dir(list(place.path(""), 1)).await.unwrap().into_owned();
+    let names: Vec<_> = listed.entries.iter().map(|entry| (entry.name.as_str(), entry.size)).collect();
+    assert_eq!(names, [("even", 0), ("new\nline", 0), ("odd\u{fffd}", 1)]);
+}
+
+#[tokio::test]
+async fn a_move_to_another_file_system_is_a_move() {
+    let place = Place::new();
+    let client = place.agent.filesystem();
+    let elsewhere = tempfile::tempdir_in("/dev/shm").unwrap();
+    let target = elsewhere.path().join("a/tree").to_str().unwrap().to_owned();
+    fs::create_dir_all(place.path("tree/sub")).unwrap();
+    fs::write(place.path("tree/sub/file"), "content").unwrap();
+    let moved = client.r#move(rename(place.path("tree"), &target)).await.unwrap().into_owned();
+    assert_eq!(moved.entry.as_option().unwrap().path, target);
+    assert_eq!(fs::read(format!("{target}/sub/file")).unwrap(), b"content");
+    assert!(!fs::exists(place.path("tree")).unwrap());
+    client.r#move(rename(format!("{target}/sub/file"), place.path("back"))).await.unwrap();
+    assert_eq!(fs::read(place.path("back")).unwrap(), b"content");
+}
+
+#[tokio::test]
+async fn an_entry_has_the_metadata_of_its_file() {
+    let place = Place::new();
+    fs::write(place.path("file"), "").unwrap();
+    let set = rustix::fs::setxattr(
+        place.path("file"),
+        "user.e2b.purpose",
+        b"test",
+        rustix::fs::XattrFlags::empty(),
+    );
+    if set.is_err() {
+        println!("skipped: no extended attributes here");
+        return;
+    }
+    let client = place.agent.filesystem();
+    let listed = client.list_dir(list(place.path(""), 1)).await.unwrap().into_owned();
+    assert_eq!(listed.entries[0].metadata.get("purpose").map(String::as_str), Some("test"));
+}
+
+/// Every refusal of the service, as it is on the wire.
+#[tokio::test]
+async fn what_cannot_be_done_is_refused_in_the_words_of_the_contract() {
+    use serde_json::json;
+    let place = Place::new();
     fs::write(place.path("file"), "").unwrap();
     fs::create_dir_all(place.path("full/x")).unwrap();
-    let file = place.path("file");
-    let nowhere = place.path("nowhere");
-    let check = |answer: Option<connectrpc::ConnectError>, code, message: String| {
-        let error = answer.expect("an error");
-        assert_eq!((error.code, error.message.unwrap_or_default()), (code, message));
-    };
-    check(client.stat(stat(&nowhere)).await.err(), ErrorCode::NotFound, format!("file not found: {nowhere}"));
-    check(
-        client.stat(stat(format!("{file}/x"))).await.err(),
-        ErrorCode::NotFound,
-        format!("file not found: {file}/x"),
-    );
-    check(
-        client.list_dir(list(&nowhere, 1)).await.err(),
-        ErrorCode::NotFound,
-        format!("path not found: {nowhere}"),
-    );
-    check(
-        client.list_dir(list(&file, 1)).await.err(),
-        ErrorCode::InvalidArgument,
-        format!("path is not a directory: {file}"),
-    );
-    check(
-        client.make_dir(make(place.path("full"))).await.err(),
-        ErrorCode::AlreadyExists,
-        format!("directory already exists: {}", place.path("full")),
-    );
-    check(
-        client.make_dir(make(&file)).await.err(),
-        ErrorCode::InvalidArgument,
-        format!("path already exists but it is not a directory: {file}"),
-    );
-    check(
-        client.make_dir(make(format!("{file}/x"))).await.err(),
-        ErrorCode::InvalidArgument,
-        format!("path already exists but it is not a directory: {file}/x"),
-    );
-    check(
-        client.r#move(rename(&nowhere, &file)).await.err(),
-        ErrorCode::NotFound,
-        format!("source file not found: {nowhere}"),
-    );
-    check(
-        client.remove(remove("/../")).await.err(),
-        ErrorCode::InvalidArgument,
-        "/ is the root of the file system".to_owned(),
-    );
-    check(
-        client.stat(stat("a\0b")).await.err(),
-        ErrorCode::InvalidArgument,
-        "path contains a zero byte".to_owned(),
-    );
-    check(
-        client.stat_with_options(stat("/"), as_user("nosuch")).await.err(),
-        ErrorCode::Unauthenticated,
-        "invalid username: 'nosuch'".to_owned(),
-    );
-    let onto_full = client.r#move(rename(place.path("full/x"), "/proc/x")).await.unwrap_err();
-    assert!(!onto_full.message.unwrap_or_default().is_empty());
+    fs::create_dir_all(place.path("also/x")).unwrap();
+    std::os::unix::fs::symlink("round", place.path("round")).unwrap();
+    let path = |name: &str| place.path(name);
+    let (file, full, nowhere, round) = (path("file"), path("full"), path("nowhere"), path("round"));
+    let long = "x".repeat(300);
+    let root = "root";
+    let table = [
+        ("Stat", json!({"path": nowhere}), root, "not_found", format!("file not found: {nowhere}")),
+        ("Stat", json!({"path": path("file/x")}), root, "not_found", format!("file not found: {file}/x")),
+        (
+            "Stat",
+            json!({"path": path("round/x")}),
+            root,
+            "failed_precondition",
+            format!("cannot stat {round}/x: Too many levels of symbolic links (os error 40)"),
+        ),
+        (
+            "Stat",
+            json!({"path": path(&long)}),
+            root,
+            "invalid_argument",
+            format!("cannot stat {}: File name too long (os error 36)", path(&long)),
+        ),
+        ("Stat", json!({"path": "a\0b"}), root, "invalid_argument", "path contains a zero byte".to_owned()),
+        (
+            "Stat",
+            json!({"path": "x/".repeat(3000)}),
+            root,
+            "invalid_argument",
+            "path is longer than 4095 bytes".to_owned(),
+        ),
+        ("Stat", json!({"path": "/"}), "nosuch", "unauthenticated", "invalid username: 'nosuch'".to_owned()),
+        ("ListDir", json!({"path": nowhere}), root, "not_found", format!("path not found: {nowhere}")),
+        (
+            "ListDir",
+            json!({"path": file}),
+            root,
+            "invalid_argument",
+            format!("path is not a directory: {file}"),
+        ),
+        (
+            "ListDir",
+            json!({"path": round}),
+            root,
+            "failed_precondition",
+            format!("cyclic symlink or chain >255 links at \"{round}\""),
+        ),
+        (
+            "MakeDir",
+            json!({"path": full}),
+            root,
+            "already_exists",
+            format!("directory already exists: {full}"),
+        ),
+        (
+            "MakeDir",
+            json!({"path": file}),
+            root,
+            "invalid_argument",
+            format!("path already exists but it is not a directory: {file}"),
+        ),
+        (
+            "MakeDir",
+            json!({"path": path("file/x")}),
+            root,
+            "invalid_argument",
+            format!("path already exists but it is not a directory: {file}/x"),
+        ),
+        (
+            "Move",
+            json!({"source": nowhere, "destination": file}),
+            root,
+            "not_found",
+            format!("source file not found: {nowhere}"),
+        ),
+        (
+            "Move",
+            json!({"source": full, "destination": path("full/x/y")}),
+            root,
+            "invalid_argument",
+            format!("cannot move {full} into itself"),
+        ),
+        (
+            "Move",
+            json!({"source": file, "destination": path("file/x")}),
+            root,
+            "invalid_argument",
+            format!("cannot move to {file}/x: not a directory"),
+        ),
+        (
+            "Move",
+            json!({"source": full, "destination": path("also")}),
+            root,
+            "invalid_argument",
+            format!("cannot move to {}: Directory not empty (os error 39)", path("also")),
+        ),
+        (
+            "Remove",
+            json!({"path": "/../"}),
+            root,
+            "invalid_argument",
+            "/ is the root of the file system".to_owned(),
+        ),
+        (
+            "GetWatcherEvents",
+            json!({"watcherId": "x"}),
+            root,
+            "not_found",
+            "watcher with id x not found".to_owned(),
+        ),
+        (
+            "RemoveWatcher",
+            json!({"watcherId": ""}),
+            root,
+            "not_found",
+            "watcher with id  not found".to_owned(),
+        ),
+        ("CreateWatcher", json!({"path": nowhere}), root, "not_found", format!("path {nowhere} not found")),
+        (
+            "CreateWatcher",
+            json!({"path": file}),
+            root,
+            "invalid_argument",
+            format!("path {file} not a directory"),
+        ),
+    ];
+    for (method, body, user, code, message) in table {
+        let request = http::Request::post(format!("/filesystem.Filesystem/{method}"))
+            .header("content-type", "application/json")
+            .header("authorization", basic(user));
+        let answer = place.agent.send(request, body.to_string()).await;
+        assert_ne!(answer.status, 200, "{method} {body}");
+        assert_eq!(answer.json(), json!({"code": code, "message": message}), "{method} {body}");
+    }
+    assert!(fs::exists(path("full/x")).unwrap() && fs::exists(path("also/x")).unwrap());
+}
+
+/// Whatever a path is, there is an answer, and it is not that of a fault.
+#[tokio::test]
+async fn any_path_is_answered() {
+    let place = Place::new();
+    let mut paths: Vec<String> = [
+        "~",
+        "~~",
+        "~root",
+        ".",
+        "..",
+        "/.",
+        "//",
+        "/proc/self/fd/0/..",
+        "/dev/null/",
+        "\u{fffd}",
+        "%00",
+        "a\nb",
+    ]
+    .map(str::to_owned)
+    .into();
+    paths.push("/".repeat(5000));
+    paths.push("../".repeat(2000));
+    paths.push("é".repeat(127));
+    for path in paths {
+        for method in ["Stat", "ListDir"] {
+            let request = http::Request::post(format!("/filesystem.Filesystem/{method}"))
+                .header("content-type", "application/json");
+            let answer = place.agent.send(request, serde_json::json!({"path": path}).to_string()).await;
+            assert!(answer.status.as_u16() < 500, "{method} {path:?}: {:?}", answer.body);
+        }
+    }
 }

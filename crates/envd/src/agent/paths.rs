@@ -26,14 +26,14 @@ pub(crate) enum PathError {
 
 /// Resolves `path` for `user`.
 pub(crate) fn resolve(path: &str, user: &User, default_directory: Option<&str>) -> Result<String, PathError> {
-    if path.contains('\0') {
-        return Err(PathError::ZeroByte);
-    }
     let resolved = match path {
         "" => normalise(&user.home, default_directory.unwrap_or_default()),
         "~" => normalise(&user.home, ""),
         _ => normalise(&user.home, path.strip_prefix("~/").unwrap_or(path)),
     };
+    if path.contains('\0') || resolved.contains('\0') {
+        return Err(PathError::ZeroByte);
+    }
     if resolved.len() > MAXIMUM { Err(PathError::TooLong) } else { Ok(resolved) }
 }
 
@@ -102,12 +102,37 @@ mod tests {
 
     proptest! {
         #[test]
-        fn a_resolved_path_is_absolute_and_plain(path in "[a~./ ]{0,40}") {
-            let resolved = resolve(&path, &user(), None).unwrap();
-            prop_assert!(resolved.starts_with('/'));
+        fn a_resolved_path_is_absolute_and_plain(
+            path in "[a~./ ]{0,40}|.{0,60}",
+            home in "/[a./]{0,10}",
+            default in prop::option::of(".{0,10}"),
+        ) {
+            let user = User { home, ..user() };
+            let resolved = match resolve(&path, &user, default.as_deref()) {
+                Ok(resolved) => resolved,
+                Err(PathError::ZeroByte) => {
+                    prop_assert!(path.contains('\0') || default.unwrap().contains('\0'));
+                    return Ok(());
+                }
+                Err(PathError::TooLong) => unreachable!("it is short"),
+            };
+            prop_assert!(resolved.starts_with('/') && !resolved.contains('\0') && resolved.len() <= MAXIMUM);
             prop_assert!(resolved.split('/').skip(1).all(|part| part != "." && part != ".."));
             prop_assert!(!resolved.contains("//"));
-            prop_assert_eq!(resolve(&resolved, &user(), None).unwrap(), resolved);
+            prop_assert!(resolved == "/" || !name(&resolved).contains('/'));
+            prop_assert_eq!(resolve(&resolved, &user, None).unwrap(), resolved);
+        }
+
+        #[test]
+        fn no_path_is_longer_than_the_kernel_takes(parts in prop::collection::vec("[a-z]{1,300}", 0..40)) {
+            let path = parts.join("/");
+            match resolve(&path, &user(), None) {
+                Ok(resolved) => prop_assert!(resolved.len() <= MAXIMUM),
+                Err(error) => {
+                    prop_assert_eq!(error, PathError::TooLong);
+                    prop_assert!(path.len() > 4000);
+                }
+            }
         }
     }
 }

@@ -4,12 +4,15 @@
 //! not do. The two files are small and may change while the guest runs, so they are read anew for each
 //! request. Lines that are not well formed are passed over, as the C library does.
 
-use std::{fs, io};
+use std::{collections::HashSet, fs, io};
 
 use wrenn_guest_linux::spawn::Identity;
 
 /// How many bytes of each file are looked at.
 const MAXIMUM: u64 = 8 << 20;
+
+/// How many groups the kernel lets a process have.
+const MAXIMUM_GROUPS: usize = 65_536;
 
 /// A user of the guest.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -31,7 +34,13 @@ pub(crate) struct Accounts {
 impl Accounts {
     /// Reads both files. Absent files are files without lines; `root` exists without a line of its own.
     pub(crate) fn load() -> io::Result<Self> {
-        Ok(Self { passwd: read("/etc/passwd")?, group: read("/etc/group")? })
+        Ok(Self::of(&read("/etc/passwd")?, &read("/etc/group")?))
+    }
+
+    /// Of the content of the two files. What is no text in it is replaced, and then names nobody.
+    fn of(passwd: &[u8], group: &[u8]) -> Self {
+        let text = |bytes| String::from_utf8_lossy(bytes).into_owned();
+        Self { passwd: text(passwd), group: text(group) }
     }
 
     #[cfg(test)]
@@ -68,8 +77,12 @@ impl Accounts {
     /// What a process of `user` runs as: the user, the primary group, and every group that lists the user.
     pub(crate) fn identity(&self, user: &User) -> Identity {
         let mut groups = vec![user.gid];
+        let mut seen = HashSet::from([user.gid]);
         for (_, gid, members) in self.groups() {
-            if !groups.contains(&gid) && members.split(',').any(|member| member == user.name) {
+            if groups.len() == MAXIMUM_GROUPS {
+                break;
+            }
+            if members.split(',').any(|member| member == user.name) && seen.insert(gid) {
                 groups.push(gid);
             }
         }
@@ -85,7 +98,8 @@ impl Accounts {
         self.group.lines().filter_map(|line| {
             let mut fields = line.split(':');
             let (name, _, gid) = (fields.next()?, fields.next()?, fields.next()?);
-            Some((name, gid.parse().ok()?, fields.next().unwrap_or_default()))
+            let gid = gid.parse().ok().filter(|gid| *gid != u32::MAX)?;
+            Some((name, gid, fields.next().unwrap_or_default()))
         })
     }
 }
@@ -108,15 +122,15 @@ fn root() -> User {
     User { name: "root".to_owned(), uid: 0, gid: 0, home: "/root".to_owned(), shell: "/bin/sh".to_owned() }
 }
 
-fn read(path: &str) -> io::Result<String> {
+fn read(path: &str) -> io::Result<Vec<u8>> {
     use io::Read;
     let mut bytes = Vec::new();
     match fs::File::open(path) {
         Ok(file) => file.take(MAXIMUM).read_to_end(&mut bytes)?,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(String::new()),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(bytes),
         Err(error) => return Err(error),
     };
-    Ok(String::from_utf8_lossy(&bytes).into_owned())
+    Ok(bytes)
 }
 
 #[cfg(test)]
@@ -155,16 +169,40 @@ mod tests {
         assert_eq!(Accounts::default().user("user"), None);
     }
 
+    fn bytes() -> impl Strategy<Value = Vec<u8>> {
+        let line = "[a-c]{0,2}:x?:[0-9]{0,11}:[0-9]{0,11}:[a-c,:]{0,5}:/?[a-c]{0,3}:?[a-c/]{0,3}\n";
+        prop_oneof![
+            prop::collection::vec(any::<u8>(), 0..300),
+            prop::collection::vec(line, 0..20).prop_map(|lines| lines.concat().into_bytes()),
+        ]
+    }
+
     proptest! {
         #[test]
-        fn any_text_is_read_without_panic(passwd in "[a-z:0-9,\n]{0,200}", group in ".{0,200}", name in ".{0,8}") {
-            let accounts = Accounts::new(&passwd, &group);
+        fn any_bytes_are_read_without_panic(passwd in bytes(), group in bytes(), name in "[a-c]{0,2}|.{0,8}") {
+            let accounts = Accounts::of(&passwd, &group);
             if let Some(user) = accounts.user(&name) {
+                prop_assert_eq!(&user.name, &name);
+                prop_assert!(!name.is_empty());
+                prop_assert!(user.home.starts_with('/') && !user.shell.is_empty());
                 let identity = accounts.identity(&user);
+                prop_assert_eq!((identity.uid, identity.gid), (user.uid, user.gid));
                 prop_assert_eq!(identity.groups.first(), Some(&user.gid));
-                prop_assert!(user.home.starts_with('/'));
+                // The highest number would leave a process what it was before: root.
+                prop_assert!(identity.uid != u32::MAX && !identity.groups.contains(&u32::MAX));
+                let different: HashSet<_> = identity.groups.iter().collect();
+                prop_assert_eq!(different.len(), identity.groups.len());
             }
-            accounts.group_name(1);
+            // Whoever is not named is called by the number.
+            let text = accounts.group_name(4_000_000_007);
+            prop_assert!(text == "4000000007" || accounts.group(&text).is_some());
         }
+    }
+
+    #[test]
+    fn more_groups_than_a_process_may_have() {
+        let group: String = (0..70_000).map(|gid| format!("g{gid}:x:{gid}:a\n")).collect();
+        let accounts = Accounts::new("a:x:5:5::/:\n", &group);
+        assert_eq!(accounts.identity(&accounts.user("a").unwrap()).groups.len(), MAXIMUM_GROUPS);
     }
 }

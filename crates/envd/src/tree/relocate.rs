@@ -106,3 +106,140 @@ fn sibling(path: &Path, what: &str) -> PathBuf {
         }
     }
 }
+
+#[cfg(test)]
+#[allow(clippy::print_stdout, reason = "a test that cannot run says so")]
+mod tests {
+    use std::{
+        io::{Seek, SeekFrom, Write},
+        os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt, chown, symlink},
+    };
+
+    use rustix::fs::{CWD, FileType, XattrFlags};
+
+    use super::*;
+
+    /// Directories on two file systems.
+    fn two() -> Option<(tempfile::TempDir, tempfile::TempDir)> {
+        let (here, there) = (tempfile::tempdir().unwrap(), tempfile::tempdir_in("/dev/shm").unwrap());
+        let device = |directory: &tempfile::TempDir| fs::metadata(directory.path()).unwrap().dev();
+        if device(&here) == device(&there) {
+            println!("skipped: /tmp and /dev/shm are one file system");
+            return None;
+        }
+        Some((here, there))
+    }
+
+    fn names(directory: &Path) -> Vec<String> {
+        let names = fs::read_dir(directory).unwrap().map(|entry| entry.unwrap().file_name());
+        let mut names: Vec<_> = names.map(|name| name.into_string().unwrap()).collect();
+        names.sort_unstable();
+        names
+    }
+
+    #[test]
+    fn a_tree_is_the_same_on_the_other_side() {
+        let Some((here, there)) = two() else { return };
+        let (source, target) = (here.path().join("tree"), there.path().join("moved"));
+        fs::create_dir_all(source.join("a/b")).unwrap();
+        fs::write(source.join("a/file"), "content").unwrap();
+        fs::write(source.join("a/b/empty"), "").unwrap();
+        symlink("../nowhere", source.join("a/link")).unwrap();
+        rustix::fs::mknodat(CWD, source.join("pipe"), FileType::Fifo, 0o600.into(), 0).unwrap();
+        chown(source.join("a/file"), Some(1234), Some(1235)).unwrap();
+        fs::set_permissions(source.join("a/file"), fs::Permissions::from_mode(0o4711)).unwrap();
+        fs::set_permissions(source.join("pipe"), fs::Permissions::from_mode(0o622)).unwrap();
+        fs::set_permissions(source.join("a/b"), fs::Permissions::from_mode(0o1500)).unwrap();
+        std::os::unix::fs::lchown(source.join("a/link"), Some(1), Some(2)).unwrap();
+        let mut sparse = fs::File::create(source.join("sparse")).unwrap();
+        sparse.write_all(b"begin").unwrap();
+        sparse.seek(SeekFrom::Start(64 << 20)).unwrap();
+        sparse.write_all(b"end").unwrap();
+        sparse.set_len(128 << 20).unwrap();
+        let attribute = rustix::fs::setxattr(source.join("a/file"), "user.e2b.k", b"v", XattrFlags::empty());
+        let facts = |top: &Path| {
+            ["", "a", "a/b", "a/b/empty", "a/file", "a/link", "pipe", "sparse"].map(|name| {
+                let metadata = fs::symlink_metadata(top.join(name)).unwrap();
+                let size = if metadata.is_dir() { 0 } else { metadata.len() };
+                (
+                    metadata.mode(),
+                    metadata.uid(),
+                    metadata.gid(),
+                    size,
+                    metadata.mtime(),
+                    metadata.mtime_nsec(),
+                )
+            })
+        };
+        let before = facts(&source);
+        move_to(&source, &target).unwrap();
+        assert_eq!(facts(&target), before);
+        assert_eq!(fs::read(target.join("a/file")).unwrap(), b"content");
+        assert_eq!(fs::read_link(target.join("a/link")).unwrap(), Path::new("../nowhere"));
+        assert!(fs::metadata(target.join("pipe")).unwrap().file_type().is_fifo());
+        assert!(fs::metadata(target.join("sparse")).unwrap().blocks() < 2048, "the holes are holes");
+        assert!(fs::read(target.join("sparse")).unwrap()[64 << 20..].starts_with(b"end\0"));
+        let mut value = [0; 8];
+        // Not every kernel's memory file system has such attributes.
+        if attribute.is_ok()
+            && rustix::fs::getxattr(&target, "user.x", &mut value) != Err(rustix::io::Errno::OPNOTSUPP)
+        {
+            assert_eq!(rustix::fs::getxattr(target.join("a/file"), "user.e2b.k", &mut value), Ok(1));
+        }
+        assert_eq!((names(here.path()), names(there.path())), (vec![], vec!["moved".to_owned()]));
+    }
+
+    #[test]
+    fn a_file_replaces_a_file_and_nothing_else() {
+        let Some((here, there)) = two() else { return };
+        let (file, directory) = (here.path().join("file"), here.path().join("directory"));
+        fs::write(&file, "new").unwrap();
+        fs::create_dir(&directory).unwrap();
+        let (old, full, empty) =
+            (there.path().join("old"), there.path().join("full"), there.path().join("empty"));
+        fs::write(&old, "old").unwrap();
+        fs::create_dir_all(full.join("x")).unwrap();
+        fs::create_dir(&empty).unwrap();
+        let refused = |source: &Path, target: &Path| match move_to(source, target).unwrap_err() {
+            MoveError::Move(error) => error.kind(),
+            other => panic!("{other}"),
+        };
+        assert_eq!(refused(&file, &full), io::ErrorKind::IsADirectory);
+        assert_eq!(refused(&directory, &old), io::ErrorKind::NotADirectory);
+        assert_eq!(refused(&directory, &full), io::ErrorKind::DirectoryNotEmpty);
+        assert_eq!(names(here.path()), ["directory", "file"]);
+        assert_eq!(names(there.path()), ["empty", "full", "old"]);
+        move_to(&file, &old).unwrap();
+        move_to(&directory, &empty).unwrap();
+        assert_eq!(fs::read(&old).unwrap(), b"new");
+        assert!(names(here.path()).is_empty());
+    }
+
+    #[test]
+    fn nothing_is_half_moved() {
+        let Some((here, there)) = two() else { return };
+        // Deeper than is copied: it fails in the middle.
+        let source = here.path().join("deep");
+        let mut deep = source.clone();
+        for _ in 0..1100 {
+            deep.push("d");
+        }
+        fs::create_dir_all(&deep).unwrap();
+        fs::write(source.join("file"), "content").unwrap();
+        assert!(matches!(move_to(&source, &there.path().join("deep")), Err(MoveError::Move(_))));
+        assert!(names(there.path()).is_empty());
+        assert_eq!(names(here.path()), ["deep"]);
+        assert_eq!(names(&source), ["d", "file"]);
+    }
+
+    #[test]
+    fn a_directory_does_not_go_into_itself() {
+        let here = tempfile::tempdir().unwrap();
+        fs::create_dir_all(here.path().join("a/b")).unwrap();
+        let into = |target: &str| move_to(&here.path().join("a"), &here.path().join(target));
+        assert!(matches!(into("a/b/c"), Err(MoveError::IntoItself)));
+        assert!(matches!(into("a/b"), Err(MoveError::IntoItself)));
+        assert!(into("a").is_ok());
+        assert!(into("ab").is_ok());
+    }
+}

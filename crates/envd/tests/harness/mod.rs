@@ -195,9 +195,13 @@ pub(crate) fn keys(bytes: &[u8]) -> ProcessInput {
 }
 
 pub(crate) fn as_user(name: &str) -> CallOptions {
+    CallOptions::default().with_header("authorization", basic(name))
+}
+
+/// The header that names a user.
+pub(crate) fn basic(name: &str) -> String {
     use base64::{Engine, engine::general_purpose::STANDARD};
-    let value = format!("Basic {}", STANDARD.encode(format!("{name}:")));
-    CallOptions::default().with_header("authorization", value)
+    format!("Basic {}", STANDARD.encode(format!("{name}:")))
 }
 
 /// What a process said until now.

@@ -1,0 +1,165 @@
+//! A file system that others can change, and one that does not answer: a FUSE mount that this test serves, or does not.
+#![allow(clippy::unwrap_used, clippy::print_stdout, reason = "all of this is tests")]
+
+mod harness;
+
+use std::{
+    fs::File,
+    io::{Read, Write},
+    os::fd::AsRawFd,
+    time::Duration,
+};
+
+use connectrpc::{ErrorCode, client::CallOptions};
+use harness::{Agent, command, run};
+use nix::{
+    mount::{MntFlags, MsFlags, mount, umount2},
+    sched::{CloneFlags, unshare},
+};
+use wrenn_proto::filesystem::{CreateWatcherRequest, StatRequest, WatchDirRequest};
+
+/// The mount, in a mount namespace of this thread and of what it starts.
+struct Mount {
+    directory: tempfile::TempDir,
+    device: File,
+}
+
+impl Mount {
+    fn new() -> Option<Self> {
+        let device = match File::options().read(true).write(true).open("/dev/fuse") {
+            Ok(device) => device,
+            Err(error) => {
+                println!("skipped: no FUSE here: {error}");
+                return None;
+            }
+        };
+        let directory = tempfile::tempdir().unwrap();
+        unshare(CloneFlags::CLONE_NEWNS).unwrap();
+        let nothing = None::<&str>;
+        mount(nothing, "/", nothing, MsFlags::MS_REC | MsFlags::MS_PRIVATE, nothing).unwrap();
+        let data = format!("fd={},rootmode=40000,user_id=0,group_id=0,allow_other", device.as_raw_fd());
+        mount(Some("test"), directory.path(), Some("fuse"), MsFlags::empty(), Some(&*data)).unwrap();
+        Some(Self { directory, device })
+    }
+
+    fn path(&self) -> String {
+        self.directory.path().to_str().unwrap().to_owned()
+    }
+
+    /// Answers what is asked of an empty directory, until the mount ends.
+    fn serve(&self) {
+        let mut device = self.device.try_clone().unwrap();
+        std::thread::spawn(move || {
+            let mut request = vec![0; 1 << 17];
+            while let Ok(length) = device.read(&mut request) {
+                let field = |at: usize| u32::from_ne_bytes(request[at..at + 4].try_into().unwrap());
+                assert!(length >= 40);
+                let (error, body) = answer(field(4));
+                let Some(body) = body else { continue };
+                let total = u32::try_from(16 + body.len()).unwrap();
+                let mut reply = [total.to_ne_bytes(), error.to_ne_bytes()].concat();
+                reply.extend(&request[8..16]);
+                reply.extend(body);
+                let _ = device.write_all(&reply);
+            }
+        });
+    }
+}
+
+impl Drop for Mount {
+    fn drop(&mut self) {
+        let _ = umount2(self.directory.path(), MntFlags::MNT_DETACH);
+    }
+}
+
+fn words(words: &[u32]) -> Vec<u8> {
+    words.iter().flat_map(|word| word.to_ne_bytes()).collect()
+}
+
+/// The error and the body of an answer, by the operation that was asked for; no body means no answer.
+fn answer(operation: u32) -> (i32, Option<Vec<u8>>) {
+    let body = match operation {
+        2 => return (0, None),
+        // The attributes of the root: an empty directory.
+        3 => {
+            let mut attributes = words(&[0; 26]);
+            attributes[16] = 1;
+            attributes[76..80].copy_from_slice(&0o40755_u32.to_ne_bytes());
+            attributes[80] = 2;
+            attributes
+        }
+        17 => words(&[0; 20]),
+        26 => words(&[7, 31, 0, 0, 0, 4096, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0]),
+        27 => words(&[0; 4]),
+        28 | 29 => Vec::new(),
+        _ => return (-38, Some(Vec::new())),
+    };
+    (0, Some(body))
+}
+
+#[tokio::test]
+async fn what_others_can_change_is_watched_only_if_asked_for() {
+    let Some(mount) = Mount::new() else { return };
+    mount.serve();
+    let agent = Agent::start();
+    let client = agent.filesystem();
+    let polled = |allow_network_mounts| CreateWatcherRequest {
+        path: mount.path(),
+        recursive: true,
+        allow_network_mounts,
+        ..Default::default()
+    };
+    let streamed = |allow_network_mounts| WatchDirRequest {
+        path: mount.path(),
+        allow_network_mounts,
+        ..Default::default()
+    };
+    let refused = client.create_watcher(polled(false)).await.err().unwrap();
+    assert_eq!(refused.code, ErrorCode::InvalidArgument);
+    assert_eq!(refused.message, Some(format!("cannot watch path on network filesystem: {}", mount.path())));
+    let mut stream = client.watch_dir(streamed(false)).await.unwrap();
+    let first = stream.message::<wrenn_proto::filesystem::WatchDirResponse>().await;
+    let error = first.err().or_else(|| stream.error().cloned()).unwrap();
+    assert_eq!(error.code, ErrorCode::InvalidArgument);
+    client.create_watcher(polled(true)).await.unwrap();
+    let mut stream = client.watch_dir(streamed(true)).await.unwrap();
+    assert!(stream.message::<wrenn_proto::filesystem::WatchDirResponse>().await.unwrap().is_some());
+}
+
+#[tokio::test]
+async fn a_file_system_that_does_not_answer_holds_up_nobody_else() {
+    let Some(mount) = Mount::new() else { return };
+    let agent = Agent::start();
+    let waiting: Vec<_> = (0..10)
+        .map(|index| {
+            let (client, path) = (agent.filesystem(), format!("{}/{index}", mount.path()));
+            tokio::spawn(
+                async move { client.stat(StatRequest { path, ..Default::default() }).await.map(drop) },
+            )
+        })
+        .collect();
+    let watching = {
+        let (client, path) = (agent.filesystem(), mount.path());
+        let request = CreateWatcherRequest { path, allow_network_mounts: true, ..Default::default() };
+        tokio::spawn(async move { client.create_watcher(request).await.map(drop) })
+    };
+    // One of them gives up; what it asked for goes on to hold its thread, and only that.
+    let client = agent.filesystem();
+    let request = StatRequest { path: mount.path(), ..Default::default() };
+    let short = CallOptions::default().with_timeout(Duration::from_millis(200));
+    let error = client.stat_with_options(request, short).await.err().unwrap();
+    assert_eq!(error.code, ErrorCode::DeadlineExceeded);
+
+    assert_eq!(agent.get("/health").await.status, 204);
+    assert_eq!(run(&agent.processes(), command(&["echo", "alive"])).await.text(), "alive\n");
+    client.stat(StatRequest { path: "/".to_owned(), ..Default::default() }).await.unwrap();
+    let request = CreateWatcherRequest { path: "/tmp".to_owned(), ..Default::default() };
+    client.create_watcher(request).await.unwrap();
+    assert!(waiting.iter().all(|it| !it.is_finished()) && !watching.is_finished());
+    // The mount ends: so does all that waits for it.
+    drop(mount);
+    for waiting in waiting.into_iter().chain([watching]) {
+        let done = tokio::time::timeout(harness::PATIENCE, waiting).await.unwrap().unwrap();
+        assert!(done.is_err());
+    }
+}
