@@ -64,9 +64,15 @@ async fn a_file_larger_than_memory_goes_up_and_down() {
     let soak = std::env::var_os("WRENN_SOAK").is_some();
     let pieces = if soak { 10 * 1024 } else { 256 };
     let place = Place::new();
-    // What is needed once is there before it counts: threads, buffers, tables.
+    // What is needed once is there before it counts: code, threads, tables.
     assert_eq!(place.put("warm", &[("content-encoding", "gzip")], gzip(&prose(MIB))).await.status, 200);
+    let body = form(&[("file", Some(&place.path("warm")), &prose(MIB))]);
+    assert_eq!(
+        place.agent.send(Request::post("/files").header("content-type", FORM), body).await.status,
+        200
+    );
     assert_eq!(place.get("warm", &[("accept-encoding", "gzip")]).await.status, 200);
+    assert_eq!(place.get("warm", &[]).await.status, 200);
     let before = peak(&place);
     let block = noise(MIB);
     let content = || (0..pieces).map(|number| piece(&block, number));

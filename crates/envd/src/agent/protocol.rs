@@ -29,6 +29,9 @@ const TIMEOUT: &str = "connect-timeout-ms";
 const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 /// How much is read at once to find out.
 const FIRST: usize = 4096;
+/// How much of a connection is read, or waits to be written, at a time. Each piece of a body that is kept keeps a
+/// buffer of this size.
+const BUFFER: usize = 128 * 1024;
 /// How many requests may run at once on one connection of HTTP/2; more are refused, and clients try those again.
 const STREAMS: u32 = 256;
 /// The most that the fields of one request's head may hold.
@@ -81,6 +84,7 @@ where
             http1::Builder::new()
                 .timer(TokioTimer::new())
                 .header_read_timeout(HEAD_LIMIT)
+                .max_buf_size(BUFFER)
                 .serve_connection(stream, service)
                 .with_upgrades()
                 .await

@@ -110,14 +110,24 @@ impl Sink {
     }
 
     pub(super) fn write(&mut self, bytes: &[u8]) -> Result<(), FilesError> {
+        if self.gathered.len() + bytes.len() > GATHERED {
+            self.flush()?;
+        }
         if self.gathered.is_empty() && bytes.len() >= WORTH_A_WRITE {
             return self.file.write_all(bytes).map_err(|error| self.failed(error));
         }
+        if self.gathered.capacity() - self.gathered.len() < bytes.len() && !self.gathered.is_empty() {
+            // All of it at once: growing step by step would leave all the steps behind.
+            self.gathered.reserve_exact(GATHERED - self.gathered.len());
+        }
         self.gathered.extend_from_slice(bytes);
-        if self.gathered.len() >= GATHERED { self.flush() } else { Ok(()) }
+        Ok(())
     }
 
     fn flush(&mut self) -> Result<(), FilesError> {
+        if self.gathered.is_empty() {
+            return Ok(());
+        }
         let written = self.file.write_all(&self.gathered).map_err(|error| self.failed(error));
         self.gathered.clear();
         written
@@ -125,9 +135,7 @@ impl Sink {
 
     /// Writes what is left, and the metadata: all of it is there now.
     pub(super) fn finish(mut self, metadata: &Metadata) -> Result<Written, FilesError> {
-        if !self.gathered.is_empty() {
-            self.flush()?;
-        }
+        self.flush()?;
         metadata::replace(&self.file, metadata).map_err(|error| match error.kind() {
             io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => FilesError::NoSpaceForMetadata,
             _ => self.failed(error),
