@@ -35,6 +35,7 @@ async fn what_cannot_be_done_is_refused_in_the_words_of_the_contract() {
         (agent.get("/files?path=/dev/zero").await, 400, "path '/dev/zero' is not a regular file".to_owned()),
         (agent.get("/files?path=a%00b").await, 400, "path contains a zero byte".to_owned()),
         (agent.get(&format!("/files?path={long}")).await, 400, "path is longer than 4095 bytes".to_owned()),
+        (agent.get("/files?path=~root/x").await, 400, "cannot expand user-specific home dir".to_owned()),
         (agent.get("/files?path=%ff").await, 400, "the query is not text".to_owned()),
         (agent.get("/files?path=/a&path=/b").await, 400, "the query has 'path' more than once".to_owned()),
         (agent.get(&format!("/files?path={}", "a".repeat(20_000))).await, 400, "the query is longer than 16384 bytes".to_owned()),

@@ -4,6 +4,7 @@
 //! |---|---|
 //! | nothing | the default working directory, else the user's home |
 //! | `~`, `~/x` | the user's home, and below it |
+//! | `~x` | nothing: the homes of others are not looked up, and nobody means a file of that name |
 //! | `x/y` | below the user's home |
 //! | `/x/y` | itself |
 //!
@@ -22,10 +23,15 @@ pub(crate) enum PathError {
     ZeroByte,
     #[error("path is longer than {MAXIMUM} bytes")]
     TooLong,
+    #[error("cannot expand user-specific home dir")]
+    OtherHome,
 }
 
 /// Resolves `path` for `user`.
 pub(crate) fn resolve(path: &str, user: &User, default_directory: Option<&str>) -> Result<String, PathError> {
+    if path.starts_with('~') && path != "~" && !path.starts_with("~/") {
+        return Err(PathError::OtherHome);
+    }
     let resolved = match path {
         "" => normalise(&user.home, default_directory.unwrap_or_default()),
         "~" => normalise(&user.home, ""),
@@ -83,7 +89,7 @@ mod tests {
             ("", "/work"),
             ("~", "/home/user"),
             ("~/a", "/home/user/a"),
-            ("~x", "/home/user/~x"),
+            ("./~x", "/home/user/~x"),
             ("a/./b", "/home/user/a/b"),
             ("../../../../etc", "/etc"),
             ("/", "/"),
@@ -95,6 +101,7 @@ mod tests {
             assert_eq!(resolve(given, &user(), Some("/work")).as_deref(), Ok(wanted), "{given:?}");
         }
         assert_eq!(resolve("", &user(), None).as_deref(), Ok("/home/user"));
+        assert_eq!(resolve("~x", &user(), None), Err(PathError::OtherHome));
         assert_eq!(resolve("a\0b", &user(), None), Err(PathError::ZeroByte));
         assert_eq!(resolve(&"a".repeat(5000), &user(), None), Err(PathError::TooLong));
         assert_eq!((name("/a/b"), name("/")), ("b", "/"));
@@ -112,6 +119,10 @@ mod tests {
                 Ok(resolved) => resolved,
                 Err(PathError::ZeroByte) => {
                     prop_assert!(path.contains('\0') || default.unwrap().contains('\0'));
+                    return Ok(());
+                }
+                Err(PathError::OtherHome) => {
+                    prop_assert!(path.starts_with('~'));
                     return Ok(());
                 }
                 Err(PathError::TooLong) => unreachable!("it is short"),
