@@ -154,11 +154,9 @@ async fn each_change_in_the_words_of_the_contract() {
     let events = place.events(&id).await.unwrap();
     assert_eq!(told(&events), all(&[("a", RENAME), ("b", CREATE), ("b", REMOVE), ("a", CREATE)]));
     let with_entry: Vec<_> = events.iter().map(|event| event.entry.is_set()).collect();
-    assert_eq!(
-        with_entry,
-        [false, false, false, true],
-        "what is gone has none, though another took its name"
-    );
+    // Whether the one in the middle has one depends on when it was looked at.
+    assert!(!with_entry[0] && !with_entry[2], "what is gone has none, though another took its name");
+    assert!(with_entry[3]);
     let id = place.watcher(polled(place.path(""))).await.unwrap();
     fs::write(place.path("c"), "").unwrap();
     assert!(!place.events(&id).await.unwrap()[0].entry.is_set(), "not asked for");
@@ -349,7 +347,8 @@ async fn many_small_files_are_listed_and_told() {
     assert_eq!(created, wanted);
     let request =
         wrenn_proto::filesystem::ListDirRequest { path: place.path(""), depth: 3, ..Default::default() };
-    let listed = place.client.list_dir(request).await.unwrap().into_owned().entries;
+    let large = CallOptions::default().with_max_message_size(64 << 20);
+    let listed = place.client.list_dir_with_options(request, large).await.unwrap().into_owned().entries;
     let paths: Vec<_> = listed.iter().map(|entry| Path::new(&entry.path)).collect();
     assert!(paths.is_sorted(), "depth first, each directory in the order of its names");
     assert_eq!(listed.iter().filter(|entry| entry.name.starts_with('f')).count(), count);
