@@ -16,9 +16,10 @@
 //! it can spoil so is its own sandbox only, and whoever lets it, knows: a template is made of a guest that one trusts.
 
 use std::{
-    fs, io,
+    fs, io, mem,
     os::unix::fs::FileExt,
     path::{Path, PathBuf},
+    sync::{Mutex, MutexGuard, PoisonError},
 };
 
 use tokio::{
@@ -73,25 +74,30 @@ pub(crate) enum Scope {
 pub(crate) struct Freezer {
     users: PathBuf,
     scope: Scope,
+    /// The switches of what the last [`Freezer::freeze`] stopped, opened: thawing is on the way of every restore, and
+    /// looking for all cgroups is most of its work. Nothing that stands still makes another one meanwhile.
+    stopped: Mutex<Vec<fs::File>>,
 }
 
 impl Freezer {
     pub(crate) fn new(users: PathBuf, scope: Scope) -> Self {
-        Self { users, scope }
+        Self { users, scope, stopped: Mutex::default() }
     }
 
     /// Freezes, and waits until everything stands still. When it fails, some of it may be frozen.
     pub(crate) async fn freeze(&self, deadline: Instant) -> Result<(), FreezeError> {
         for _ in 0..ROUNDS {
             let cgroups = self.cgroups()?;
+            let mut switches = Vec::with_capacity(cgroups.len());
             for cgroup in &cgroups {
-                self.set(cgroup, true)?;
+                switches.extend(self.set(cgroup, true)?);
             }
             for cgroup in &cgroups {
                 wait_until_frozen(cgroup, deadline).await?;
             }
             // Those that stand still start nothing, so a round that finds nobody is the last.
             if !self.gather_strays()? {
+                *self.stopped() = switches;
                 return Ok(());
             }
         }
@@ -100,17 +106,25 @@ impl Freezer {
 
     /// Asks for freezing and does not wait.
     pub(crate) fn request(&self) -> Result<(), FreezeError> {
-        self.cgroups()?.iter().try_for_each(|cgroup| self.set(cgroup, true))
+        self.cgroups()?.iter().try_for_each(|cgroup| self.set(cgroup, true).map(drop))
     }
 
     /// Lets everything go on. What can be thawed is, also when the rest cannot.
     pub(crate) fn thaw(&self) -> Result<(), FreezeError> {
+        let stopped = mem::take(&mut *self.stopped());
+        if !stopped.is_empty() && stopped.iter().all(|switch| turn(switch, false).is_ok()) {
+            return Ok(());
+        }
         let mut answer = Ok(());
         for cgroup in self.cgroups()? {
-            let thawed = self.set(&cgroup, false);
+            let thawed = self.set(&cgroup, false).map(drop);
             answer = answer.and(thawed);
         }
         answer
+    }
+
+    fn stopped(&self) -> MutexGuard<'_, Vec<fs::File>> {
+        self.stopped.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The cgroup of users, and those beside it.
@@ -138,15 +152,13 @@ impl Freezer {
         }
     }
 
-    fn set(&self, cgroup: &Path, frozen: bool) -> Result<(), FreezeError> {
+    /// Turns the switch of a cgroup and gives it, opened; none of somebody's cgroup that is gone by now.
+    fn set(&self, cgroup: &Path, frozen: bool) -> Result<Option<fs::File>, FreezeError> {
         let path = cgroup.join("cgroup.freeze");
-        match fs::OpenOptions::new().write(true).open(&path).and_then(|file| {
-            use io::Write;
-            (&file).write_all(if frozen { b"1" } else { b"0" })
-        }) {
-            // Somebody's cgroup that is gone by now.
-            Err(error) if gone(&error) && cgroup != self.users => Ok(()),
-            done => done.map_err(|source| FreezeError::Write { path, source }),
+        let open = fs::OpenOptions::new().write(true).open(&path);
+        match open.and_then(|switch| turn(&switch, frozen).map(|()| switch)) {
+            Err(error) if gone(&error) && cgroup != self.users => Ok(None),
+            done => done.map(Some).map_err(|source| FreezeError::Write { path, source }),
         }
     }
 
@@ -171,6 +183,10 @@ impl Freezer {
         }
         Ok(found)
     }
+}
+
+fn turn(switch: &fs::File, frozen: bool) -> io::Result<()> {
+    switch.write_all_at(if frozen { b"1" } else { b"0" }, 0)
 }
 
 /// What the kernel says of a cgroup or process that is not there any more.
