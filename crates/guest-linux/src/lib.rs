@@ -8,6 +8,7 @@
 //! | [`spawn`] | a child in its own session, group, user and cgroup, made by `clone3` without copying memory |
 //! | [`terminal`] | a pseudo terminal: the pair, its size, its owner |
 //! | [`entropy`] | giving the kernel fresh randomness and making it use it |
+//! | [`heap`] | one heap for all threads |
 //! | [`block`] | growing a mounted ext4 file system |
 //! | [`readiness`] | waiting for a descriptor in the asynchronous runtime |
 //! | [`route`] | addresses, routes and neighbours through rtnetlink |
@@ -16,6 +17,7 @@
 
 pub mod block;
 pub mod entropy;
+pub mod heap;
 pub mod readiness;
 pub mod route;
 pub mod spawn;

@@ -137,6 +137,7 @@ impl Options {
 pub(crate) fn run(options: Options) -> io::Result<()> {
     rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o022));
     raise_descriptor_limit();
+    wrenn_guest_linux::heap::share_one();
     // A name for those who list processes; without it they see how the agent was started.
     let _ = rustix::thread::set_name(c"envd");
     let runtime = tokio::runtime::Builder::new_current_thread()

@@ -12,6 +12,7 @@
 //! | [`download`] | a file to a client |
 //! | [`source`] | the pieces of a file, read ahead, as they are or packed |
 //! | [`upload`] | a body to a file, or to several |
+//! | [`gunzip`] | a packed body, unpacked as it comes |
 //! | [`form`] | `multipart/form-data`, read as it comes |
 //! | [`sink`] | a file that is being written, and what becomes of half a file |
 //! | [`compose`] | one file of several |
@@ -21,6 +22,7 @@ mod conditions;
 mod download;
 mod encoding;
 mod form;
+mod gunzip;
 mod query;
 mod range;
 mod sink;
@@ -39,7 +41,7 @@ use http_body::{Body as _, Frame};
 use http_body_util::BodyExt;
 use hyper::body::Incoming;
 
-use self::form::FormError;
+use self::{form::FormError, gunzip::GzipError};
 use super::{
     auth::{self, FileAuthError, FileQuery, Operation},
     metadata::MetadataError,
@@ -85,8 +87,8 @@ enum FilesError {
     ContentType(String),
     #[error("error decompressing request body: unsupported Content-Encoding: {0}, supported: [gzip]")]
     Encoding(String),
-    #[error("error decompressing request body: it is no whole gzip stream")]
-    Gzip,
+    #[error("error decompressing request body: {0}")]
+    Gzip(GzipError),
     #[error("error parsing Accept-Encoding: {0}")]
     NotAcceptable(&'static str),
     #[error("invalid metadata: {0}")]
@@ -133,7 +135,7 @@ impl FilesError {
             | Self::Request(_)
             | Self::ContentType(_)
             | Self::Encoding(_)
-            | Self::Gzip
+            | Self::Gzip(_)
             | Self::Metadata(_)
             | Self::Form(_)
             | Self::Twice(_)
@@ -169,6 +171,12 @@ impl FilesError {
 impl From<FormError> for FilesError {
     fn from(error: FormError) -> Self {
         Self::Form(error)
+    }
+}
+
+impl From<GzipError> for FilesError {
+    fn from(error: GzipError) -> Self {
+        Self::Gzip(error)
     }
 }
 

@@ -8,15 +8,9 @@
 //! A slow client holds no thread: a job runs only on what has come. A body that is one batch is one job, and what
 //! cannot be written is noticed one batch later. What unpacks to far more than it was fills the disk at worst.
 
-use std::{
-    collections::HashSet,
-    fmt,
-    io::{self, Write},
-    sync::Arc,
-};
+use std::{collections::HashSet, sync::Arc};
 
 use bytes::Bytes;
-use flate2::write::MultiGzDecoder;
 use http::{HeaderMap, Response, StatusCode, header};
 use http_body::Body as _;
 use hyper::body::Incoming;
@@ -26,6 +20,7 @@ use super::{
     Asker, FilesError,
     encoding::{self, Encoding},
     form::{Form, Head, Parts},
+    gunzip::Gunzip,
     next_frame,
     reply::{self, Body},
     sink::{Sink, Written},
@@ -76,7 +71,8 @@ pub(crate) async fn serve(
             current: None,
             written: Vec::new(),
         };
-        Ok(Receiver::new(encoding, Target { form, files, failure: None }))
+        let gunzip = (encoding == Encoding::Gzip).then(Gunzip::new);
+        Ok(Receiver { gunzip, target: Target { form, files } })
     };
     let attempted = body.size_hint().exact();
     let written = receive(start, body).await.map_err(|error| match error {
@@ -145,61 +141,30 @@ impl Drop for Job {
     }
 }
 
-/// What a body is moved to: its target, behind what unpacks it.
-enum Receiver {
-    Identity(Box<Target>),
-    Gzip {
-        decoder: Box<MultiGzDecoder<Target>>,
-        /// Whether anything came: nothing at all is no packed body.
-        begun: bool,
-    },
-}
-
-impl fmt::Debug for Receiver {
-    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Identity(target) => formatter.debug_tuple("Identity").field(target).finish(),
-            Self::Gzip { decoder, .. } => formatter.debug_tuple("Gzip").field(decoder.get_ref()).finish(),
-        }
-    }
+/// What a body is moved to: its target, and what unpacks it on the way.
+#[derive(Debug)]
+struct Receiver {
+    gunzip: Option<Gunzip>,
+    target: Target,
 }
 
 impl Receiver {
-    fn new(encoding: Encoding, target: Target) -> Self {
-        match encoding {
-            Encoding::Identity => Self::Identity(Box::new(target)),
-            Encoding::Gzip => Self::Gzip { decoder: Box::new(MultiGzDecoder::new(target)), begun: false },
-        }
-    }
-
     fn take(mut self, batch: Vec<Bytes>) -> Result<Self, FilesError> {
         for piece in batch {
-            match &mut self {
-                Self::Identity(target) => target.take(&piece)?,
-                Self::Gzip { decoder, begun } => {
-                    *begun |= !piece.is_empty();
-                    decoder.write_all(&piece).map_err(|_| failure(decoder.get_mut()))?;
-                }
+            match &mut self.gunzip {
+                None => self.target.take(&piece)?,
+                Some(gunzip) => gunzip.push(&piece, |unpacked| self.target.take(unpacked))?,
             }
         }
         Ok(self)
     }
 
     fn finish(self) -> Result<Vec<Written>, FilesError> {
-        match self {
-            Self::Identity(target) => target.finish(),
-            Self::Gzip { begun: false, .. } => Err(FilesError::Gzip),
-            Self::Gzip { mut decoder, .. } => {
-                decoder.try_finish().map_err(|_| failure(decoder.get_mut()))?;
-                decoder.finish().map_err(|_| FilesError::Gzip)?.finish()
-            }
+        if let Some(gunzip) = &self.gunzip {
+            gunzip.finish()?;
         }
+        self.target.finish()
     }
-}
-
-/// Why unpacking stopped: because of the target, or because of what was to be unpacked.
-fn failure(target: &mut Target) -> FilesError {
-    target.failure.take().unwrap_or(FilesError::Gzip)
 }
 
 /// The one file, or the form and its files.
@@ -207,8 +172,6 @@ fn failure(target: &mut Target) -> FilesError {
 struct Target {
     form: Option<Form>,
     files: Files,
-    /// Why the last write failed, for those who can only be told that it did.
-    failure: Option<FilesError>,
 }
 
 impl Target {
@@ -235,23 +198,6 @@ impl Target {
             return Err(FilesError::Request("there is no part named 'file'".to_owned()));
         }
         Ok(self.files.written)
-    }
-}
-
-impl Write for Target {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        if self.failure.is_some() {
-            return Err(io::ErrorKind::BrokenPipe.into());
-        }
-        self.take(bytes).map_err(|error| {
-            self.failure = Some(error);
-            io::ErrorKind::BrokenPipe
-        })?;
-        Ok(bytes.len())
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
     }
 }
 
