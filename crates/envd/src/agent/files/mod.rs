@@ -15,7 +15,7 @@
 //! | [`gunzip`] | a packed body, unpacked as it comes |
 //! | [`form`] | `multipart/form-data`, read as it comes |
 //! | [`sink`] | a file that is being written, and what becomes of half a file |
-//! | [`compose`] | one file of several |
+//! | [`mod@compose`] | one file of several |
 
 mod compose;
 mod conditions;
