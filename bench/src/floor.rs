@@ -11,8 +11,8 @@
 //! What a create takes on top of it is the price of the product.
 //!
 //! The same program measures a second thing, the *bare command*: after the restore the guest is given its identity
-//! and runs `true`, told so directly by this program. It is the least that anyone needs for what a create is
-//! measured by, and so tells the price of the product apart from what the guest itself takes.
+//! and runs `true`, told so directly by this program, on a connection for each of the two. It tells the price of the
+//! product apart from what the guest itself takes. It is no floor: a create may use one connection for both.
 //!
 //! There is one question under way at a time. Asking anew every millisecond, whether or not the guest has
 //! had the time to answer, was tried: the guest then has dozens of connections to accept, and the first

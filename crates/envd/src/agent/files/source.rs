@@ -20,6 +20,8 @@ use super::range::Part;
 
 /// How much is read at a time.
 const PIECE: usize = 256 * 1024;
+/// The first level that makes a code for what it packs: the one below it gains nothing on text that hardly repeats.
+const LEVEL: u32 = 2;
 /// How much packed content makes a piece.
 const PACKED_PIECE: usize = 64 * 1024;
 /// How much is packed to see whether it is worth it.
@@ -192,7 +194,7 @@ pub(super) fn packs_well(start: &[u8]) -> bool {
 
 /// Fast rather than small: a guest's processor time is its user's.
 fn encoder() -> GzEncoder<Vec<u8>> {
-    GzEncoder::new(Vec::with_capacity(PACKED_PIECE), Compression::fast())
+    GzEncoder::new(Vec::with_capacity(PACKED_PIECE), Compression::new(LEVEL))
 }
 
 type Reading<S> = JoinHandle<io::Result<(S, Option<Bytes>)>>;
