@@ -23,4 +23,4 @@ toolchain:
 	  { $$install || { apt-get update -qq && $$install; }; } </dev/null >/dev/null; }
 
 $(COMMANDS): toolchain
-	@cargo xtask $@ $(ARGS)
+	@xtask/run $@ $(ARGS)
