@@ -1,10 +1,20 @@
 //! What a case is given: a stack and the few things that every case does with it.
 
-use std::{future::Future, pin::Pin, sync::Arc, sync::Mutex};
+use std::{
+    future::Future,
+    pin::Pin,
+    sync::{Arc, Mutex},
+    time::{Duration, Instant},
+};
 
 use anyhow::{Context as _, Result, ensure};
 use serde_json::{Value, json};
 use wrenn_testkit::{Client, Stack};
+
+/// How long a create may take on a machine that has other things to do.
+const CREATE_BOUND: Duration = Duration::from_secs(180);
+/// How often one that goes on is looked at.
+const LOOK_AGAIN: Duration = Duration::from_millis(250);
 
 /// What a case becomes.
 pub(crate) type Running = Pin<Box<dyn Future<Output = Result<()>> + Send>>;
@@ -85,10 +95,20 @@ impl Sandbox {
 
     /// Creates one with this body.
     pub(crate) async fn create_with(mut client: Client, body: &Value) -> Result<Self> {
-        let answer = client.post("/v1/sandboxes", body).await?.expect(201)?;
+        let answer = client.post("/v1/sandboxes", body).await?;
+        // On a machine that is busy the first of its shape may take longer than a caller is made to wait.
+        let answer = if answer.status == 202 { answer } else { answer.expect(201)? };
         let id = answer.json()["id"].as_str().context("a sandbox has an id")?.to_owned();
-        ensure!(answer.json()["status"] == "running", "{}", answer.text());
-        Ok(Self { id, client })
+        let mut sandbox = Self { id, client };
+        let end = Instant::now() + CREATE_BOUND;
+        let mut seen = answer.json();
+        while seen["status"] == "starting" && Instant::now() < end {
+            tokio::time::sleep(LOOK_AGAIN).await;
+            let path = sandbox.path("");
+            seen = sandbox.client.get(&path).await?.expect(200)?.json();
+        }
+        ensure!(seen["status"] == "running", "{seen}");
+        Ok(sandbox)
     }
 
     /// A path below it.
