@@ -4,6 +4,8 @@
 //! calls itself, and removal works from open directories instead of path names.
 
 mod copy;
+mod found;
+mod links;
 mod relocate;
 
 use std::{
@@ -11,10 +13,7 @@ use std::{
     fs, io,
     os::{
         fd::{AsFd, OwnedFd},
-        unix::{
-            ffi::OsStrExt,
-            fs::{MetadataExt, chown},
-        },
+        unix::{ffi::OsStrExt, fs::chown},
     },
     path::{Path, PathBuf},
 };
@@ -24,6 +23,7 @@ use rustix::{
     io::Errno,
 };
 
+use self::found::Found;
 pub(crate) use self::relocate::{MoveError, move_to};
 
 /// How many directories are open at once while a tree is removed.
@@ -89,19 +89,17 @@ fn children(directory: &Path, limit: usize) -> io::Result<Option<impl Iterator<I
     Ok(Some(names.into_iter().map(move |name| directory.join(name))))
 }
 
-/// Removes a file, a link, or a directory with all that it holds. What is not there is removed already.
+/// Removes a file, a link, or a directory with all that it holds. What is not there is removed already. What is mounted
+/// in a directory is not touched: the removal ends there, as busy.
 pub(crate) fn remove(path: impl AsRef<Path>) -> io::Result<()> {
-    let path = path.as_ref();
-    let metadata = match fs::symlink_metadata(path) {
-        Ok(metadata) => metadata,
-        Err(error) if is_absent(&error) => return Ok(()),
-        Err(error) => return Err(error),
-    };
-    let removed = if metadata.is_dir() {
-        let name = CString::new(path.as_os_str().as_bytes())?;
-        empty_directory(&name, metadata.dev()).and_then(|()| unlinkat(CWD, &name, AtFlags::REMOVEDIR))
-    } else {
-        rustix::fs::unlink(path)
+    let name = CString::new(path.as_ref().as_os_str().as_bytes())?;
+    let removed = match Found::at(CWD, &name) {
+        Ok(found) if found.kind.is_dir() => {
+            empty_directory(&name).and_then(|()| unlinkat(CWD, &name, AtFlags::REMOVEDIR))
+        }
+        Ok(_) => unlinkat(CWD, &name, AtFlags::empty()),
+        Err(Errno::NOTDIR) => Ok(()),
+        Err(error) => Err(error),
     };
     match removed {
         Ok(()) | Err(Errno::NOENT) => Ok(()),
@@ -118,8 +116,9 @@ pub(crate) fn is_absent(error: &io::Error) -> bool {
 ///
 /// It keeps the way down as open directories. Where that gets too long, the directory it stands in is moved to the
 /// top and dealt with from there.
-fn empty_directory(path: &CStr, device: u64) -> Result<(), Errno> {
+fn empty_directory(path: &CStr) -> Result<(), Errno> {
     let top = open_directory(CWD, path)?;
+    let found = Found::open(&top)?.as_top()?;
     let mut way: Vec<(OwnedFd, CString)> = Vec::new();
     let mut moved = 0_u64;
     loop {
@@ -136,10 +135,7 @@ fn empty_directory(path: &CStr, device: u64) -> Result<(), Errno> {
             Err(Errno::NOENT) => continue,
             Err(error) => return Err(error),
         };
-        // Another file system is mounted there: it is not ours to empty.
-        if rustix::fs::fstat(&child)?.st_dev != device {
-            return Err(Errno::BUSY);
-        }
+        Found::open(&child)?.check_part_of(&found)?;
         if way.len() < OPEN_AT_ONCE {
             way.push((child, name));
             continue;
@@ -194,9 +190,75 @@ fn open_directory(directory: impl AsFd, name: &CStr) -> Result<OwnedFd, Errno> {
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::symlink;
+    use std::os::unix::fs::{MetadataExt, symlink};
 
     use super::*;
+
+    /// Does something in a thread whose mounts nobody else sees.
+    pub(super) fn with_mounts_of_its_own(work: impl FnOnce() + Send) {
+        use nix::{
+            mount::{MsFlags, mount},
+            sched::{CloneFlags, unshare},
+        };
+        let nothing = None::<&str>;
+        let own = || {
+            unshare(CloneFlags::CLONE_NEWNS).expect("these tests run as root");
+            mount(nothing, "/", nothing, MsFlags::MS_REC | MsFlags::MS_PRIVATE, nothing).unwrap();
+            work();
+        };
+        std::thread::scope(|scope| scope.spawn(own).join().unwrap());
+    }
+
+    /// Shows a file or directory at another place too.
+    pub(super) fn bind(from: &Path, to: &Path) {
+        rustix::mount::mount_bind(from, to).unwrap();
+    }
+
+    fn busy(result: io::Result<()>) {
+        assert_eq!(result.unwrap_err().kind(), io::ErrorKind::ResourceBusy);
+    }
+
+    #[test]
+    fn what_is_mounted_in_a_tree_outlives_it() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = |name: &str| directory.path().join(name);
+        for name in ["outside/below", "tree/a/here", "tree/b"] {
+            fs::create_dir_all(path(name)).unwrap();
+        }
+        for name in ["outside/file", "outside/below/file", "one", "tree/one", "tree/a/gone"] {
+            fs::write(path(name), name).unwrap();
+        }
+        let outside_is_whole = || {
+            assert_eq!(fs::read_to_string(path("outside/file")).unwrap(), "outside/file");
+            assert_eq!(fs::read_to_string(path("outside/below/file")).unwrap(), "outside/below/file");
+        };
+        with_mounts_of_its_own(|| {
+            // Of the same file system, so that no device tells it apart.
+            bind(&path("outside"), &path("tree/a/here"));
+            assert_eq!(
+                fs::metadata(path("tree/a/here")).unwrap().dev(),
+                fs::metadata(path("tree")).unwrap().dev()
+            );
+            busy(remove(path("tree")));
+            outside_is_whole();
+            // The place itself: nothing of it goes before it is known that it cannot go.
+            busy(remove(path("tree/a/here")));
+            outside_is_whole();
+            // Below the place it is a tree like any other.
+            remove(path("tree/a/here/below")).unwrap();
+            assert!(!path("outside/below").exists() && path("outside/file").exists());
+            // Of a single file.
+            fs::create_dir_all(path("single")).unwrap();
+            fs::write(path("single/place"), "").unwrap();
+            bind(&path("one"), &path("single/place"));
+            busy(remove(path("single")));
+            assert_eq!(fs::read_to_string(path("one")).unwrap(), "one");
+        });
+        // Where nothing is mounted, all of it goes.
+        remove(path("tree")).unwrap();
+        remove(path("single")).unwrap();
+        assert!(!path("tree").exists() && !path("single").exists() && path("outside/file").exists());
+    }
 
     #[test]
     fn a_list_is_in_order_and_as_deep_as_asked() {

@@ -1,17 +1,17 @@
-//! Copying a tree with all that belongs to its files: owner, mode, times, extended attributes, holes.
+//! Copying a tree with all that belongs to its files: owner, mode, times, extended attributes, holes, and which names
+//! are those of one file ([`super::links`]).
 //!
-//! What is not kept are hard links: files that share their content become files of their own. A tree with
-//! another file system mounted in it is not copied: what is mounted would not move along.
+//! A tree with something mounted in it is not copied: what is mounted would not move along.
 
 use std::{
-    ffi::{CStr, CString},
+    ffi::{CStr, CString, OsStr},
     fs::File,
     io,
     os::{
         fd::{AsFd, BorrowedFd, OwnedFd},
         unix::ffi::OsStrExt,
     },
-    path::Path,
+    path::{Path, PathBuf},
 };
 
 use rustix::{
@@ -20,7 +20,12 @@ use rustix::{
         XattrFlags, chownat, fchmod, fchown, fgetxattr, flistxattr, fsetxattr, fstat, ftruncate, futimens,
         mkdirat, mknodat, openat, readlinkat, seek, statat, symlinkat, utimensat,
     },
-    io::Errno,
+    io::{Errno, fcntl_dupfd_cloexec},
+};
+
+use super::{
+    found::Found,
+    links::{Links, link},
 };
 
 /// How deep a tree may be that is copied: each level is two open directories.
@@ -44,39 +49,53 @@ pub(super) fn copy(source: &Path, target: &Path) -> io::Result<()> {
 }
 
 fn copy_tree(source: &CStr, target: &CStr) -> Result<(), Errno> {
-    let mut levels: Vec<Level> = Vec::new();
-    let mut next = enter(CWD, source, CWD, target)?;
-    let Some(device) = next.as_ref().map(|level| level.stat.st_dev) else { return Ok(()) };
-    loop {
-        if let Some(level) = next.take() {
-            if level.stat.st_dev != device {
-                return Err(Errno::BUSY);
-            }
+    let top = Found::at(CWD, source)?.as_top()?;
+    let Some(level) = enter(&top, CWD, source, CWD, target)? else { return Ok(()) };
+    let root = fcntl_dupfd_cloexec(&level.target, 0)?;
+    let mut levels = vec![level];
+    // Where the last level is, below the top.
+    let mut path = PathBuf::new();
+    let mut links = Links::default();
+    while let Some(level) = levels.last_mut() {
+        let Some(entry) = level.entries.next() else {
+            // Now that nothing more is made in it, its times stay.
+            attributes(&level.source, &level.target, &level.stat)?;
+            levels.pop();
+            path.pop();
+            continue;
+        };
+        let entry = entry?;
+        let name = entry.file_name();
+        if name == c"." || name == c".." {
+            continue;
+        }
+        let found = Found::at(&level.source, name)?;
+        found.check_part_of(&top)?;
+        let has_other_names = found.links > 1 && !found.kind.is_dir();
+        let first = if has_other_names { links.first(&found) } else { None };
+        // Where it cannot be one file, for whatever reason, it can still be two.
+        if first.is_some_and(|first| link(&root, &first, &level.target, name).is_ok()) {
+            continue;
+        }
+        path.push(OsStr::from_bytes(name.to_bytes()));
+        if let Some(next) = enter(&top, level.source.as_fd(), name, level.target.as_fd(), name)? {
             if levels.len() == MAXIMUM_DEPTH {
                 return Err(Errno::NAMETOOLONG);
             }
-            levels.push(level);
+            levels.push(next);
+            continue;
         }
-        let Some(level) = levels.last_mut() else { return Ok(()) };
-        match level.entries.next() {
-            Some(entry) => {
-                let entry = entry?;
-                let name = entry.file_name();
-                if name != c"." && name != c".." {
-                    next = enter(level.source.as_fd(), name, level.target.as_fd(), name)?;
-                }
-            }
-            None => {
-                // Now that nothing more is made in it, its times stay.
-                attributes(&level.source, &level.target, &level.stat)?;
-                levels.pop();
-            }
+        if has_other_names {
+            links.remember(&found, &path);
         }
+        path.pop();
     }
+    Ok(())
 }
 
-/// Copies one file. Of a directory only itself: it is answered, to be gone through.
+/// Copies one file of the tree of `top`. Of a directory only itself: it is answered, to be gone through.
 fn enter(
+    top: &Found,
     source: BorrowedFd<'_>,
     name: &CStr,
     target: BorrowedFd<'_>,
@@ -87,11 +106,12 @@ fn enter(
     match FileType::from_raw_mode(stat.st_mode) {
         FileType::Directory => {
             let opened = openat(source, name, flags | OFlags::DIRECTORY, Mode::empty())?;
+            // Of what was opened, should it be another by now than what was looked at.
+            Found::open(&opened)?.check_part_of(top)?;
+            let stat = fstat(&opened)?;
             mkdirat(target, new, Mode::RWXU)?;
             let made = openat(target, new, flags | OFlags::DIRECTORY, Mode::empty())?;
             let entries = Dir::read_from(&opened)?;
-            // Of what was opened, should it be another by now than what was looked at.
-            let stat = fstat(&opened)?;
             return Ok(Some(Level { source: opened, target: made, entries, stat }));
         }
         FileType::RegularFile => {

@@ -117,7 +117,10 @@ mod tests {
 
     use rustix::fs::{CWD, FileType, XattrFlags};
 
-    use super::*;
+    use super::{
+        super::tests::{bind, with_mounts_of_its_own},
+        *,
+    };
 
     /// Directories on two file systems.
     fn two() -> Option<(tempfile::TempDir, tempfile::TempDir)> {
@@ -187,6 +190,75 @@ mod tests {
             assert_eq!(rustix::fs::getxattr(target.join("a/file"), "user.e2b.k", &mut value), Ok(1));
         }
         assert_eq!((names(here.path()), names(there.path())), (vec![], vec!["moved".to_owned()]));
+    }
+
+    #[test]
+    fn the_names_of_one_file_stay_names_of_one_file() {
+        let Some((here, there)) = two() else { return };
+        let (source, target) = (here.path().join("tree"), there.path().join("moved"));
+        fs::create_dir_all(source.join("a/b")).unwrap();
+        fs::write(source.join("first"), "shared").unwrap();
+        for name in ["a/second", "a/b/third"] {
+            fs::hard_link(source.join("first"), source.join(name)).unwrap();
+        }
+        // One whose other name does not move, a link and a pipe with two names, and one that is alone.
+        fs::write(source.join("a/half"), "half").unwrap();
+        fs::hard_link(source.join("a/half"), here.path().join("other half")).unwrap();
+        symlink("first", source.join("link")).unwrap();
+        fs::hard_link(source.join("link"), source.join("a/link")).unwrap();
+        rustix::fs::mknodat(CWD, source.join("pipe"), FileType::Fifo, 0o600.into(), 0).unwrap();
+        fs::hard_link(source.join("pipe"), source.join("a/b/pipe")).unwrap();
+        fs::write(source.join("alone"), "shared").unwrap();
+
+        move_to(&source, &target).unwrap();
+        let file = |name: &str| {
+            let metadata = fs::symlink_metadata(target.join(name)).unwrap();
+            (metadata.ino(), metadata.nlink())
+        };
+        for names in
+            [["first", "a/second", "a/b/third"].as_slice(), &["link", "a/link"], &["pipe", "a/b/pipe"]]
+        {
+            for name in names {
+                assert_eq!(file(name), (file(names[0]).0, names.len() as u64), "{name}");
+            }
+        }
+        assert_eq!((file("a/half").1, file("alone").1), (1, 1));
+        assert_eq!(fs::read(target.join("a/half")).unwrap(), b"half");
+        assert_eq!(fs::read_link(target.join("a/link")).unwrap(), Path::new("first"));
+        fs::write(target.join("a/b/third"), "changed").unwrap();
+        assert_eq!(fs::read(target.join("first")).unwrap(), b"changed");
+        assert_eq!(fs::metadata(here.path().join("other half")).unwrap().nlink(), 1);
+        assert_eq!(names(here.path()), ["other half"]);
+    }
+
+    #[test]
+    fn what_is_mounted_does_not_move_and_is_not_lost() {
+        let Some((here, there)) = two() else { return };
+        let (source, target) = (here.path().join("tree"), there.path().join("moved"));
+        let outside = here.path().join("outside");
+        for directory in [&outside, &source.join("a")] {
+            fs::create_dir_all(directory).unwrap();
+            fs::write(directory.join("file"), "content").unwrap();
+        }
+        let refused = |source: &Path| match move_to(source, &target).unwrap_err() {
+            MoveError::Move(error) => assert_eq!(error.kind(), io::ErrorKind::ResourceBusy),
+            other => panic!("{other}"),
+        };
+        // A directory, and a file.
+        for (from, to) in [(&outside, source.join("a")), (&outside.join("file"), source.join("a/file"))] {
+            with_mounts_of_its_own(|| {
+                bind(from, &to);
+                refused(&source);
+                refused(&to);
+            });
+            assert_eq!(
+                (names(here.path()), names(there.path())),
+                (vec!["outside".into(), "tree".into()], vec![])
+            );
+            assert_eq!(fs::read(outside.join("file")).unwrap(), b"content");
+        }
+        move_to(&source, &target).unwrap();
+        assert_eq!(fs::read(target.join("a/file")).unwrap(), b"content");
     }
 
     #[test]
