@@ -54,7 +54,11 @@ async fn init_needs_the_current_token() {
     let agent = secured().await;
     let answer = agent.send(Request::post("/init"), r#"{"accessToken":"other"}"#).await;
     assert_eq!((answer.status.as_u16(), answer.message().as_str()), (401, UNAUTHORIZED));
-    assert_eq!(agent.send(Request::post("/init"), "{}").await.status, 401);
+    let wrong = Request::post("/init").header("x-access-token", "wrong");
+    for request in [Request::post("/init"), wrong] {
+        let answer = agent.send(request, "{}").await;
+        assert_eq!((answer.status.as_u16(), answer.message().as_str()), (401, UNAUTHORIZED));
+    }
     let proven = Request::post("/init").header("x-access-token", "secret");
     assert_eq!(agent.send(proven, r#"{"accessToken":"other"}"#).await.status, 204);
     let proven = Request::post("/init").header("x-access-token", "secret");
@@ -65,12 +69,26 @@ async fn init_needs_the_current_token() {
 #[tokio::test]
 async fn init_refuses_what_it_does_not_understand() {
     let agent = Agent::start();
-    for body in ["{", "[]", r#"{"entropy":"x"}"#, r#"{"hostname":"a b"}"#] {
-        assert_eq!(agent.send(Request::post("/init"), body).await.status, 400, "{body}");
+    let table = [
+        ("{", "the body is not what it must be: EOF while parsing an object at line 1 column 1"),
+        ("[]", "the body is not an object"),
+        (r#"{"entropy":"x"}"#, "entropy is not 32 to 256 bytes in base64"),
+        (r#"{"hostname":"a b"}"#, "hostname is not a host name"),
+        (r#"{"machineId":"x"}"#, "machineId is not 32 lower case hexadecimal digits"),
+        (r#"{"envVars":{"A=B":"c"}}"#, "envVars has a name or value that no environment can hold"),
+        (r#"{"defaultWorkdir":"x"}"#, "defaultWorkdir is not an absolute path"),
+        (r#"{"timestamp":"1960-01-01T00:00:00Z"}"#, "timestamp is before 1970"),
+    ];
+    for (body, message) in table {
+        let answer = agent.send(Request::post("/init"), body).await;
+        assert_eq!((answer.status.as_u16(), answer.message().as_str()), (400, message), "{body}");
     }
     let huge = format!(r#"{{"hostname":"{}"}}"#, "a".repeat(2 << 20));
-    assert_eq!(agent.send(Request::post("/init"), huge).await.status, 413);
-    assert_eq!(agent.get("/init").await.status, 405);
+    let answer = agent.send(Request::post("/init"), huge).await;
+    let too_large = "the body is too large or ended early";
+    assert_eq!((answer.status.as_u16(), answer.message().as_str()), (413, too_large));
+    let answer = agent.get("/init").await;
+    assert_eq!((answer.status.as_u16(), answer.message().as_str()), (405, "method not allowed"));
     assert_eq!(agent.send(Request::post("/init"), "").await.status, 204);
 }
 

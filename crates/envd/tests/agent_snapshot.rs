@@ -109,7 +109,12 @@ async fn none_runs_between_prepare_and_a_successful_init() {
             }
             assert_eq!(agent.get("/metrics").await.status, 503);
             assert_eq!(post(&agent, "/init", r#"{"entropy":"AAAA"}"#).await, 400, "a bad one opens nothing");
-            assert_eq!(post(&agent, "/unfreeze", "").await, 409, "nor does this");
+            let answer = agent.send(Request::post("/unfreeze"), "").await;
+            assert_eq!(
+                (answer.status.as_u16(), answer.message().as_str()),
+                (409, "the guest is closed: only /init opens it"),
+                "nor does this"
+            );
         }
         assert_eq!(post(&agent, "/snapshot/prepare", r#"{"limitMs":5000}"#).await, 204, "again is the same");
         assert_eq!(post(&agent, "/freeze", "").await, 204);
@@ -206,10 +211,20 @@ async fn standing_still_needs_the_token() {
     }
     assert!(!cgroup.is_frozen());
     let with_token = |path: &str| Request::post(path).header("x-access-token", "secret");
-    for body in ["[]", "{", r#"{"trim":7}"#, r#"{"limitMs":0}"#, r#"{"limitMs":9999999}"#] {
-        assert_eq!(agent.send(with_token("/snapshot/prepare"), body).await.status, 400, "{body}");
+    let long = "x".repeat(5000);
+    let table = [
+        ("[]", 400, "the body is not an object"),
+        ("{", 400, "the body is not what it must be: EOF while parsing"),
+        (r#"{"trim":7}"#, 400, "the body is not what it must be: invalid type"),
+        (r#"{"limitMs":0}"#, 400, "limitMs is not between 1 and 120000"),
+        (r#"{"limitMs":9999999}"#, 400, "limitMs is not between 1 and 120000"),
+        (long.as_str(), 413, "the body is too large or ended early"),
+    ];
+    for (body, status, message) in table {
+        let answer = agent.send(with_token("/snapshot/prepare"), body.to_owned()).await;
+        assert_eq!(answer.status, status, "{body}");
+        assert!(answer.message().starts_with(message), "{}", answer.message());
     }
-    assert_eq!(agent.send(with_token("/snapshot/prepare"), "x".repeat(5000)).await.status, 413);
     assert_eq!(agent.send(with_token("/snapshot/prepare"), "{}").await.status, 204);
     assert_eq!(post(&agent, "/init", ENTROPY).await, 401, "a stranger does not open it");
     assert!(cgroup.is_frozen());

@@ -22,16 +22,21 @@ async fn what_cannot_be_done_is_refused_in_the_words_of_the_contract() {
     let root = place.path("");
     fs::create_dir(place.path("dir")).unwrap();
     fs::write(place.path("file"), "").unwrap();
+    std::os::unix::fs::symlink("round", place.path("round")).unwrap();
     let (missing, dir) = (place.path("missing"), place.path("dir"));
     let octets = |uri: String| Request::post(uri).header("content-type", "application/octet-stream");
     let forms = |uri: String| Request::post(uri).header("content-type", FORM);
     let long = encode(&format!("/{}", "a/".repeat(2500)));
     let name = encode(&place.path(&"n".repeat(300)));
+    let too_long = format!("path '{root}{}' cannot be: File name too long (os error 36)", "n".repeat(300));
+    let round = format!("path '{root}round' cannot be: Too many levels of symbolic links (os error 40)");
     let answers = [
         // Down.
         (place.get("missing", &[]).await, 404, format!("path '{missing}' does not exist")),
         (place.get("file/x", &[]).await, 404, format!("path '{root}file/x' does not exist")),
         (place.get("dir", &[]).await, 400, format!("path '{dir}' is a directory")),
+        (agent.get(&format!("/files?path={name}")).await, 400, too_long.clone()),
+        (place.get("round", &[]).await, 400, round.clone()),
         (agent.get("/files?path=/dev/zero").await, 400, "path '/dev/zero' is not a regular file".to_owned()),
         (agent.get("/files?path=a%00b").await, 400, "path contains a zero byte".to_owned()),
         (agent.get(&format!("/files?path={long}")).await, 400, "path is longer than 4095 bytes".to_owned()),
@@ -62,8 +67,9 @@ async fn what_cannot_be_done_is_refused_in_the_words_of_the_contract() {
         (
             agent.send(octets(format!("/files?path={name}")), "x").await,
             400,
-            format!("path '{root}{}' cannot be: File name too long (os error 36)", "n".repeat(300)),
+            too_long.clone(),
         ),
+        (place.put("round", &[], "x").await, 400, round),
         (agent.send(octets("/files?path=/x&username=nosuch".to_owned()), "x").await, 401, "invalid username: 'nosuch'".to_owned()),
         (
             agent.send(octets("/files".to_owned()), "x").await,
@@ -89,6 +95,11 @@ async fn what_cannot_be_done_is_refused_in_the_words_of_the_contract() {
             place.put("z", &[("x-metadata-a", &"v".repeat(5000))], "x").await,
             400,
             "invalid metadata: total metadata size 5010 exceeds 4096 bytes".to_owned(),
+        ),
+        (
+            place.put("z", &[(&format!("x-metadata-{}", "k".repeat(247)), "v")], "x").await,
+            400,
+            format!("invalid metadata: metadata key \"{}\" exceeds 246 bytes", "k".repeat(247)),
         ),
         (
             agent.send(Request::post("/files?path=/x").header("content-type", "text/plain"), "x").await,
@@ -133,6 +144,16 @@ async fn what_cannot_be_done_is_refused_in_the_words_of_the_contract() {
             agent.send(forms(place.uri("half")), "--XXY\r\n").await,
             400,
             "malformed form: a boundary is not followed by the end of its line".to_owned(),
+        ),
+        (
+            agent.send(forms(place.uri("half")), b"--XX\r\n\xff\r\n\r\n".to_vec()).await,
+            400,
+            "malformed form: the head of a part is not text".to_owned(),
+        ),
+        (
+            agent.send(forms(place.uri("half")), format!("--XX\r\n{}", "a".repeat(20_000))).await,
+            400,
+            "malformed form: the head of a part is longer than 16384 bytes".to_owned(),
         ),
         // Neither.
         (agent.send(Request::delete("/files?path=/x"), "").await, 405, "method not allowed".to_owned()),

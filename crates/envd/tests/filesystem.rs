@@ -5,7 +5,7 @@ mod harness;
 
 use std::{fs, os::unix::fs::MetadataExt};
 
-use harness::{Agent, as_user, basic};
+use harness::{Agent, as_user};
 use wrenn_proto::filesystem::{
     FileType, ListDirRequest, MakeDirRequest, MoveRequest, RemoveRequest, StatRequest,
 };
@@ -169,6 +169,7 @@ async fn what_cannot_be_done_is_refused_in_the_words_of_the_contract() {
     fs::create_dir_all(place.path("full/x")).unwrap();
     fs::create_dir_all(place.path("also/x")).unwrap();
     std::os::unix::fs::symlink("round", place.path("round")).unwrap();
+    std::os::unix::fs::symlink("nowhere", place.path("dangling")).unwrap();
     let path = |name: &str| place.path(name);
     let (file, full, nowhere, round) = (path("file"), path("full"), path("nowhere"), path("round"));
     let long = "x".repeat(300);
@@ -198,6 +199,13 @@ async fn what_cannot_be_done_is_refused_in_the_words_of_the_contract() {
             "invalid_argument",
             "path is longer than 4095 bytes".to_owned(),
         ),
+        (
+            "Stat",
+            json!({"path": "~root/x"}),
+            root,
+            "invalid_argument",
+            "cannot expand user-specific home dir".to_owned(),
+        ),
         ("Stat", json!({"path": "/"}), "nosuch", "unauthenticated", "invalid username: 'nosuch'".to_owned()),
         ("ListDir", json!({"path": nowhere}), root, "not_found", format!("path not found: {nowhere}")),
         (
@@ -213,6 +221,13 @@ async fn what_cannot_be_done_is_refused_in_the_words_of_the_contract() {
             root,
             "failed_precondition",
             format!("cyclic symlink or chain >255 links at \"{round}\""),
+        ),
+        (
+            "ListDir",
+            json!({"path": path(&long)}),
+            root,
+            "invalid_argument",
+            format!("cannot list {}: File name too long (os error 36)", path(&long)),
         ),
         (
             "MakeDir",
@@ -235,6 +250,28 @@ async fn what_cannot_be_done_is_refused_in_the_words_of_the_contract() {
             "invalid_argument",
             format!("path already exists but it is not a directory: {file}/x"),
         ),
+        (
+            "MakeDir",
+            json!({"path": path("dangling")}),
+            root,
+            "invalid_argument",
+            format!("path already exists but it is not a directory: {}", path("dangling")),
+        ),
+        (
+            "MakeDir",
+            json!({"path": path("round/x")}),
+            root,
+            "failed_precondition",
+            format!("cannot make the directory {round}/x: Too many levels of symbolic links (os error 40)"),
+        ),
+        (
+            "MakeDir",
+            json!({"path": path(&long)}),
+            root,
+            "invalid_argument",
+            format!("cannot make the directory {}: File name too long (os error 36)", path(&long)),
+        ),
+        ("MakeDir", json!({"path": "/"}), root, "already_exists", "directory already exists: /".to_owned()),
         (
             "Move",
             json!({"source": nowhere, "destination": file}),
@@ -262,6 +299,69 @@ async fn what_cannot_be_done_is_refused_in_the_words_of_the_contract() {
             root,
             "invalid_argument",
             format!("cannot move to {}: Directory not empty (os error 39)", path("also")),
+        ),
+        (
+            "Move",
+            json!({"source": path("file/x"), "destination": nowhere}),
+            root,
+            "not_found",
+            format!("source file not found: {file}/x"),
+        ),
+        (
+            "Move",
+            json!({"source": file, "destination": full}),
+            root,
+            "invalid_argument",
+            format!("cannot move to {full}: Is a directory (os error 21)"),
+        ),
+        (
+            "Move",
+            json!({"source": full, "destination": file}),
+            root,
+            "invalid_argument",
+            format!("cannot move to {file}: Not a directory (os error 20)"),
+        ),
+        (
+            "Move",
+            json!({"source": file, "destination": path("round/x")}),
+            root,
+            "failed_precondition",
+            format!("cannot move to {round}/x: Too many levels of symbolic links (os error 40)"),
+        ),
+        (
+            "Move",
+            json!({"source": path("round/x"), "destination": nowhere}),
+            root,
+            "failed_precondition",
+            format!("cannot move {round}/x: Too many levels of symbolic links (os error 40)"),
+        ),
+        (
+            "Move",
+            json!({"source": file, "destination": path(&long)}),
+            root,
+            "invalid_argument",
+            format!("cannot move to {}: File name too long (os error 36)", path(&long)),
+        ),
+        (
+            "Move",
+            json!({"source": "/", "destination": nowhere}),
+            root,
+            "failed_precondition",
+            format!("cannot move to {nowhere}: Device or resource busy (os error 16)"),
+        ),
+        (
+            "Remove",
+            json!({"path": path(&long)}),
+            root,
+            "invalid_argument",
+            format!("cannot remove {}: File name too long (os error 36)", path(&long)),
+        ),
+        (
+            "Remove",
+            json!({"path": path("round/x")}),
+            root,
+            "failed_precondition",
+            format!("cannot remove {round}/x: Too many levels of symbolic links (os error 40)"),
         ),
         (
             "Remove",
@@ -294,12 +394,8 @@ async fn what_cannot_be_done_is_refused_in_the_words_of_the_contract() {
         ),
     ];
     for (method, body, user, code, message) in table {
-        let request = http::Request::post(format!("/filesystem.Filesystem/{method}"))
-            .header("content-type", "application/json")
-            .header("authorization", basic(user));
-        let answer = place.agent.send(request, body.to_string()).await;
-        assert_ne!(answer.status, 200, "{method} {body}");
-        assert_eq!(answer.json(), json!({"code": code, "message": message}), "{method} {body}");
+        let answer = place.agent.call(&format!("filesystem.Filesystem/{method}"), user, &body).await;
+        assert_eq!(answer.refusal(), (code.to_owned(), message), "{method} {body}");
     }
     assert!(fs::exists(path("full/x")).unwrap() && fs::exists(path("also/x")).unwrap());
 }
@@ -329,9 +425,8 @@ async fn any_path_is_answered() {
     paths.push("é".repeat(127));
     for path in paths {
         for method in ["Stat", "ListDir"] {
-            let request = http::Request::post(format!("/filesystem.Filesystem/{method}"))
-                .header("content-type", "application/json");
-            let answer = place.agent.send(request, serde_json::json!({"path": path}).to_string()).await;
+            let body = serde_json::json!({"path": path});
+            let answer = place.agent.call(&format!("filesystem.Filesystem/{method}"), "root", body).await;
             assert!(answer.status.as_u16() < 500, "{method} {path:?}: {:?}", answer.body);
         }
     }

@@ -80,7 +80,8 @@ async fn a_grandchild_that_keeps_the_output_open_does_not_delay_the_end() {
 async fn a_time_limit_kills_the_whole_group() {
     let agent = Agent::start();
     let client = agent.processes();
-    let options = CallOptions::default().with_timeout(Duration::from_millis(700));
+    // The agent's own clock, not the client's.
+    let options = CallOptions::default().with_header("connect-timeout-ms", "700");
     let script = "sleep 300 & echo $!; sleep 300";
     let mut running = Running::start(&client, shell(script), options).await.unwrap();
     running.until(|seen| seen.stdout.ends_with(b"\n")).await;
@@ -88,6 +89,7 @@ async fn a_time_limit_kills_the_whole_group() {
     let leader = running.seen.pid;
     let error = running.finish().await.unwrap_err();
     assert_eq!(error.code, ErrorCode::DeadlineExceeded, "{error:?}");
+    assert_eq!(error.message.as_deref(), Some("the time limit of this command has passed"));
     gone(leader).await;
     gone(child).await;
 }

@@ -269,6 +269,22 @@ async fn input_and_signals_that_make_no_sense() {
     let error = input(fed, Some(stdin(b"x"))).await;
     assert_eq!((error.code, error.message.as_deref()), (ErrorCode::Internal, Some(closed)));
 
+    // One that closed its input by itself.
+    let mut request = shell("exec <&-; echo closed; sleep 3000");
+    request.stdin = Some(true);
+    let mut deaf = start(request).await;
+    deaf.until(|seen| seen.text() == "closed\n").await;
+    let error = input(deaf.seen.pid, Some(stdin(b"x"))).await;
+    let broken = "cannot write to the process: Broken pipe (os error 32)";
+    assert_eq!((error.code, error.message.as_deref()), (ErrorCode::Internal, Some(broken)));
+
+    let size = pty::Size { cols: 80, rows: 70_000, ..Default::default() };
+    let pty = PTY { size: size.into(), ..Default::default() }.into();
+    let request = UpdateRequest { process: by_pid(screen).into(), pty, ..Default::default() };
+    let error = client.update(request).await.unwrap_err();
+    let large = "terminal size is too large";
+    assert_eq!((error.code, error.message.as_deref()), (ErrorCode::InvalidArgument, Some(large)));
+
     let data = DataEvent { input: stdin(b"x").into(), ..Default::default() };
     let request =
         StreamInputRequest { event: Some(stream_input_request::Event::from(data)), ..Default::default() };
@@ -287,8 +303,8 @@ async fn input_and_signals_that_make_no_sense() {
         assert_eq!(error.message, Some(format!("invalid signal: {number}")));
     }
     let list = client.list(ListRequest::default()).await.unwrap().into_owned();
-    assert_eq!(list.processes.len(), 3, "none of this ended any");
-    for pid in [plain, screen, fed] {
+    assert_eq!(list.processes.len(), 4, "none of this ended any");
+    for pid in [plain, screen, fed, deaf.seen.pid] {
         let signal = Signal::SIGNAL_SIGKILL.into();
         let request = SendSignalRequest { process: by_pid(pid).into(), signal, ..Default::default() };
         client.send_signal(request).await.unwrap();
@@ -333,6 +349,51 @@ fn exchange(address: SocketAddr, bytes: &[u8], ends: bool) -> Vec<u8> {
     answer
 }
 
+/// The body of an answer in HTTP/1.1, whole.
+fn body(head: &str, rest: &[u8]) -> Vec<u8> {
+    if !head.contains("transfer-encoding: chunked") {
+        return rest.to_vec();
+    }
+    let (mut body, mut rest) = (Vec::new(), rest);
+    loop {
+        let line = rest.windows(2).position(|two| two == b"\r\n").expect("the length of a chunk");
+        let length = usize::from_str_radix(std::str::from_utf8(&rest[..line]).unwrap(), 16).unwrap();
+        if length == 0 {
+            assert_eq!(&rest[line..], b"\r\n\r\n", "nothing comes after the end");
+            return body;
+        }
+        body.extend(&rest[line + 2..line + 2 + length]);
+        rest = &rest[line + 4 + length..];
+    }
+}
+
+/// Whatever was asked, a stream in answer to it is made of whole frames, and the one that ends it is the last and the
+/// only one of its kind.
+fn check_stream(answer: &[u8]) {
+    let end = memchr::memmem::find(answer, b"\r\n\r\n").expect("the end of the head") + 4;
+    let head = String::from_utf8_lossy(&answer[..end]).to_lowercase();
+    if !head.starts_with("http/1.1 200") || !head.contains("content-type: application/connect+") {
+        return;
+    }
+    let body = body(&head, &answer[end..]);
+    let (mut rest, mut ended) = (body.as_slice(), false);
+    while !rest.is_empty() {
+        assert!(!ended, "a frame after the end: {rest:?}");
+        let length = u32::from_be_bytes(rest[1..5].try_into().unwrap()) as usize;
+        let (frame, after) = rest.split_at(5 + length);
+        match frame[0] {
+            0 => {}
+            2 => {
+                ended = true;
+                serde_json::from_slice::<serde_json::Value>(&frame[5..]).unwrap();
+            }
+            flags => panic!("a frame with the flags {flags}"),
+        }
+        rest = after;
+    }
+    assert!(ended, "a stream without an end: {head}{body:?}");
+}
+
 /// One frame of the Connect protocol, whose length may be a lie.
 fn frame() -> impl Strategy<Value = Vec<u8>> {
     let payload = prop_oneof![
@@ -359,6 +420,8 @@ fn request() -> impl Strategy<Value = Vec<u8>> {
         Just("process.Process/CloseStdin"),
         Just("process.Process/Nothing"),
         Just("filesystem.Filesystem/Stat"),
+        Just("filesystem.Filesystem/Move"),
+        Just("filesystem.Filesystem/GetWatcherEvents"),
     ];
     let kind = prop_oneof![
         Just("application/connect+json"),
@@ -394,6 +457,7 @@ fn any_bytes_are_answered_and_survived() {
     proptest!(config.clone(), |(request in request())| {
         let answer = exchange(address, &request, true);
         prop_assert!(answer.starts_with(b"HTTP/1.1 "), "{:?}", String::from_utf8_lossy(&answer));
+        check_stream(&answer);
         watched.is_well();
     });
     let preface = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";

@@ -205,9 +205,12 @@ async fn a_stream_starts_lives_and_ends() {
     assert_eq!(stream.event().await, (".".to_owned(), REMOVE));
     assert_eq!(stream.next().await.unwrap(), None);
 
-    let short = CallOptions::default().with_timeout(Duration::from_millis(300));
+    // The agent's own clock, not the client's.
+    let short = CallOptions::default().with_header("connect-timeout-ms", "300");
     let mut stream = place.stream(streamed(place.path("")), short).await.unwrap();
-    assert_eq!(stream.next().await.unwrap_err().code, ErrorCode::DeadlineExceeded);
+    let error = stream.next().await.unwrap_err();
+    assert_eq!(error.code, ErrorCode::DeadlineExceeded);
+    assert_eq!(error.message.as_deref(), Some("the time limit of this watch has passed"));
 }
 
 #[tokio::test]
@@ -239,6 +242,12 @@ async fn what_cannot_be_watched_is_refused_in_the_words_of_the_contract() {
         (format!("{file}/x"), ErrorCode::InvalidArgument, format!("path {file}/x not a directory")),
         ("a\0b".to_owned(), ErrorCode::InvalidArgument, "path contains a zero byte".to_owned()),
         ("x".repeat(5000), ErrorCode::InvalidArgument, "path is longer than 4095 bytes".to_owned()),
+        ("~root".to_owned(), ErrorCode::InvalidArgument, "cannot expand user-specific home dir".to_owned()),
+        (
+            place.path(&"x".repeat(300)),
+            ErrorCode::InvalidArgument,
+            format!("cannot watch {}: File name too long (os error 36)", place.path(&"x".repeat(300))),
+        ),
         (
             place.path("round"),
             ErrorCode::FailedPrecondition,
@@ -310,6 +319,12 @@ async fn there_is_a_limit_and_room_again_below_it() {
         assert!(ids.len() <= 512);
     };
     assert_eq!(error.code, ErrorCode::ResourceExhausted);
+    // Ours, or the kernel's, which the machine shares among all of a user's programs.
+    let limits = [
+        "too many watchers".to_owned(),
+        format!("cannot watch {}: there is no room for another watcher", place.directory.path().display()),
+    ];
+    assert!(limits.contains(error.message.as_ref().unwrap()), "{error:?}");
     let unique: std::collections::HashSet<_> = ids.iter().collect();
     assert_eq!(unique.len(), ids.len());
     fs::write(place.path("x"), "").unwrap();

@@ -12,10 +12,7 @@ use std::{
 
 use connectrpc::{ErrorCode, client::CallOptions};
 use harness::{Agent, command, run};
-use nix::{
-    mount::{MntFlags, MsFlags, mount, umount2},
-    sched::{CloneFlags, unshare},
-};
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use wrenn_proto::filesystem::{CreateWatcherRequest, StatRequest, WatchDirRequest};
 
 /// The mount, in a mount namespace of this thread and of what it starts.
@@ -34,9 +31,7 @@ impl Mount {
             }
         };
         let directory = tempfile::tempdir().unwrap();
-        unshare(CloneFlags::CLONE_NEWNS).unwrap();
-        let nothing = None::<&str>;
-        mount(nothing, "/", nothing, MsFlags::MS_REC | MsFlags::MS_PRIVATE, nothing).unwrap();
+        harness::mounts::separate();
         let data = format!("fd={},rootmode=40000,user_id=0,group_id=0,allow_other", device.as_raw_fd());
         mount(Some("test"), directory.path(), Some("fuse"), MsFlags::empty(), Some(&*data)).unwrap();
         Some(Self { directory, device })

@@ -52,7 +52,7 @@ pub(crate) enum Operation {
 }
 
 /// What a file request says of itself in its query.
-#[derive(Debug, Default)]
+#[derive(Debug, Clone, Default)]
 pub(crate) struct FileQuery {
     pub(crate) path: Option<String>,
     pub(crate) username: Option<String>,
@@ -201,6 +201,17 @@ mod tests {
         assert_eq!(user("Bearer abc"), None);
     }
 
+    /// A request for a file; few different ones, so that two are often nearly the same.
+    fn request() -> impl Strategy<Value = (Operation, FileQuery)> {
+        let operation = prop_oneof![Just(Operation::Read), Just(Operation::Write)];
+        let path = prop_oneof![Just(None), "[ab]{0,2}(:(read|write):?){0,2}[ab]{0,1}".prop_map(Some)];
+        let user = prop_oneof![Just(None), "(read|write|a)?".prop_map(Some)];
+        let expiration = prop_oneof![Just(None), "[12]?[0-9]".prop_map(Some)];
+        (operation, path, user, expiration).prop_map(|(operation, path, username, expiration)| {
+            (operation, FileQuery { path, username, signature: None, expiration })
+        })
+    }
+
     proptest! {
         #[test]
         fn any_header_is_read_without_panic(value in "[ -~]{0,60}") {
@@ -209,6 +220,31 @@ mod tests {
                 headers.insert(header::AUTHORIZATION, value);
             }
             basic_user(&headers);
+        }
+
+        /// Names of users have no colon, so what is signed can be read in one way only.
+        #[test]
+        fn a_signature_is_good_for_what_was_signed_and_nothing_else(
+            signed in request(), asked in prop::option::of(request()), now in 0..30_u64,
+        ) {
+            let (operation, mut query) = asked.unwrap_or_else(|| signed.clone());
+            let (signed_operation, signed) = signed;
+            query.signature = Some(signature(&signed, signed_operation, &token()));
+            let text = |text: &Option<String>| text.clone().unwrap_or_default();
+            let same = signed_operation == operation
+                && text(&signed.path) == text(&query.path)
+                && text(&signed.username) == text(&query.username)
+                && signed.expiration == query.expiration;
+            let live = query.expiration.as_ref().is_none_or(|end| end.parse::<u64>().unwrap() >= now);
+            let expected = match (same, live) {
+                (false, _) => Err(FileAuthError::WrongSignature),
+                (true, false) => Err(FileAuthError::Expired),
+                (true, true) => Ok(()),
+            };
+            prop_assert_eq!(check_file_request(&HeaderMap::new(), &query, operation, &token(), now), expected);
+            let other = Token::new("another".to_owned()).unwrap();
+            let answer = check_file_request(&HeaderMap::new(), &query, operation, &other, now);
+            prop_assert_eq!(answer, Err(FileAuthError::WrongSignature));
         }
 
         #[test]

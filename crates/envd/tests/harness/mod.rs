@@ -5,6 +5,7 @@
     reason = "each test program uses its part of this, and it is part of tests"
 )]
 
+pub(crate) mod mounts;
 pub(crate) mod observe;
 
 use std::{
@@ -123,9 +124,43 @@ impl Agent {
         self.send(Request::get(uri), "").await
     }
 
+    /// Calls a method as it is on the wire, as this user.
+    pub(crate) async fn call(&self, method: &str, user: &str, body: impl ToString) -> Answer {
+        let request = Request::post(format!("/{method}"))
+            .header("content-type", "application/json")
+            .header("authorization", basic(user));
+        self.send(request, body.to_string()).await
+    }
+
     pub(crate) async fn upload(&self, path: &str, content: impl Into<Bytes>) -> Answer {
         let request = Request::post(format!("/files?path={}", encode(path)));
         self.send(request.header("content-type", "application/octet-stream"), content).await
+    }
+}
+
+/// The HTTP status of each code of Connect that the agent uses.
+const STATUSES: [(&str, u16); 10] = [
+    ("invalid_argument", 400),
+    ("failed_precondition", 400),
+    ("unauthenticated", 401),
+    ("permission_denied", 403),
+    ("not_found", 404),
+    ("already_exists", 409),
+    ("resource_exhausted", 429),
+    ("internal", 500),
+    ("unimplemented", 501),
+    ("deadline_exceeded", 504),
+];
+
+impl Answer {
+    /// The code and the message of a refused call, whose status must be that of its code.
+    pub(crate) fn refusal(&self) -> (String, String) {
+        let json = self.json();
+        let code = json["code"].as_str().unwrap_or_else(|| panic!("{json}"));
+        let status = STATUSES.iter().find(|(name, _)| *name == code).map(|(_, status)| *status);
+        assert_eq!(status, Some(self.status.as_u16()), "{json}");
+        assert_eq!(json.as_object().unwrap().len(), 2, "{json}");
+        (code.to_owned(), json["message"].as_str().unwrap().to_owned())
     }
 }
 

@@ -40,6 +40,7 @@ use http::{HeaderValue, Method, Request, Response, StatusCode, header};
 use http_body::{Body as _, Frame};
 use http_body_util::BodyExt;
 use hyper::body::Incoming;
+use rustix::io::Errno;
 
 use self::{form::FormError, gunzip::GzipError};
 use super::{
@@ -146,7 +147,12 @@ impl FilesError {
             Self::Precondition => StatusCode::PRECONDITION_FAILED,
             Self::NoSpace(_) | Self::NoInodes | Self::NoSpaceForMetadata => StatusCode::INSUFFICIENT_STORAGE,
             Self::Range { .. } => StatusCode::RANGE_NOT_SATISFIABLE,
-            Self::Io { source, .. } if source.kind() == io::ErrorKind::PermissionDenied => {
+            Self::Io { source, .. }
+                if matches!(
+                    source.kind(),
+                    io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem
+                ) =>
+            {
                 StatusCode::FORBIDDEN
             }
             Self::Accounts(_) | Self::Interrupted | Self::Io { .. } => StatusCode::INTERNAL_SERVER_ERROR,
@@ -155,14 +161,16 @@ impl FilesError {
 
     /// What the operating system's error on a file means.
     fn from_io(operation: &'static str, path: &str, source: io::Error) -> Self {
+        let cannot_be = |source| Self::Request(format!("path '{path}' cannot be: {source}"));
+        if Errno::from_io_error(&source) == Some(Errno::LOOP) {
+            return cannot_be(source);
+        }
         match source.kind() {
             io::ErrorKind::NotFound => Self::NotFound(path.to_owned()),
             io::ErrorKind::IsADirectory => Self::Directory(path.to_owned()),
             io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => Self::NoSpace(None),
             io::ErrorKind::NotADirectory if operation == "read" => Self::NotFound(path.to_owned()),
-            io::ErrorKind::NotADirectory | io::ErrorKind::InvalidFilename => {
-                Self::Request(format!("path '{path}' cannot be: {source}"))
-            }
+            io::ErrorKind::NotADirectory | io::ErrorKind::InvalidFilename => cannot_be(source),
             _ => Self::Io { operation, path: path.to_owned(), source },
         }
     }
@@ -285,4 +293,45 @@ pub(crate) fn refuse(mut response: Response<Body>, mut body: Incoming) -> Respon
         let _ = tokio::time::timeout(DRAIN_TIME, read).await;
     });
     response
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What no test can bring about from outside, or not on every machine.
+    #[test]
+    fn refusals_that_are_rare_have_their_status_and_their_words() {
+        let io = |operation, errno: Errno| FilesError::from_io(operation, "/p", errno.into());
+        let table = [
+            (FilesError::BodyStopped, 408, "the body stopped coming"),
+            (FilesError::Interrupted, 500, "the work was interrupted"),
+            (FilesError::NoInodes, 507, "not enough inodes available"),
+            (FilesError::NoSpaceForMetadata, 507, "not enough space for file metadata"),
+            (
+                FilesError::Accounts(Errno::ISDIR.into()),
+                500,
+                "cannot read the user database: Is a directory (os error 21)",
+            ),
+            (io("read", Errno::NOENT), 404, "path '/p' does not exist"),
+            (io("read", Errno::NOTDIR), 404, "path '/p' does not exist"),
+            (io("write", Errno::NOTDIR), 400, "path '/p' cannot be: Not a directory (os error 20)"),
+            (io("read", Errno::NAMETOOLONG), 400, "path '/p' cannot be: File name too long (os error 36)"),
+            (
+                io("read", Errno::LOOP),
+                400,
+                "path '/p' cannot be: Too many levels of symbolic links (os error 40)",
+            ),
+            (io("write", Errno::ISDIR), 400, "path '/p' is a directory"),
+            (io("write", Errno::NOSPC), 507, "not enough disk space available"),
+            (io("write", Errno::DQUOT), 507, "not enough disk space available"),
+            (io("read", Errno::ACCESS), 403, "cannot read '/p': Permission denied (os error 13)"),
+            (io("write", Errno::PERM), 403, "cannot write '/p': Operation not permitted (os error 1)"),
+            (io("write", Errno::ROFS), 403, "cannot write '/p': Read-only file system (os error 30)"),
+            (io("read", Errno::IO), 500, "cannot read '/p': Input/output error (os error 5)"),
+        ];
+        for (error, status, message) in table {
+            assert_eq!((error.status().as_u16(), chain(&error).as_str()), (status, message));
+        }
+    }
 }

@@ -23,7 +23,10 @@ use std::{sync::Arc, time::Duration};
 
 use connectrpc::{ConnectError, RequestContext, Response, ServiceRequest, ServiceResult, ServiceStream};
 use http::HeaderMap;
-use tokio::{sync::Semaphore, time::Instant};
+use tokio::{
+    sync::{OwnedSemaphorePermit, Semaphore},
+    time::Instant,
+};
 use wrenn_proto::filesystem as wire;
 
 use self::{
@@ -61,8 +64,7 @@ impl FilesystemService {
         work: impl FnOnce(&Asker) -> Result<T, FilesystemError> + Send + 'static,
     ) -> Result<T, ConnectError> {
         let (name, identity) = (basic_user(headers), self.agent.identity());
-        let permit = tokio::time::timeout(PATIENCE, Arc::clone(&self.threads).acquire_owned()).await;
-        let permit = permit.map_err(|_| FilesystemError::Busy)?.map_err(|_| FilesystemError::Interrupted)?;
+        let permit = thread(&self.threads, PATIENCE).await?;
         let work = move || {
             // Held until the work is done, also when the client went away long before.
             let _permit = permit;
@@ -81,6 +83,15 @@ impl FilesystemService {
         let path = path.to_owned();
         Ok(how(self.ask(headers, move |asker| asker.resolve(&path)).await?))
     }
+}
+
+/// Waits for one of the threads of this service.
+async fn thread(
+    threads: &Arc<Semaphore>,
+    patience: Duration,
+) -> Result<OwnedSemaphorePermit, FilesystemError> {
+    let permit = tokio::time::timeout(patience, Arc::clone(threads).acquire_owned()).await;
+    permit.map_err(|_| FilesystemError::Busy)?.map_err(|_| FilesystemError::Interrupted)
 }
 
 impl wire::Filesystem for FilesystemService {
@@ -180,5 +191,21 @@ impl wire::Filesystem for FilesystemService {
     ) -> ServiceResult<wire::RemoveWatcherResponse> {
         self.watchers.remove(request.watcher_id)?;
         Response::ok(wire::RemoveWatcherResponse::default())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn who_finds_no_thread_in_time_is_told_so() {
+        let threads = Arc::new(Semaphore::new(1));
+        let busy = thread(&threads, Duration::ZERO).await.unwrap();
+        assert!(matches!(thread(&threads, Duration::ZERO).await, Err(FilesystemError::Busy)));
+        let (next, ()) = tokio::join!(thread(&threads, PATIENCE), async { drop(busy) });
+        drop(next.unwrap());
+        threads.close();
+        assert!(matches!(thread(&threads, PATIENCE).await, Err(FilesystemError::Interrupted)));
     }
 }

@@ -82,8 +82,8 @@ pub(crate) enum LaunchError {
     Execute { command: String, reason: Errno },
     #[error("cannot prepare standard input and output")]
     Standard(#[source] io::Error),
-    #[error("cannot start a process")]
-    Spawn(#[source] SpawnError),
+    #[error(transparent)]
+    Spawn(SpawnError),
 }
 
 /// A process that runs, with our ends of its input and output.

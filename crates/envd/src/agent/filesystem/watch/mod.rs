@@ -59,9 +59,12 @@ use tokio::{
 use wrenn_guest_linux::readiness::register;
 use wrenn_proto::filesystem::{EventType, FilesystemEvent};
 
-pub(super) use self::stream::events;
+pub(super) use self::{
+    follower::{FollowError, Loss},
+    stream::events,
+};
 use self::{
-    follower::{FollowError, Follower, Loss, News, Order},
+    follower::{Follower, News, Order},
     queue::{Budget, Event, Queue},
     tree::{Change, Kind},
 };
