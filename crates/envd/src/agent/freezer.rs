@@ -225,7 +225,7 @@ fn is_frozen(events: &[u8]) -> bool {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     #![allow(clippy::print_stdout, reason = "a test that cannot run says so")]
 
     use std::{
@@ -239,10 +239,10 @@ mod tests {
     use super::*;
 
     /// A cgroup of our own, if this machine lets us have one. It ends with the test, and so does what is in it.
-    struct Own(PathBuf);
+    pub(in super::super) struct Own(PathBuf);
 
     impl Own {
-        fn new(name: &str) -> Option<Self> {
+        pub(in super::super) fn new(name: &str) -> Option<Self> {
             for top in ["/sys/fs/cgroup", "/sys/fs/cgroup/unified"] {
                 let directory = Path::new(top).join(format!("wrenn-test-{}-{name}", std::process::id()));
                 // Where the hierarchy of old is mounted, the first is no cgroup.
@@ -255,16 +255,24 @@ mod tests {
             None
         }
 
+        pub(in super::super) fn directory(&self) -> &Path {
+            &self.0
+        }
+
         /// A program in it that answers each line with a line.
-        fn cat(&self) -> Child {
+        pub(in super::super) fn cat(&self) -> Child {
             let cat = Command::new("cat").stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
             fs::write(self.0.join("cgroup.procs"), cat.id().to_string()).unwrap();
             cat
         }
 
         fn frozen(&self) -> bool {
-            is_frozen(&fs::read(self.0.join("cgroup.events")).unwrap())
+            stands_still(&self.0)
         }
+    }
+
+    pub(in super::super) fn stands_still(cgroup: &Path) -> bool {
+        is_frozen(&fs::read(cgroup.join("cgroup.events")).unwrap())
     }
 
     impl Drop for Own {
@@ -328,7 +336,7 @@ mod tests {
         let listed = fs::read_to_string(users.join("cgroup.procs")).unwrap();
         assert_eq!(listed.trim(), stray.id().to_string(), "it was moved back");
         for cgroup in [&users, &other] {
-            assert!(is_frozen(&fs::read(cgroup.join("cgroup.events")).unwrap()), "{cgroup:?}");
+            assert!(stands_still(cgroup), "{cgroup:?}");
         }
         freezer.thaw().unwrap();
         drop(stray.stdin.take());

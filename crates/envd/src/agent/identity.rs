@@ -203,7 +203,7 @@ fn steps(order: &Order) -> Vec<Step<'_>> {
 impl Step<'_> {
     fn take(&self, root: &Path) -> Result<(), MachineError> {
         match self {
-            Self::Randomness(entropy) => machine::renew_randomness(entropy),
+            Self::Randomness(entropy) => machine::renew_randomness(root, entropy),
             Self::Clock(time) => machine::set_clock(time.seconds, time.nanos),
             Self::Hostname(name) => machine::set_hostname(root, name),
             Self::MachineId(id) => machine::set_machine_id(root, id),
@@ -301,7 +301,15 @@ fn is_hostname(name: &str) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use std::io::{BufRead, Write};
+
+    use super::{
+        super::{
+            freezer::tests::{Own, stands_still},
+            state::Cgroup,
+        },
+        *,
+    };
 
     fn check(json: &str) -> Result<Order, InitError> {
         Body::parse(json.as_bytes())?.check()
@@ -438,6 +446,60 @@ mod tests {
         call(&agent, "first", "{}", Ok(())).await.unwrap_err();
         call(&agent, "first", &good, Ok(())).await.unwrap();
         assert_eq!(agent.identity().gate, Gate::Open);
+    }
+
+    /// From the snapshot to the successful call, and through one whose reseed the kernel refuses: nothing of a user's runs.
+    #[tokio::test]
+    async fn a_reseed_that_fails_leaves_the_guest_closed_and_its_processes_frozen() {
+        let Some(own) = Own::new("reseed") else { return };
+        let users = own.directory().join("user");
+        std::fs::create_dir(&users).unwrap();
+        let cgroup = Cgroup::open(users.clone(), Place::Guest).unwrap();
+        let address = "0.0.0.0:49983".parse().unwrap();
+        let agent = Arc::new(Agent::new(Place::Guest, address, "root".to_owned(), Some(cgroup), None));
+        // Where the random device should be is a file, and then nothing.
+        let root = tempfile::tempdir().unwrap();
+        std::fs::create_dir(root.path().join("dev")).unwrap();
+        std::fs::write(root.path().join("dev/urandom"), "").unwrap();
+        let mut cat = own.cat();
+        let (mut input, output) = (cat.stdin.take().unwrap(), cat.stdout.take().unwrap());
+        let soon = tokio::time::Instant::now() + std::time::Duration::from_secs(30);
+        agent.freeze(soon).await.unwrap();
+        agent.set_gate(Gate::Prepared);
+        input.write_all(b"line\n").unwrap();
+
+        let body = format!(r#"{{"entropy":"{ENTROPY}"}}"#);
+        let headers = HeaderMap::new();
+        let frozen = || stands_still(&users);
+        for reason in ["cannot add entropy", "cannot open the random device"] {
+            let refused = initialise_by(&agent, &headers, body.as_bytes(), async |order| {
+                assert!(frozen() && agent.identity().gate != Gate::Open);
+                let steps = steps(&order);
+                assert!(matches!(steps.as_slice(), [Step::Randomness(_)]), "nothing else of this machine");
+                let taken = steps.into_iter().try_for_each(|step| step.take(root.path()));
+                taken.map_err(|error| InitError::Machine(chain(&error)))?;
+                Ok(order)
+            });
+            let error = refused.await.unwrap_err();
+            assert_eq!(error.status(), StatusCode::INTERNAL_SERVER_ERROR);
+            let said = error.to_string();
+            assert!(
+                said.starts_with("cannot make the randomness fresh: ") && said.contains(reason),
+                "{said}"
+            );
+            assert_eq!(agent.identity().gate, Gate::Closed(said));
+            assert!(frozen());
+            std::fs::remove_file(root.path().join("dev/urandom")).unwrap_or_default();
+        }
+        assert!(!rustix::io::ioctl_fionread(&output).is_ok_and(|bytes| bytes > 0), "it ran");
+        call(&agent, "", &body, Ok(())).await.unwrap();
+        assert_eq!(agent.identity().gate, Gate::Open);
+        let mut line = String::new();
+        std::io::BufReader::new(output).read_line(&mut line).unwrap();
+        assert_eq!(line, "line\n");
+        drop(input);
+        cat.wait().unwrap();
+        std::fs::remove_dir(users).unwrap();
     }
 
     proptest::proptest! {

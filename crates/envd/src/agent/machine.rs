@@ -41,9 +41,9 @@ pub(crate) enum MachineError {
 }
 
 /// Mixes fresh bytes into the kernel's generator and makes it use them at once.
-pub(crate) fn renew_randomness(bytes: &[u8]) -> Result<(), MachineError> {
+pub(crate) fn renew_randomness(root: &Path, bytes: &[u8]) -> Result<(), MachineError> {
     let renew = || {
-        let random = Random::open(Path::new("/dev/urandom"))?;
+        let random = Random::open(&root.join("dev/urandom"))?;
         random.add(bytes)?;
         random.reseed()
     };

@@ -24,6 +24,7 @@ use hyper::body::Incoming;
 use tokio::{
     net::{TcpListener, TcpStream},
     sync::Semaphore,
+    task::JoinError,
 };
 use tower::Service;
 
@@ -31,7 +32,9 @@ use super::{
     auth::{self, UNAUTHORIZED},
     cors, files,
     filesystem::FilesystemService,
-    host, identity, loopback,
+    host,
+    identity::{self, InitError},
+    loopback,
     process::ProcessService,
     protocol,
     reply::{self, Body},
@@ -249,11 +252,7 @@ async fn initialise(agent: &Arc<Agent>, peer: SocketAddr, request: Request<Incom
     // A task of its own: a host that goes away in the middle must not leave a guest that is half of two.
     let agent = Arc::clone(agent);
     let done = tokio::spawn(async move { identity::initialise(&agent, &parts.headers, &body).await });
-    match done.await {
-        Ok(Ok(())) => not_stored(reply::empty(StatusCode::NO_CONTENT)),
-        Ok(Err(error)) => reply::error(error.status(), &chain(&error)),
-        Err(error) => failed(&error),
-    }
+    done_for_host(done.await, InitError::status)
 }
 
 async fn stand_still(agent: &Arc<Agent>, peer: SocketAddr, request: Request<Incoming>) -> Response<Body> {
@@ -265,16 +264,24 @@ async fn stand_still(agent: &Arc<Agent>, peer: SocketAddr, request: Request<Inco
         return reply::error(StatusCode::PAYLOAD_TOO_LARGE, "the body is too large or ended early");
     };
     let agent = Arc::clone(agent);
-    let done: tokio::task::JoinHandle<Result<(), SnapshotError>> = tokio::spawn(async move {
+    let done = tokio::spawn(async move {
         match parts.uri.path() {
             "/freeze" => snapshot::freeze(&agent, &parts.headers).await,
             "/unfreeze" => snapshot::unfreeze(&agent, &parts.headers).await,
             _ => snapshot::prepare(&agent, &parts.headers, &body).await,
         }
     });
-    match done.await {
+    done_for_host(done.await, SnapshotError::status)
+}
+
+/// What the host is told of a task that it asked for.
+fn done_for_host<E: std::error::Error>(
+    done: Result<Result<(), E>, JoinError>,
+    status: impl Fn(&E) -> StatusCode,
+) -> Response<Body> {
+    match done {
         Ok(Ok(())) => not_stored(reply::empty(StatusCode::NO_CONTENT)),
-        Ok(Err(error)) => reply::error(error.status(), &chain(&error)),
+        Ok(Err(error)) => reply::error(status(&error), &chain(&error)),
         Err(error) => failed(&error),
     }
 }

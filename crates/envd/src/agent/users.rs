@@ -24,6 +24,15 @@ pub(crate) struct User {
     pub(crate) shell: String,
 }
 
+/// Why there is nobody to do something as. The texts are part of the contract.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum UserError {
+    #[error("invalid username: '{0}'")]
+    Unknown(String),
+    #[error("cannot read the user database")]
+    Accounts(#[source] io::Error),
+}
+
 /// The two files.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Accounts {
@@ -35,6 +44,14 @@ impl Accounts {
     /// Reads both files. Absent files are files without lines; `root` exists without a line of its own.
     pub(crate) fn load() -> io::Result<Self> {
         Ok(Self::of(&read("/etc/passwd")?, &read("/etc/group")?))
+    }
+
+    /// Reads both files and finds the user of a request: whom it names, else the default.
+    pub(crate) fn load_with_user(name: Option<&str>, default: &str) -> Result<(Self, User), UserError> {
+        let accounts = Self::load().map_err(UserError::Accounts)?;
+        let name = name.unwrap_or(default);
+        let user = accounts.user(name).ok_or_else(|| UserError::Unknown(name.to_owned()))?;
+        Ok((accounts, user))
     }
 
     /// Of the content of the two files. What is no text in it is replaced, and then names nobody.

@@ -49,7 +49,7 @@ use super::{
     paths::{self, PathError},
     reply::{self, Body},
     state::{Agent, Identity},
-    users::{Accounts, User},
+    users::{Accounts, User, UserError},
 };
 use crate::console::chain;
 
@@ -68,10 +68,8 @@ enum FilesError {
     Auth(FileAuthError),
     #[error("{0}")]
     Query(query::QueryError),
-    #[error("invalid username: '{0}'")]
-    User(String),
-    #[error("cannot read the user database")]
-    Accounts(#[source] io::Error),
+    #[error(transparent)]
+    User(#[from] UserError),
     #[error("{0}")]
     Path(PathError),
     #[error("path '{0}' does not exist")]
@@ -128,7 +126,7 @@ enum FilesError {
 impl FilesError {
     fn status(&self) -> StatusCode {
         match self {
-            Self::Auth(_) | Self::User(_) => StatusCode::UNAUTHORIZED,
+            Self::Auth(_) | Self::User(UserError::Unknown(_)) => StatusCode::UNAUTHORIZED,
             Self::Query(_)
             | Self::Path(_)
             | Self::Directory(_)
@@ -155,7 +153,9 @@ impl FilesError {
             {
                 StatusCode::FORBIDDEN
             }
-            Self::Accounts(_) | Self::Interrupted | Self::Io { .. } => StatusCode::INTERNAL_SERVER_ERROR,
+            Self::User(UserError::Accounts(_)) | Self::Interrupted | Self::Io { .. } => {
+                StatusCode::INTERNAL_SERVER_ERROR
+            }
         }
     }
 
@@ -201,9 +201,7 @@ struct Asker {
 
 impl Asker {
     fn new(name: Option<String>, identity: Arc<Identity>) -> Result<Self, FilesError> {
-        let accounts = Accounts::load().map_err(FilesError::Accounts)?;
-        let name = name.unwrap_or_else(|| identity.default_user.clone());
-        let user = accounts.user(&name).ok_or(FilesError::User(name))?;
+        let (_, user) = Accounts::load_with_user(name.as_deref(), &identity.default_user)?;
         Ok(Self { user, identity })
     }
 
@@ -309,7 +307,7 @@ mod tests {
             (FilesError::NoInodes, 507, "not enough inodes available"),
             (FilesError::NoSpaceForMetadata, 507, "not enough space for file metadata"),
             (
-                FilesError::Accounts(Errno::ISDIR.into()),
+                UserError::Accounts(Errno::ISDIR.into()).into(),
                 500,
                 "cannot read the user database: Is a directory (os error 21)",
             ),

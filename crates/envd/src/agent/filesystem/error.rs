@@ -6,15 +6,16 @@ use connectrpc::ConnectError;
 use rustix::io::Errno;
 
 use super::{MAXIMUM_ENTRIES, watch::WatchError};
-use crate::{agent::paths::PathError, console::chain};
+use crate::{
+    agent::{paths::PathError, users::UserError},
+    console::chain,
+};
 
 /// Why an operation was refused. The texts are part of the contract.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum FilesystemError {
-    #[error("invalid username: '{0}'")]
-    User(String),
-    #[error("cannot read the user database")]
-    Accounts(#[source] io::Error),
+    #[error(transparent)]
+    User(#[from] UserError),
     #[error("{0}")]
     Path(PathError),
     #[error("file not found: {0}")]
@@ -54,7 +55,7 @@ impl From<FilesystemError> for ConnectError {
     fn from(error: FilesystemError) -> Self {
         let message = chain(&error);
         match error {
-            FilesystemError::User(_) => Self::unauthenticated(message),
+            FilesystemError::User(UserError::Unknown(_)) => Self::unauthenticated(message),
             FilesystemError::FileNotFound(_)
             | FilesystemError::PathNotFound(_)
             | FilesystemError::SourceNotFound(_) => Self::not_found(message),
@@ -67,7 +68,9 @@ impl From<FilesystemError> for ConnectError {
             FilesystemError::TooManyEntries | FilesystemError::Busy => Self::resource_exhausted(message),
             FilesystemError::Io { ref source, .. } => from_io(source, message),
             FilesystemError::Cycle(_) => Self::failed_precondition(message),
-            FilesystemError::Accounts(_) | FilesystemError::Interrupted => Self::internal(message),
+            FilesystemError::User(UserError::Accounts(_)) | FilesystemError::Interrupted => {
+                Self::internal(message)
+            }
         }
     }
 }
@@ -137,9 +140,9 @@ mod tests {
         };
         let path = || "/p".to_owned();
         let table = [
-            (FilesystemError::User("x".to_owned()), Unauthenticated, "invalid username: 'x'"),
+            (UserError::Unknown("x".to_owned()).into(), Unauthenticated, "invalid username: 'x'"),
             (
-                FilesystemError::Accounts(Errno::ISDIR.into()),
+                UserError::Accounts(Errno::ISDIR.into()).into(),
                 Internal,
                 "cannot read the user database: Is a directory (os error 21)",
             ),

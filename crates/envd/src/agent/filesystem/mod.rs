@@ -74,14 +74,11 @@ impl FilesystemService {
         Ok(answer?)
     }
 
-    async fn wanted(
-        &self,
-        headers: &HeaderMap,
-        path: &str,
-        how: impl FnOnce(String) -> Wanted,
-    ) -> Result<Wanted, ConnectError> {
-        let path = path.to_owned();
-        Ok(how(self.ask(headers, move |asker| asker.resolve(&path)).await?))
+    /// What a client wants to watch, with the path that it means.
+    async fn wanted(&self, headers: &HeaderMap, mut wanted: Wanted) -> Result<Wanted, ConnectError> {
+        let path = std::mem::take(&mut wanted.path);
+        wanted.path = self.ask(headers, move |asker| asker.resolve(&path)).await?;
+        Ok(wanted)
     }
 }
 
@@ -151,10 +148,13 @@ impl wire::Filesystem for FilesystemService {
         context: RequestContext,
         request: ServiceRequest<'_, wire::WatchDirRequest>,
     ) -> ServiceResult<ServiceStream<wire::WatchDirResponse>> {
-        let (recursive, include_entry, allow_network_mounts) =
-            (request.recursive, request.include_entry, request.allow_network_mounts);
-        let how = |path| Wanted { path, recursive, include_entry, allow_network_mounts };
-        let wanted = self.wanted(context.headers(), request.path, how).await?;
+        let wanted = Wanted {
+            path: request.path.to_owned(),
+            recursive: request.recursive,
+            include_entry: request.include_entry,
+            allow_network_mounts: request.allow_network_mounts,
+        };
+        let wanted = self.wanted(context.headers(), wanted).await?;
         let watch = self.watchers.watch(wanted).await?;
         let deadline = context.deadline().map(Instant::from_std);
         let events = watch::events(watch, keepalive(context.headers()), deadline);
@@ -167,10 +167,13 @@ impl wire::Filesystem for FilesystemService {
         context: RequestContext,
         request: ServiceRequest<'_, wire::CreateWatcherRequest>,
     ) -> ServiceResult<wire::CreateWatcherResponse> {
-        let (recursive, include_entry, allow_network_mounts) =
-            (request.recursive, request.include_entry, request.allow_network_mounts);
-        let how = |path| Wanted { path, recursive, include_entry, allow_network_mounts };
-        let wanted = self.wanted(context.headers(), request.path, how).await?;
+        let wanted = Wanted {
+            path: request.path.to_owned(),
+            recursive: request.recursive,
+            include_entry: request.include_entry,
+            allow_network_mounts: request.allow_network_mounts,
+        };
+        let wanted = self.wanted(context.headers(), wanted).await?;
         let watcher_id = self.watchers.create(wanted).await?;
         Response::ok(wire::CreateWatcherResponse { watcher_id, ..Default::default() })
     }

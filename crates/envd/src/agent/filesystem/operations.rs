@@ -24,9 +24,7 @@ pub(super) struct Asker {
 
 impl Asker {
     pub(super) fn new(name: Option<String>, identity: Arc<Identity>) -> Result<Self, FilesystemError> {
-        let accounts = Accounts::load().map_err(FilesystemError::Accounts)?;
-        let name = name.unwrap_or_else(|| identity.default_user.clone());
-        let user = accounts.user(&name).ok_or(FilesystemError::User(name))?;
+        let (accounts, user) = Accounts::load_with_user(name.as_deref(), &identity.default_user)?;
         Ok(Self { accounts, user, identity })
     }
 

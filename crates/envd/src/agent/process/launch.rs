@@ -27,7 +27,7 @@ use crate::agent::{
     identity::is_variable,
     paths::{self, PathError},
     state::Identity,
-    users::{Accounts, User},
+    users::{Accounts, User, UserError},
 };
 
 /// Where programs are looked for if nobody says otherwise.
@@ -64,10 +64,8 @@ pub(crate) enum LaunchError {
     ZeroByte(#[from] NulError),
     #[error("invalid environment variable name '{0}'")]
     Variable(String),
-    #[error("invalid username: '{0}'")]
-    User(String),
-    #[error("cannot read the user database")]
-    Accounts(#[source] io::Error),
+    #[error(transparent)]
+    User(#[from] UserError),
     #[error("cwd: {0}")]
     Path(PathError),
     #[error("cwd '{0}' does not exist")]
@@ -106,9 +104,7 @@ pub(crate) fn launch(order: &Order) -> Result<Launched, LaunchError> {
     if config.cmd.is_empty() {
         return Err(LaunchError::NoCommand);
     }
-    let name = order.user.as_ref().unwrap_or(&order.identity.default_user);
-    let accounts = Accounts::load().map_err(LaunchError::Accounts)?;
-    let user = accounts.user(name).ok_or_else(|| LaunchError::User(name.clone()))?;
+    let (accounts, user) = Accounts::load_with_user(order.user.as_deref(), &order.identity.default_user)?;
     let directory = working_directory(config.cwd.as_deref(), &user, &order.identity)?;
     let variables = environment(order, &user)?;
     let candidates = candidates(&config.cmd, variables.get("PATH").map(String::as_str));

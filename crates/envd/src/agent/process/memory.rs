@@ -13,6 +13,12 @@
 //! | anything else | | nothing |
 //!
 //! This is said in `error`; `status` stays what clients know.
+//!
+//! The count is the machine's, and not that of a cgroup (`memory.events`), although the latter could be had in a guest:
+//! the kernel counts both at the same place, all processes of users share one cgroup, and of what else there is (process 1
+//! and the agent) nothing may be killed. The two would always be the same number, and the memory controller that keeps
+//! the second one is paid for with every page that any program takes. Only a cgroup for each process would say more, and
+//! [`super::running`] says why there is none.
 
 use std::{
     fs::{self, OpenOptions},

@@ -42,7 +42,7 @@ use self::{
     registry::Selector,
     running::{Description, InputError, InputKind, Process, Subscription},
 };
-use super::{auth::basic_user, state::Agent};
+use super::{auth::basic_user, state::Agent, users::UserError};
 use crate::console::chain;
 
 const LIMIT_HEADER: &str = "connect-timeout-ms";
@@ -300,8 +300,8 @@ impl From<LaunchError> for ConnectError {
     fn from(error: LaunchError) -> Self {
         let message = chain(&error);
         match error {
-            LaunchError::User(_) => Self::unauthenticated(message),
-            LaunchError::Accounts(_) | LaunchError::Standard(_) => Self::internal(message),
+            LaunchError::User(UserError::Unknown(_)) => Self::unauthenticated(message),
+            LaunchError::User(UserError::Accounts(_)) | LaunchError::Standard(_) => Self::internal(message),
             LaunchError::NoCommand
             | LaunchError::ZeroByte(_)
             | LaunchError::Variable(_)
