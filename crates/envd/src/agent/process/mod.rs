@@ -315,3 +315,70 @@ impl From<LaunchError> for ConnectError {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use connectrpc::ErrorCode;
+    use rustix::{
+        io::Errno,
+        process::{Pid, PidfdFlags, pidfd_open},
+    };
+
+    use super::{
+        super::state::Place,
+        running::{Input, Started},
+        *,
+    };
+
+    #[tokio::test]
+    async fn one_process_too_many_is_refused() {
+        let address = "127.0.0.1:0".parse().unwrap();
+        let agent = Arc::new(Agent::new(Place::Outside, address, "root".to_owned(), None, None));
+        let mut sleep = std::process::Command::new("sleep");
+        let child =
+            std::os::unix::process::CommandExt::process_group(&mut sleep, 0).arg("300").spawn().unwrap();
+        let pid = Pid::from_child(&child);
+        let pidfd = pidfd_open(pid, PidfdFlags::empty()).unwrap();
+        let started = Started { pid, pidfd, input: Input::Closed, terminal: None, outputs: Vec::new() };
+        let description = Description { config: wire::ProcessConfig::default(), tag: None };
+        let (process, _) = Process::adopt(&agent.processes, description, started, None).unwrap();
+        let start_true = async || {
+            let config = wire::ProcessConfig { cmd: "/bin/true".to_owned(), ..Default::default() };
+            let order = Order {
+                config,
+                standard: Standard::Pipes { input: false },
+                user: None,
+                identity: agent.identity(),
+                cgroup: None,
+            };
+            start(Arc::clone(&agent), order, None, None).await
+        };
+        let (one, _) = start_true().await.unwrap();
+        one.exit().await;
+        agent.processes.fill(&process);
+        let error = start_true().await.unwrap_err();
+        let message = "too many processes are running";
+        assert_eq!((error.code, error.message.as_deref()), (ErrorCode::ResourceExhausted, Some(message)));
+        assert_eq!(process.signal(Signal::KILL), Ok(true));
+        process.exit().await;
+    }
+
+    /// Those that no test brings about from outside.
+    #[test]
+    fn faults_of_the_machine_are_internal() {
+        let table = [
+            (
+                LaunchError::Standard(Errno::MFILE.into()),
+                "cannot prepare standard input and output: Too many open files (os error 24)",
+            ),
+            (
+                UserError::Accounts(Errno::ISDIR.into()).into(),
+                "cannot read the user database: Is a directory (os error 21)",
+            ),
+        ];
+        for (error, message) in table {
+            let error = ConnectError::from(error);
+            assert_eq!((error.code, error.message.as_deref()), (ErrorCode::Internal, Some(message)));
+        }
+    }
+}

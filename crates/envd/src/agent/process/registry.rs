@@ -52,6 +52,17 @@ impl Registry {
         self.lock().running.len() < MAXIMUM
     }
 
+    /// Leaves no room, as so many processes would.
+    #[cfg(test)]
+    pub(super) fn fill(&self, process: &Arc<Process>) {
+        // Numbers that no process has.
+        let numbers = (1 << 31)..;
+        let mut tables = self.lock();
+        for number in numbers.take(MAXIMUM - tables.running.len()) {
+            tables.running.insert(number, Arc::clone(process));
+        }
+    }
+
     pub(crate) fn add(&self, process: &Arc<Process>) {
         self.lock().running.insert(process.pid(), Arc::clone(process));
     }
