@@ -319,31 +319,20 @@ impl From<LaunchError> for ConnectError {
 #[cfg(test)]
 mod tests {
     use connectrpc::ErrorCode;
-    use rustix::{
-        io::Errno,
-        process::{Pid, PidfdFlags, pidfd_open},
-    };
+    use rustix::io::Errno;
 
-    use super::{
-        super::state::Place,
-        running::{Input, Started},
-        *,
-    };
+    use super::{super::state::Place, *};
 
     #[tokio::test]
     async fn one_process_too_many_is_refused() {
         let address = "127.0.0.1:0".parse().unwrap();
         let agent = Arc::new(Agent::new(Place::Outside, address, "root".to_owned(), None, None));
-        let mut sleep = std::process::Command::new("sleep");
-        let child =
-            std::os::unix::process::CommandExt::process_group(&mut sleep, 0).arg("300").spawn().unwrap();
-        let pid = Pid::from_child(&child);
-        let pidfd = pidfd_open(pid, PidfdFlags::empty()).unwrap();
-        let started = Started { pid, pidfd, input: Input::Closed, terminal: None, outputs: Vec::new() };
-        let description = Description { config: wire::ProcessConfig::default(), tag: None };
-        let (process, _) = Process::adopt(&agent.processes, description, started, None).unwrap();
-        let start_true = async || {
-            let config = wire::ProcessConfig { cmd: "/bin/true".to_owned(), ..Default::default() };
+        let run = async |command: &[&str]| {
+            let config = wire::ProcessConfig {
+                cmd: command[0].to_owned(),
+                args: command[1..].iter().map(|word| (*word).to_owned()).collect(),
+                ..Default::default()
+            };
             let order = Order {
                 config,
                 standard: Standard::Pipes { input: false },
@@ -353,10 +342,9 @@ mod tests {
             };
             start(Arc::clone(&agent), order, None, None).await
         };
-        let (one, _) = start_true().await.unwrap();
-        one.exit().await;
+        let (process, _output) = run(&["sleep", "300"]).await.unwrap();
         agent.processes.fill(&process);
-        let error = start_true().await.unwrap_err();
+        let error = run(&["true"]).await.unwrap_err();
         let message = "too many processes are running";
         assert_eq!((error.code, error.message.as_deref()), (ErrorCode::ResourceExhausted, Some(message)));
         assert_eq!(process.signal(Signal::KILL), Ok(true));
