@@ -145,17 +145,13 @@ impl FilesError {
             Self::Precondition => StatusCode::PRECONDITION_FAILED,
             Self::NoSpace(_) | Self::NoInodes | Self::NoSpaceForMetadata => StatusCode::INSUFFICIENT_STORAGE,
             Self::Range { .. } => StatusCode::RANGE_NOT_SATISFIABLE,
-            Self::Io { source, .. }
-                if matches!(
-                    source.kind(),
-                    io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem
-                ) =>
-            {
-                StatusCode::FORBIDDEN
-            }
-            Self::User(UserError::Accounts(_)) | Self::Interrupted | Self::Io { .. } => {
-                StatusCode::INTERNAL_SERVER_ERROR
-            }
+            Self::Io { source, .. } => match source.kind() {
+                io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => StatusCode::FORBIDDEN,
+                // A program that runs, for example: it can be written once it has ended.
+                io::ErrorKind::ExecutableFileBusy | io::ErrorKind::ResourceBusy => StatusCode::CONFLICT,
+                _ => StatusCode::INTERNAL_SERVER_ERROR,
+            },
+            Self::User(UserError::Accounts(_)) | Self::Interrupted => StatusCode::INTERNAL_SERVER_ERROR,
         }
     }
 
@@ -326,6 +322,8 @@ mod tests {
             (io("read", Errno::ACCESS), 403, "cannot read '/p': Permission denied (os error 13)"),
             (io("write", Errno::PERM), 403, "cannot write '/p': Operation not permitted (os error 1)"),
             (io("write", Errno::ROFS), 403, "cannot write '/p': Read-only file system (os error 30)"),
+            (io("write", Errno::TXTBSY), 409, "cannot write '/p': Text file busy (os error 26)"),
+            (io("write", Errno::BUSY), 409, "cannot write '/p': Device or resource busy (os error 16)"),
             (io("read", Errno::IO), 500, "cannot read '/p': Input/output error (os error 5)"),
         ];
         for (error, status, message) in table {
