@@ -30,7 +30,7 @@ use super::{
     encoding, paths,
     range::{self, Part, Wanted},
     reply::{self, Body},
-    source::{self, Segment},
+    source::{self, Located, Segment},
 };
 use crate::agent::state::Identity;
 
@@ -52,7 +52,7 @@ const CONDITIONS: [header::HeaderName; 6] = [
 enum Content {
     Small(Bytes),
     /// A large file of known size, and what it starts with if that was asked for.
-    Large(File, u64, Vec<u8>),
+    Large(Located, u64, Vec<u8>),
     /// A large file that does not know its size; what was read of it so far comes first.
     Endless(File, Vec<u8>),
 }
@@ -136,7 +136,8 @@ fn open(path: &str, sample: bool) -> Result<Opened, FilesError> {
         let mut start = vec![0; if sample { source::SAMPLE } else { 0 }];
         let read = std::os::unix::fs::FileExt::read_at(&file, &mut start, 0).map_err(failed)?;
         start.truncate(read);
-        return Ok(Opened { content: Content::Large(file, size, start), validators: Some(validators) });
+        let content = Content::Large(Located::new(file), size, start);
+        return Ok(Opened { content, validators: Some(validators) });
     }
     let mut start = Vec::with_capacity(usize::try_from(size).unwrap_or(0) + 1);
     (&file).take(SMALL + 1).read_to_end(&mut start).map_err(failed)?;

@@ -1,7 +1,8 @@
 //! `GET` and `POST /files`: whole files, down and up, piece by piece. `POST /files/compose`: one file of several.
 //!
-//! However large a file is, only a few pieces of it are in memory. Reading, writing and packing runs on threads that
-//! may block, one piece at a time, so a slow client holds no thread.
+//! However large a file is, only a few pieces of it are in memory. What may have to wait for a disk, and what packs,
+//! runs on threads that may block, one piece at a time, so a slow client holds no thread. What only copies memory is
+//! done where the bytes come and go: to hand them to a thread would cost more.
 //!
 //! | module | what it is |
 //! |---|---|
@@ -15,6 +16,7 @@
 //! | [`gunzip`] | a packed body, unpacked as it comes |
 //! | [`form`] | `multipart/form-data`, read as it comes |
 //! | [`sink`] | a file that is being written, and what becomes of half a file |
+//! | [`medium`] | whether a file is in memory, or may have to be waited for |
 //! | [`mod@compose`] | one file of several |
 
 mod compose;
@@ -23,6 +25,7 @@ mod download;
 mod encoding;
 mod form;
 mod gunzip;
+mod medium;
 mod query;
 mod range;
 mod sink;

@@ -1,11 +1,24 @@
 //! Pieces of an open file, as they are or packed, while a client takes them.
 //!
-//! Each piece is read, and packed, on a thread that may block, and the next one already while one is sent.
+//! ```text
+//!               it is in memory: read where it is sent
+//!              ┌───────────┐
+//!              ▼           │     it is not, or is to be packed
+//!   ┌───► at hand ─────────┴──────────────────────────────────┐
+//!   │                                                         ▼
+//!   └── the next one did not have to be waited for ── asked for ahead ──┐
+//!                                                         ▲             │ it had
+//!                                                         └─────────────┘
+//! ```
+//!
+//! What is waited for is waited for on a thread that may block, and the next piece is asked for already while one is
+//! sent. To hand a piece over costs more than to copy it, so that what the kernel has in memory is never handed over:
+//! a file of any length in the cache comes out of one buffer, which stays in that of the processor.
 
 use std::{
     collections::VecDeque,
     fs::File,
-    io::{self, Read, Write},
+    io::{self, IoSliceMut, Read, Write},
     mem,
     os::unix::fs::FileExt,
     sync::{Arc, Mutex, PoisonError},
@@ -14,9 +27,10 @@ use std::{
 use bytes::Bytes;
 use flate2::{Compression, write::GzEncoder};
 use futures::stream::{self, Stream};
+use rustix::io::{Errno, ReadWriteFlags, preadv2};
 use tokio::task::{JoinHandle, spawn_blocking};
 
-use super::range::Part;
+use super::{medium::Medium, range::Part};
 
 /// How much is read at a time.
 const PIECE: usize = 256 * 1024;
@@ -65,16 +79,39 @@ impl Drop for Buffer {
     }
 }
 
+/// A file, and where its bytes are.
+#[derive(Debug)]
+pub(super) struct Located {
+    file: File,
+    medium: Medium,
+}
+
+impl Located {
+    /// Asks the file system, which may block.
+    pub(super) fn new(file: File) -> Self {
+        let medium = Medium::of(&file);
+        Self { file, medium }
+    }
+}
+
 /// A file that is read part by part.
 struct Reader {
-    file: File,
+    file: Located,
     segments: VecDeque<Segment>,
     pool: Arc<Pool>,
 }
 
 impl Reader {
-    /// The next piece; `None` at the end. A file that has fewer bytes by now is an error: the client was promised all.
-    fn next(&mut self) -> io::Result<Option<Bytes>> {
+    fn new(file: Located, segments: Vec<Segment>) -> Self {
+        Self { file, segments: segments.into(), pool: Arc::default() }
+    }
+
+    /// The next piece, read by what reads into a buffer from an offset on, some of it at least. A file that has fewer
+    /// bytes by now is an error: the client was promised all.
+    fn piece(
+        &mut self,
+        mut read: impl FnMut(&File, &mut [u8], u64) -> io::Result<usize>,
+    ) -> io::Result<Option<Bytes>> {
         let part = match self.segments.front_mut() {
             None => return Ok(None),
             Some(Segment::Text(text)) => {
@@ -86,18 +123,15 @@ impl Reader {
         };
         let mut buffer = self.pool.take();
         let room = usize::try_from(part.length).unwrap_or(PIECE).min(PIECE);
-        while buffer.length < room {
-            let read =
-                self.file.read_at(&mut buffer.bytes[buffer.length..room], part.start + buffer.length as u64);
-            match read {
+        buffer.length = loop {
+            match read(&self.file.file, &mut buffer.bytes[..room], part.start) {
                 Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
-                Ok(length) => buffer.length += length,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(error),
+                other => break other?,
             }
-        }
-        part.start += room as u64;
-        part.length -= room as u64;
+        };
+        part.start += buffer.length as u64;
+        part.length -= buffer.length as u64;
         if part.length == 0 {
             self.segments.pop_front();
         }
@@ -105,14 +139,51 @@ impl Reader {
     }
 }
 
-/// What yields one piece after the other, and may block for each.
+/// What there is without waiting.
+enum AtHand {
+    Piece(Bytes),
+    End,
+    /// The next piece has to be waited for.
+    Nothing,
+}
+
+impl From<Option<Bytes>> for AtHand {
+    fn from(piece: Option<Bytes>) -> Self {
+        piece.map_or(Self::End, Self::Piece)
+    }
+}
+
+/// What yields one piece after the other.
 trait Pieces: Send + 'static {
+    /// The next piece, or none at the end. It may block.
     fn next(&mut self) -> io::Result<Option<Bytes>>;
+
+    /// The next piece if that takes no more than a copy.
+    fn at_hand(&mut self) -> io::Result<AtHand> {
+        Ok(AtHand::Nothing)
+    }
 }
 
 impl Pieces for Reader {
     fn next(&mut self) -> io::Result<Option<Bytes>> {
-        Self::next(self)
+        self.piece(File::read_at)
+    }
+
+    fn at_hand(&mut self) -> io::Result<AtHand> {
+        if self.file.medium == Medium::Memory {
+            return self.next().map(AtHand::from);
+        }
+        let piece = self.piece(|file, buffer, offset| {
+            let read = preadv2(file, &mut [IoSliceMut::new(buffer)], offset, ReadWriteFlags::NOWAIT);
+            // What a file system cannot do without waiting, or at all, is tried again by who may wait.
+            read.map_err(
+                |error| if error == Errno::INTR { error.into() } else { io::ErrorKind::WouldBlock.into() },
+            )
+        });
+        match piece {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(AtHand::Nothing),
+            other => other.map(AtHand::from),
+        }
     }
 }
 
@@ -158,14 +229,13 @@ impl<S: Pieces> Pieces for Packed<S> {
 }
 
 /// Parts of a file, and text between them.
-pub(super) fn parts(file: File, segments: Vec<Segment>) -> impl Stream<Item = io::Result<Bytes>> + Send {
-    ahead(Reader { file, segments: segments.into(), pool: Arc::default() })
+pub(super) fn parts(file: Located, segments: Vec<Segment>) -> impl Stream<Item = io::Result<Bytes>> + Send {
+    ahead(Reader::new(file, segments))
 }
 
 /// The start of a file up to `length`, packed.
-pub(super) fn packed(file: File, length: u64) -> impl Stream<Item = io::Result<Bytes>> + Send {
-    let segments = [Segment::Of(Part { start: 0, length })].into();
-    let source = Reader { file, segments, pool: Arc::default() };
+pub(super) fn packed(file: Located, length: u64) -> impl Stream<Item = io::Result<Bytes>> + Send {
+    let source = Reader::new(file, vec![Segment::Of(Part { start: 0, length })]);
     ahead(Packed { source, encoder: Some(encoder()) })
 }
 
@@ -197,22 +267,164 @@ fn encoder() -> GzEncoder<Vec<u8>> {
     GzEncoder::new(Vec::with_capacity(PACKED_PIECE), Compression::new(LEVEL))
 }
 
-type Reading<S> = JoinHandle<io::Result<(S, Option<Bytes>)>>;
+/// What a job leaves: who does the next, the piece, and whether there was any waiting for it.
+type Outcome<S> = io::Result<(S, Option<Bytes>, Waited)>;
 
-/// Asks for the next piece while one is sent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Waited {
+    Yes,
+    No,
+}
+
+/// Where the next piece comes from.
+enum State<S> {
+    /// Perhaps it is at hand.
+    AtHand(S),
+    /// It was asked for.
+    Ahead(JoinHandle<Outcome<S>>),
+}
+
 fn ahead<S: Pieces>(source: S) -> impl Stream<Item = io::Result<Bytes>> + Send {
-    stream::unfold(Some(read(source)), async |reading: Option<Reading<S>>| {
-        match reading?.await.map_err(io::Error::other).flatten() {
+    stream::unfold(Some(State::AtHand(source)), async |state: Option<State<S>>| {
+        let reading = match state? {
+            State::Ahead(reading) => reading,
+            State::AtHand(mut source) => match source.at_hand() {
+                Err(error) => return Some((Err(error), None)),
+                Ok(AtHand::End) => return None,
+                Ok(AtHand::Piece(piece)) => return Some((Ok(piece), Some(State::AtHand(source)))),
+                Ok(AtHand::Nothing) => read(source),
+            },
+        };
+        match reading.await.map_err(io::Error::other).flatten() {
             Err(error) => Some((Err(error), None)),
-            Ok((_, None)) => None,
-            Ok((source, Some(piece))) => Some((Ok(piece), Some(read(source)))),
+            Ok((_, None, _)) => None,
+            Ok((source, Some(piece), Waited::No)) => Some((Ok(piece), Some(State::AtHand(source)))),
+            Ok((source, Some(piece), Waited::Yes)) => Some((Ok(piece), Some(State::Ahead(read(source))))),
         }
     })
 }
 
-fn read<S: Pieces>(mut source: S) -> Reading<S> {
-    spawn_blocking(move || {
-        let piece = source.next()?;
-        Ok((source, piece))
+fn read<S: Pieces>(mut source: S) -> JoinHandle<Outcome<S>> {
+    spawn_blocking(move || match source.at_hand()? {
+        AtHand::Piece(piece) => Ok((source, Some(piece), Waited::No)),
+        AtHand::End => Ok((source, None, Waited::No)),
+        AtHand::Nothing => {
+            let piece = source.next()?;
+            Ok((source, piece, Waited::Yes))
+        }
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use futures::{FutureExt, StreamExt, TryStreamExt};
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn runtime() -> tokio::runtime::Runtime {
+        tokio::runtime::Builder::new_current_thread().build().unwrap()
+    }
+
+    fn file_of(directory: &str, content: &[u8]) -> Located {
+        let mut file = tempfile::tempfile_in(directory).unwrap();
+        file.write_all(content).unwrap();
+        Located::new(file)
+    }
+
+    fn noise(length: usize) -> Vec<u8> {
+        (0..length).map(|at| (at.wrapping_mul(2_654_435_761) >> 13).to_le_bytes()[0]).collect()
+    }
+
+    fn part(start: usize, length: usize) -> Segment {
+        Segment::Of(Part { start: start as u64, length: length as u64 })
+    }
+
+    #[test]
+    fn a_file_in_memory_is_never_waited_for() {
+        let content = noise(2 * PIECE + 7);
+        let source = file_of("/dev/shm", &content);
+        let pieces = parts(source, vec![part(0, content.len())]).try_concat_now();
+        assert_eq!(pieces.unwrap().unwrap(), content);
+    }
+
+    /// What a stream yields if it never waits.
+    trait Now {
+        fn try_concat_now(self) -> Option<io::Result<Vec<u8>>>;
+    }
+
+    impl<S: Stream<Item = io::Result<Bytes>>> Now for S {
+        fn try_concat_now(self) -> Option<io::Result<Vec<u8>>> {
+            self.map_ok(|piece| piece.to_vec()).try_concat().now_or_never()
+        }
+    }
+
+    #[test]
+    fn a_file_that_became_shorter_is_an_error_after_what_there_is() {
+        for directory in ["/dev/shm", "/var/tmp"] {
+            let source = file_of(directory, b"short");
+            runtime().block_on(async {
+                let mut pieces = std::pin::pin!(parts(source, vec![part(0, PIECE)]));
+                assert_eq!(pieces.next().await.unwrap().unwrap(), "short");
+                let error = pieces.next().await.unwrap().unwrap_err();
+                assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof);
+                assert!(pieces.next().await.is_none());
+            });
+        }
+    }
+
+    /// Has pieces of which some have to be waited for. Each is its place.
+    struct Sometimes {
+        waits: VecDeque<bool>,
+        place: u8,
+    }
+
+    impl Pieces for Sometimes {
+        fn next(&mut self) -> io::Result<Option<Bytes>> {
+            let piece = self.waits.pop_front().map(|_| Bytes::copy_from_slice(&[self.place]));
+            self.place += 1;
+            Ok(piece)
+        }
+
+        fn at_hand(&mut self) -> io::Result<AtHand> {
+            if self.waits.front() == Some(&true) {
+                Ok(AtHand::Nothing)
+            } else {
+                self.next().map(AtHand::from)
+            }
+        }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(32))]
+
+        #[test]
+        fn parts_come_as_they_were_asked_for(
+            asked in prop::collection::vec((0..3 * PIECE, 1..2 * PIECE, any::<bool>()), 1..4),
+            disk in any::<bool>(),
+        ) {
+            let content = noise(5 * PIECE);
+            let (mut segments, mut wanted) = (Vec::new(), Vec::new());
+            for (start, length, text) in asked {
+                if text {
+                    segments.push(Segment::Text(Bytes::from_static(b"text")));
+                    wanted.extend_from_slice(b"text");
+                }
+                segments.push(part(start, length));
+                wanted.extend_from_slice(&content[start..start + length]);
+            }
+            let source = file_of(if disk { "/var/tmp" } else { "/dev/shm" }, &content);
+            let all = parts(source, segments).map_ok(|piece| piece.to_vec()).try_concat();
+            prop_assert!(runtime().block_on(all).unwrap() == wanted);
+        }
+
+        #[test]
+        fn pieces_keep_their_order_whichever_are_waited_for(waits in prop::collection::vec(any::<bool>(), 0..20)) {
+            let count = waits.len();
+            let source = Sometimes { waits: waits.into(), place: 0 };
+            let all = ahead(source).map_ok(|piece| piece.to_vec()).try_concat();
+            let places: Vec<u8> = (0..).take(count).collect();
+            prop_assert_eq!(runtime().block_on(all).unwrap(), places);
+        }
+    }
 }
