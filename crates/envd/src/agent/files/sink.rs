@@ -16,7 +16,7 @@ use std::{
 
 use serde::Serialize;
 
-use super::{FilesError, paths};
+use super::{FilesError, medium::Medium, paths};
 use crate::{
     agent::{
         metadata::{self, Metadata},
@@ -52,6 +52,7 @@ impl Written {
 #[derive(Debug)]
 pub(super) struct Sink {
     file: File,
+    medium: Medium,
     gathered: Vec<u8>,
     partial: Partial,
 }
@@ -90,7 +91,7 @@ impl Sink {
         let metadata = file.metadata().map_err(failed)?;
         let partial =
             Partial { device: metadata.dev(), inode: metadata.ino(), kept: false, path: path.clone() };
-        let mut sink = Self { file, gathered: Vec::new(), partial };
+        let mut sink = Self { medium: Medium::of(&file), file, gathered: Vec::new(), partial };
         if let Some(expected) = expected.filter(|expected| *expected > ASK_FOR) {
             // An error here says nothing; the write itself will tell.
             let free = rustix::fs::fstatfs(&sink.file)
@@ -107,6 +108,11 @@ impl Sink {
             sink.file.set_len(0).map_err(failed)?;
         }
         Ok(sink)
+    }
+
+    /// Whether writing is copying.
+    pub(super) fn is_in_memory(&self) -> bool {
+        self.medium == Medium::Memory
     }
 
     pub(super) fn write(&mut self, bytes: &[u8]) -> Result<(), FilesError> {

@@ -3,10 +3,15 @@
 //! ```text
 //!            gathered, 256 KiB at a time          one job at a time, on a thread that may block
 //!   body ──► while the job before runs   ──────►  (gunzip) ──► (form) ──► file
+//!     │
+//!     └────► the rest of a body that is a file in memory, as it comes ──► file
 //! ```
 //!
 //! A slow client holds no thread: a job runs only on what has come. A body that is one batch is one job, and what
 //! cannot be written is noticed one batch later. What unpacks to far more than it was fills the disk at worst.
+//!
+//! Where the first job has found that writing is nothing but copying, there are no more jobs: what comes is written
+//! out of the one buffer that it was received into, before that is used again.
 
 use std::{collections::HashSet, sync::Arc};
 
@@ -93,7 +98,7 @@ async fn receive(
         let work = move || start()?.take(batch)?.finish();
         return spawn_blocking(work).await.map_err(|_| FilesError::Interrupted)?;
     }
-    let mut job = Job(Some(spawn_blocking(move || start()?.take(batch))));
+    let mut job = Aside::new(spawn_blocking(move || start()?.take(batch)));
     loop {
         (batch, more) = gather(body).await?;
         let receiver = job.finish().await?;
@@ -101,8 +106,36 @@ async fn receive(
             let work = move || receiver.take(batch)?.finish();
             return spawn_blocking(work).await.map_err(|_| FilesError::Interrupted)?;
         }
-        job = Job(Some(spawn_blocking(move || receiver.take(batch))));
+        if receiver.only_copies() {
+            return copy(receiver, batch, body).await;
+        }
+        job = Aside::new(spawn_blocking(move || receiver.take(batch)));
     }
+}
+
+/// Writes what has come of a body, and what is still to come, to a file in memory.
+async fn copy(
+    receiver: Receiver,
+    batch: Vec<Bytes>,
+    body: &mut Incoming,
+) -> Result<Vec<Written>, FilesError> {
+    let mut receiver = Aside::new(receiver);
+    let copying = async {
+        for piece in batch {
+            receiver.get()?.push(&piece)?;
+        }
+        while let Some(frame) = next_frame(body).await? {
+            if let Ok(data) = frame.into_data() {
+                receiver.get()?.push(&data)?;
+            }
+        }
+        Ok(())
+    };
+    let copied: Result<(), FilesError> = copying.await;
+    let receiver = receiver.take()?;
+    // Half a file is gone before anybody is told of it.
+    let work = move || copied.and_then(|()| receiver.finish());
+    spawn_blocking(work).await.map_err(|_| FilesError::Interrupted)?
 }
 
 /// Some pieces of a body, and whether there are more.
@@ -118,25 +151,38 @@ async fn gather(body: &mut Incoming) -> Result<(Vec<Bytes>, bool), FilesError> {
     Ok((batch, true))
 }
 
-/// A job that runs. When it is given up, what it holds goes on a thread that may block: to remove half of a large
-/// file takes time.
+/// A receiver, or a job that has one. When it is given up it goes on a thread that may block: to remove half of a
+/// large file takes time.
 #[derive(Debug)]
-struct Job(Option<JoinHandle<Result<Receiver, FilesError>>>);
+struct Aside<T: Send + 'static>(Option<T>);
 
-impl Job {
+impl<T: Send + 'static> Aside<T> {
+    fn new(it: T) -> Self {
+        Self(Some(it))
+    }
+
+    fn get(&mut self) -> Result<&mut T, FilesError> {
+        self.0.as_mut().ok_or(FilesError::Interrupted)
+    }
+
+    fn take(mut self) -> Result<T, FilesError> {
+        self.0.take().ok_or(FilesError::Interrupted)
+    }
+}
+
+impl Aside<JoinHandle<Result<Receiver, FilesError>>> {
     async fn finish(mut self) -> Result<Receiver, FilesError> {
         // Kept in its place while it is waited for, so that it is not lost if nobody waits any more.
-        let Some(job) = &mut self.0 else { return Err(FilesError::Interrupted) };
-        let done = job.await;
+        let done = self.get()?.await;
         self.0 = None;
         done.map_err(|_| FilesError::Interrupted)?
     }
 }
 
-impl Drop for Job {
+impl<T: Send + 'static> Drop for Aside<T> {
     fn drop(&mut self) {
-        if let (Some(job), Ok(runtime)) = (self.0.take(), tokio::runtime::Handle::try_current()) {
-            runtime.spawn_blocking(move || drop(job));
+        if let (Some(it), Ok(runtime)) = (self.0.take(), tokio::runtime::Handle::try_current()) {
+            runtime.spawn_blocking(move || drop(it));
         }
     }
 }
@@ -151,12 +197,24 @@ struct Receiver {
 impl Receiver {
     fn take(mut self, batch: Vec<Bytes>) -> Result<Self, FilesError> {
         for piece in batch {
-            match &mut self.gunzip {
-                None => self.target.take(&piece)?,
-                Some(gunzip) => gunzip.push(&piece, |unpacked| self.target.take(unpacked))?,
-            }
+            self.push(&piece)?;
         }
         Ok(self)
+    }
+
+    fn push(&mut self, piece: &[u8]) -> Result<(), FilesError> {
+        match &mut self.gunzip {
+            None => self.target.take(piece),
+            Some(gunzip) => gunzip.push(piece, |unpacked| self.target.take(unpacked)),
+        }
+    }
+
+    /// Whether all that is still to come is copied into one file, and nothing else happens to it.
+    fn only_copies(&self) -> bool {
+        let target = &self.target;
+        self.gunzip.is_none()
+            && target.form.is_none()
+            && target.files.current.as_ref().is_some_and(Sink::is_in_memory)
     }
 
     fn finish(self) -> Result<Vec<Written>, FilesError> {
