@@ -122,12 +122,16 @@ impl Floor {
             manifest.subject.guest
         );
         let instance = InstanceId::random();
-        let policy = Policy { internet: false, dns_servers: Vec::new() };
+        let policy = Policy::offline();
         let config = PoolConfig { instance: instance.clone(), uplink, ready: at_once, policy };
         Ok(Self {
             vmm,
             guest,
-            snapshot: SnapshotFiles { memory: directory.join("memory"), state: directory.join("state") },
+            snapshot: SnapshotFiles {
+                memory: directory.join("memory"),
+                state: directory.join("state"),
+                pages: None,
+            },
             layer: DiskSpec { path: directory.join("disk"), format: manifest.subject.disk_format },
             manifest,
             slots: SlotPool::start(config).await.context("make network slots")?,

@@ -28,7 +28,7 @@ pub enum ErrorCode {
     InvalidRequest,
     /// 401: no API key, or one that is not known.
     Unauthorized,
-    /// 403: the guest's operating system does not permit it.
+    /// 403: the guest's operating system does not permit it, or what is meant belongs to the platform.
     Forbidden,
     /// 404: the sandbox, template, path or process is not there.
     NotFound,

@@ -3,6 +3,7 @@
 //! from them.
 //!
 //! - [`sandbox`]: create, list and get.
+//! - [`persist`]: pause, resume, fork, rollback, snapshot; what a sandbox may reach and when its time is over.
 //! - [`exec`]: one command and its output, and the processes of a sandbox.
 //! - [`files`]: entries of the guest's file system.
 //! - [`stream`]: the JSON frames of `exec/stream`, `processes/{selector}/stream` and the terminal.
@@ -18,6 +19,7 @@ pub mod error;
 pub mod exec;
 pub mod files;
 pub mod health;
+pub mod persist;
 pub mod sandbox;
 pub mod stream;
 pub mod template;
@@ -30,6 +32,9 @@ pub use files::{
     EntryType, FileEntry, FileEntryBody, FileList, ListFilesRequest, MoveFileRequest, PathRequest,
 };
 pub use health::Health;
+pub use persist::{
+    ForkRequest, Network, PauseRequest, ResumeRequest, RollbackRequest, SnapshotRequest, TimeoutRequest,
+};
 pub use sandbox::{CreateSandbox, Sandbox, SandboxStatus};
 pub use template::{Template, TemplateKind};
 

@@ -1,17 +1,20 @@
-//! Create, list and get.
+//! Create, list and get. What comes after is in [`crate::persist`].
 
 use std::collections::BTreeMap;
 
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
-use wrenn_types::{EndReason, SandboxId, SandboxState};
+use wrenn_types::{EndReason, SandboxId, SandboxState, SnapshotId, TimeoutAction};
+
+use crate::persist::Network;
 
 /// What a new sandbox should be. Every field may be left out.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(default)]
 pub struct CreateSandbox {
-    /// The template's name; `base` when absent.
+    /// The name of a template, or the name or id of a snapshot; `base` when absent. A snapshot fixes `vcpus`
+    /// and `memory_mb`, and `disk_size_mb` cannot be below that of the snapshot.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(example = "base")]
     pub template: Option<String>,
@@ -27,10 +30,26 @@ pub struct CreateSandbox {
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(minimum = 512, maximum = 1_048_576, example = 20_480)]
     pub disk_size_mb: Option<i64>,
-    /// Seconds without activity after which the sandbox is destroyed; 0, the default, means never.
+    /// Seconds without activity after which `on_timeout` is done; 0, the default, means never.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(minimum = 0, maximum = 2_592_000, example = 0)]
     pub timeout_sec: Option<i64>,
+    /// What becomes of it after `timeout_sec` seconds without activity: `pause`, the default, or `kill`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<String>, example = "pause")]
+    pub on_timeout: Option<TimeoutAction>,
+    /// A time that activity does not move, in RFC 3339, at which `deadline_action` is done.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(example = "2030-01-01T00:00:00Z")]
+    pub deadline: Option<String>,
+    /// What becomes of it at its deadline: `pause`, the default, or `kill`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<String>, example = "kill")]
+    pub deadline_action: Option<TimeoutAction>,
+    /// Whether a request that needs it running (a command, a file, a terminal) resumes it when it is paused,
+    /// instead of being refused; false when absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub auto_resume: Option<bool>,
     /// Up to 20 names and values of your own, to find sandboxes by. Names are letters, digits, dots,
     /// underscores and dashes, names and values at most 64 characters.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -41,6 +60,9 @@ pub struct CreateSandbox {
     /// Whether the sandbox may reach the internet; true when absent.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub allow_internet_access: Option<bool>,
+    /// What it may reach, in more detail.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub network: Option<Network>,
 }
 
 /// The public words of a sandbox's state.
@@ -121,8 +143,12 @@ pub struct Sandbox {
     pub id: SandboxId,
     /// Its state.
     pub status: SandboxStatus,
-    /// The template that was asked for.
+    /// The template or snapshot that was asked for.
     pub template: String,
+    /// The snapshot that it was made from; absent for one that was made from a template.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<String>, example = "sn-0a1b2c3d")]
+    pub source_snapshot: Option<SnapshotId>,
     /// Virtual CPUs.
     pub vcpus: u32,
     /// Memory in MiB.
@@ -130,11 +156,26 @@ pub struct Sandbox {
     /// Size of the root disk in MiB; absent until a host has chosen it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub disk_size_mb: Option<u32>,
-    /// MiB of the host's disk that the root disk takes. Only in the answer about one sandbox.
+    /// MiB of the host's disk that the root disk takes, or all that is saved of a paused sandbox. Only in the
+    /// answer about one sandbox.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub disk_used_mb: Option<u64>,
-    /// Seconds without activity after which it is destroyed; 0 means never.
+    /// Seconds without activity after which `on_timeout` is done; 0 means never.
     pub timeout_sec: u32,
+    /// What becomes of it after `timeout_sec` seconds without activity.
+    #[serde(default)]
+    #[schema(value_type = String, example = "pause")]
+    pub on_timeout: TimeoutAction,
+    /// The time at which `deadline_action` is done, whatever happens in it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub deadline: Option<Timestamp>,
+    /// What becomes of it at its deadline.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<String>, example = "kill")]
+    pub deadline_action: Option<TimeoutAction>,
+    /// Whether a request that needs it running resumes it.
+    #[serde(default)]
+    pub auto_resume: bool,
     /// Whether it may reach the internet.
     pub allow_internet_access: bool,
     /// The names and values it was created with.
@@ -145,6 +186,9 @@ pub struct Sandbox {
     /// When it first answered.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub started_at: Option<Timestamp>,
+    /// When it was paused; absent while it is not.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub paused_at: Option<Timestamp>,
     /// When something last happened in it, to within half a minute.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub last_active_at: Option<Timestamp>,
@@ -157,6 +201,10 @@ pub struct Sandbox {
     /// The same for people.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub end_message: Option<String>,
+    /// Why the last thing that its host did to it by itself, such as pausing it after its timeout, failed. Only
+    /// in the answer about one sandbox.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub last_failure: Option<String>,
 }
 
 #[cfg(test)]

@@ -3,6 +3,7 @@
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
+use wrenn_types::{SandboxId, SnapshotId};
 
 /// Whether a template is an image or a frozen sandbox.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
@@ -23,6 +24,26 @@ pub struct Template {
     /// Image or snapshot.
     #[serde(rename = "type")]
     pub kind: TemplateKind,
+    /// The id of a snapshot, which can be used in place of its name.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<String>, example = "sn-0a1b2c3d")]
+    pub id: Option<SnapshotId>,
+    /// The sandbox that a snapshot was taken of, which may have gone.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<String>, example = "sb-0a1b2c3d")]
+    pub sandbox_id: Option<SandboxId>,
+    /// What that sandbox was made from.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub template: Option<String>,
+    /// The virtual CPUs of what is made from a snapshot.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vcpus: Option<u32>,
+    /// Its memory in MiB.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory_mb: Option<u32>,
+    /// Whether the memory is in a snapshot; what is made from one without it boots.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub has_memory: Option<bool>,
     /// The name of the template that this is another name of.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub alias_of: Option<String>,

@@ -31,10 +31,14 @@ pub struct Bounds {
     pub database: Duration,
     /// One statement of a task that nobody waits for, or whose loss would cost more than a wait.
     pub database_patient: Duration,
-    /// A create or a delete until the answer is 202. Published clients give up after 30 seconds.
+    /// A create, a delete, a pause and so on until the answer is 202. Published clients give up after 30 seconds.
     pub lifecycle_answer: Duration,
     /// A create in all. The first one of a shape boots the guest's kernel.
     pub create: Duration,
+    /// A pause or a snapshot in all. All that a sandbox has in memory is written.
+    pub capture: Duration,
+    /// A resume or a rollback in all. Without memory, the guest boots.
+    pub resume: Duration,
     /// A destroy in all.
     pub destroy: Duration,
     /// A short question to the host agent.
@@ -47,7 +51,8 @@ pub struct Bounds {
     pub body_piece: Duration,
     /// Silence of a guest in the middle of a stream that should carry a keepalive more often.
     pub guest_silence: Duration,
-    /// The age until which a sandbox that its host does not know may be one that is about to be created.
+    /// How long an intent may take to reach its host: a younger one that the host does not know of yet may be on
+    /// its way.
     pub start_grace: Duration,
     /// The absence of a host until its sandboxes are called missing.
     pub host_missing: Duration,
@@ -65,6 +70,8 @@ impl Default for Bounds {
             database_patient: Duration::from_secs(10),
             lifecycle_answer: Duration::from_secs(25),
             create: Duration::from_secs(180),
+            capture: Duration::from_secs(300),
+            resume: Duration::from_secs(180),
             destroy: Duration::from_secs(60),
             host: Duration::from_secs(5),
             tunnel: Duration::from_secs(8),

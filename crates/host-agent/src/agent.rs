@@ -1,9 +1,9 @@
-//! The life of an agent: collect what an earlier one left, serve, and on the stop end every sandbox.
+//! The life of an agent: take over what an earlier one left, serve, and on the stop leave or end the sandboxes.
 //!
 //! ```text
-//!  instance id, directories ─► find the VMM ─► collect ─► fill the slot pool ─► serve ─► ready
-//!                                                                                  │ stop
-//!                              remove the slots ◄─ destroy every sandbox ◄─ close the socket
+//!  instance id, directories ─► find the VMM ─► take stock ─► fill the slot pool ─► take over ─► serve ─► ready
+//!                                                                                                  │ stop
+//!                          remove the ready slots ◄─ leave or destroy every sandbox ◄─ close the socket
 //! ```
 
 use std::{
@@ -18,30 +18,35 @@ use camino::{Utf8Path, Utf8PathBuf};
 use tokio::net::UnixListener;
 use tokio_util::sync::CancellationToken;
 use wrenn_proto::hostagent::v1::HostAgentServiceExt as _;
-use wrenn_types::{DiskMib, HostId, InstanceId, ResourceError};
+use wrenn_types::{DiskMib, HostId, InstanceId, NetworkPolicy, ResourceError};
 use wrenn_vmm::{
     Accelerator, Vmm, VmmError,
     qemu::{AcceleratorChoice, Qemu, QemuOptions},
 };
 
 use crate::{
-    collect::{self, CollectError},
-    config::{AcceleratorFlag, Config, DiskDriver},
+    adopt::{self, CollectError},
+    config::{AcceleratorFlag, Config, DiskDriver, OnStop},
     images::{Images, ImagesError},
     network::{Policy, PoolConfig, SlotError, SlotPool, Uplink},
     registry::Registry,
     rootfs::{FileStore, Qcow2Store, RootfsStore},
     rpc::Service,
-    sandbox::bring_up::Host,
-    snapshot_store::{SnapshotStore, SnapshotStoreError},
+    sandbox::{host::Host, record},
+    snapshot_store::{SnapshotStore, SnapshotStoreError, SnapshotStoreResult},
+    snapshots::{Roots, Snapshots},
     tunnel,
-    warm::Warm,
+    warm::{Warm, blocking},
 };
 
 /// What is true until the machine is started anew; the stacks of a machine share it.
 const RUN_DIR: &str = "/run/wrenn";
 /// How long open calls may take to end once the agent is to stop.
 const DRAIN_BOUND: Duration = Duration::from_secs(5);
+/// How often layers that nothing stands on are looked for when nobody says that there are any.
+const COLLECT_EVERY: Duration = Duration::from_secs(600);
+/// How long a layer may be in no record yet: it is made first.
+const COLLECT_GRACE: Duration = Duration::from_secs(180);
 /// How long the bring-downs may take.
 const CLOSE_BOUND: Duration = Duration::from_secs(60);
 
@@ -82,6 +87,9 @@ pub enum StartError {
     /// The directory of snapshots cannot be used.
     #[error("the template snapshots cannot be used")]
     Snapshots(#[source] SnapshotStoreError),
+    /// The directory of the sandboxes' own snapshots cannot be used.
+    #[error("the snapshots of sandboxes cannot be used")]
+    Kept(#[source] SnapshotStoreError),
     /// The network is not there.
     #[error("the network slots could not be prepared")]
     Network(#[source] SlotError),
@@ -103,7 +111,9 @@ pub struct Agent {
     machines_dir: MachinesDir,
     registry: Arc<Registry>,
     slots: SlotPool,
+    on_stop: OnStop,
     stopping: CancellationToken,
+    collector: tokio::task::JoinHandle<()>,
     server: tokio::task::JoinHandle<io::Result<()>>,
 }
 
@@ -187,27 +197,21 @@ impl Agent {
 
         let images = Images::load(&config.images).map_err(StartError::Images)?;
         let uplink = config.uplink_netns.clone().map_or(Uplink::Host, Uplink::Named);
-        let collected = collect::collect(&instance, &sandboxes_dir, &machines_dir, &uplink)
+        let snapshots = Snapshots::open(&dir.join("agent")).map_err(StartError::Kept)?;
+        let stock = adopt::take_stock(&instance, &snapshots, &sandboxes_dir, &machines_dir, &uplink)
             .await
             .map_err(StartError::Collect)?;
-        if collected.machines > 0 || !collected.sandboxes.is_empty() {
-            tracing::warn!(
-                machines = collected.machines,
-                sandboxes = ?collected.sandboxes,
-                "collected what an earlier agent left"
-            );
+        if stock.ended > 0 {
+            tracing::warn!(machines = stock.ended, "ended machines that an earlier agent left half-made");
         }
         let store =
             SnapshotStore::new(&config.snapshots, Utf8Path::new(RUN_DIR)).map_err(StartError::Snapshots)?;
         let (vmm, accelerator_reason) = find_vmm(&config, &images).await.map_err(StartError::Vmm)?;
         tracing::info!(vmm = ?vmm.identity(), reason = accelerator_reason, "virtual machine monitor found");
 
-        let pool = PoolConfig {
-            instance: instance.clone(),
-            uplink,
-            ready: config.ready_slots,
-            policy: Policy { internet: true, dns_servers: config.dns_servers.clone() },
-        };
+        let policy = Policy::resolve(&NetworkPolicy::simple(true), &config.dns_servers)
+            .map_err(|error| StartError::Network(SlotError::Policy(error)))?;
+        let pool = PoolConfig { instance: instance.clone(), uplink, ready: config.ready_slots, policy };
         let slots = SlotPool::start(pool).await.map_err(StartError::Network)?;
         let disks: Arc<dyn RootfsStore> = match config.disks {
             DiskDriver::Qcow2 => Arc::new(Qcow2Store),
@@ -229,17 +233,25 @@ impl Agent {
             disks,
             slots: slots.clone(),
             warm,
+            snapshots,
             sandboxes_dir,
             machines_dir,
             dns_servers: config.dns_servers,
             default_disk,
+            unreachable: Arc::default(),
         });
-        let registry = Arc::new(Registry::new(host));
+        let registry = Arc::new(Registry::new(Arc::clone(&host)));
+        let taken = adopt::take_over(&host, &registry, stock).await.map_err(StartError::Collect)?;
+        if !(taken.adopted.is_empty() && taken.paused.is_empty() && taken.removed.is_empty()) {
+            tracing::info!(adopted = ?taken.adopted, paused = ?taken.paused, removed = ?taken.removed, "took over");
+        }
+        let collector = tokio::spawn(collect(host));
         let facts = Arc::new(HostFacts { host_id, accelerator_reason });
         let socket = config.socket.unwrap_or_else(|| run_dir.join("agent.sock"));
         let stopping = CancellationToken::new();
         let server = serve(&socket, Arc::clone(&registry), facts, stopping.clone())?;
-        Ok(Self { socket, machines_dir: machines, registry, slots, stopping, server })
+        let on_stop = config.on_stop;
+        Ok(Self { socket, machines_dir: machines, registry, slots, on_stop, stopping, collector, server })
     }
 
     /// Where it listens.
@@ -248,10 +260,16 @@ impl Agent {
         &self.socket
     }
 
-    /// Ends every sandbox, then the agent. Bounded.
+    /// The sandboxes.
+    #[must_use]
+    pub fn registry(&self) -> &Arc<Registry> {
+        &self.registry
+    }
+
+    /// Leaves or ends every sandbox, then ends the agent. Bounded.
     pub async fn stop(self) {
         self.stopping.cancel();
-        if tokio::time::timeout(CLOSE_BOUND, self.registry.close()).await.is_err() {
+        if tokio::time::timeout(CLOSE_BOUND, self.registry.close(self.on_stop)).await.is_err() {
             tracing::error!(
                 "some sandboxes did not end within {CLOSE_BOUND:?}; the next start collects them"
             );
@@ -259,10 +277,48 @@ impl Agent {
         // Open streams end with their sandboxes; what is left is watchers.
         self.server.abort();
         let _ = self.server.await;
+        self.collector.abort();
         let _ = fs::remove_file(&self.socket);
         self.slots.shutdown().await;
         drop(self.machines_dir);
     }
+}
+
+/// Removes layers and bases that nothing stands on any more: when somebody says that there may be some, and now
+/// and then.
+async fn collect(host: Arc<Host>) {
+    loop {
+        let (snapshots, sandboxes) = (host.snapshots.clone(), host.sandboxes_dir.clone());
+        let swept = blocking(move || snapshots.collect(|| roots(&sandboxes), COLLECT_GRACE));
+        match swept.await {
+            Ok(swept) if swept.layers.is_empty() && swept.bases.is_empty() => {}
+            Ok(swept) => {
+                tracing::info!(layers = ?swept.layers, bases = ?swept.bases, freed_bytes = swept.freed_bytes, "removed what nothing stands on")
+            }
+            Err(error) => {
+                tracing::warn!(
+                    error = &error as &dyn std::error::Error,
+                    "what nothing stands on could not be removed"
+                );
+            }
+        }
+        let _ = tokio::time::timeout(COLLECT_EVERY, host.unreachable.notified()).await;
+    }
+}
+
+/// What the records of sandboxes stand on. Without the record of one nobody can say that: then it is an error,
+/// and nothing is removed.
+fn roots(sandboxes: &Utf8Path) -> SnapshotStoreResult<Roots> {
+    let unknown = |source: io::Error| SnapshotStoreError::file("read the records in", sandboxes, source);
+    let mut roots = Roots::default();
+    for left in record::left_behind(sandboxes).map_err(|error| unknown(io::Error::other(error)))? {
+        let record = left
+            .record
+            .ok_or_else(|| unknown(io::Error::other(format!("{} has no record", left.dir.path()))))?;
+        roots.layers.extend(record.layers_in_use().cloned());
+        roots.bases.insert(record.base);
+    }
+    Ok(roots)
 }
 
 /// Binds the socket, readable by its owner only from the first moment on, and serves it.

@@ -52,6 +52,19 @@ pub struct Config {
     /// How root disks are kept.
     #[arg(long, value_enum, default_value_t = DiskDriver::Qcow2)]
     pub disks: DiskDriver,
+
+    /// What becomes of running sandboxes when the agent is stopped; paused ones stay in any case.
+    #[arg(long, value_enum, default_value_t = OnStop::Leave)]
+    pub on_stop: OnStop,
+}
+
+/// What becomes of running sandboxes when the agent is stopped.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum OnStop {
+    /// They go on, and the next agent takes them over.
+    Leave,
+    /// They are destroyed.
+    Destroy,
 }
 
 /// How root disks are kept.

@@ -14,7 +14,9 @@
 //! - [`registry`]: all of them, and the stream of what happens to them.
 //! - [`warm`]: the snapshot from which every create is restored.
 //! - [`network`], [`rootfs`], [`images`], [`snapshot_store`]: what a sandbox is made of.
-//! - [`collect`]: after a crash, ends what was left, and only what is this instance's own.
+//! - [`snapshots`]: what sandboxes were saved as, and the layers of their disks.
+//! - [`adopt`]: after a crash or a restart, goes on with what was left, and ends what is half-made; only what is
+//!   this instance's own.
 //!
 //! Invariants: an id from the wire is a type before it is part of a path. What is needed to collect a
 //! sandbox is on disk before its VM starts. Only the driver task changes its sandbox. No state of a
@@ -23,8 +25,8 @@
 // The generated traits ask for less than a handler promises; promising more is the intent.
 #![allow(refining_impl_trait)]
 
+pub mod adopt;
 pub mod agent;
-pub mod collect;
 pub mod config;
 pub mod guest;
 pub mod images;
@@ -34,6 +36,7 @@ pub mod rootfs;
 pub mod rpc;
 pub mod sandbox;
 pub mod snapshot_store;
+pub mod snapshots;
 pub mod tunnel;
 pub mod warm;
 

@@ -13,11 +13,14 @@ use tokio::sync::broadcast;
 use tokio_util::task::TaskTracker;
 use wrenn_types::{EndReason, SandboxId};
 
-use crate::sandbox::{
-    Handle, SandboxSpec, Stage,
-    bring_up::Host,
-    driver,
-    queue::{self, Admission, Denied, Queued, Request},
+use crate::{
+    config::OnStop,
+    sandbox::{
+        Handle, SandboxSpec, Stage,
+        driver::{self, Beginning},
+        host::Host,
+        queue::{self, Admission, Denied},
+    },
 };
 
 /// How many ended sandboxes stay known.
@@ -83,7 +86,7 @@ impl Registry {
         }
         let id = spec.id.clone();
         let existing = sandboxes.known.get(&id);
-        let known = existing.map(|handle| (handle.spec().generation, handle.status().stage));
+        let known = existing.map(|handle| (handle.generation(), handle.stage()));
         match queue::admit(known, spec.generation).map_err(CreateError::Denied)? {
             Admission::Join => {
                 if let Some(handle) = existing {
@@ -93,12 +96,22 @@ impl Registry {
             Admission::Replace => sandboxes.ended.retain(|ended| *ended != id),
             Admission::Start => {}
         }
+        Ok(self.begin(&mut sandboxes, spec, Beginning::Create))
+    }
+
+    /// Takes a sandbox over that an earlier agent began.
+    pub fn take_over(&self, spec: SandboxSpec, beginning: Beginning) -> Handle {
+        self.begin(&mut self.lock(), spec, beginning)
+    }
+
+    fn begin(&self, sandboxes: &mut Sandboxes, spec: SandboxSpec, beginning: Beginning) -> Handle {
+        let id = spec.id.clone();
         let events = self.events.clone();
         let published = {
             let sandboxes = Arc::clone(&self.sandboxes);
             move |handle: &Handle| {
                 let id = handle.spec().id.clone();
-                if handle.status().stage == Stage::Stopped {
+                if handle.stage() == Stage::Stopped {
                     let mut sandboxes = sandboxes.lock().unwrap_or_else(PoisonError::into_inner);
                     sandboxes.ended.push_back(id.clone());
                     if sandboxes.ended.len() > ENDED_KEPT
@@ -111,9 +124,9 @@ impl Registry {
                 let _ = events.send(id);
             }
         };
-        let handle = driver::start(Arc::clone(&self.host), spec, &self.drivers, published);
+        let handle = driver::start(Arc::clone(&self.host), spec, beginning, &self.drivers, published);
         sandboxes.known.insert(id, handle.clone());
-        Ok(handle)
+        handle
     }
 
     /// The sandbox of this id, ended ones included.
@@ -138,19 +151,23 @@ impl Registry {
     ///
     /// # Errors
     /// When the asker's generation is older.
-    pub async fn destroy(&self, id: &SandboxId, generation: Option<u64>) -> Result<Queued, Denied> {
-        let Some(handle) = self.get(id) else { return Ok(Queued::Ignored) };
-        let queued = handle.request(Request::Destroy { reason: EndReason::Requested, generation })?;
+    pub async fn destroy(&self, id: &SandboxId, generation: Option<u64>) -> Result<(), Denied> {
+        let Some(handle) = self.get(id) else { return Ok(()) };
+        handle.destroy(EndReason::Requested, generation)?;
         handle.stopped().await;
-        Ok(queued)
+        Ok(())
     }
 
-    /// Destroys every sandbox and waits until nothing of any is left. Nothing is begun afterwards.
-    pub async fn close(&self) {
+    /// Ends every sandbox that has a machine, or lets go of all as they are, and waits until that is done. What is
+    /// paused stays. Nothing is begun afterwards.
+    pub async fn close(&self, on_stop: OnStop) {
         self.lock().closed = true;
         for handle in self.all() {
-            // The agent's own request has no generation, so that it cannot be denied.
-            let _ = handle.request(Request::Destroy { reason: EndReason::AgentStopped, generation: None });
+            match on_stop {
+                // The agent's own request has no generation, so that it cannot be denied.
+                OnStop::Destroy => drop(handle.destroy(EndReason::AgentStopped, None)),
+                OnStop::Leave => handle.leave(),
+            }
         }
         self.drivers.close();
         self.drivers.wait().await;

@@ -8,17 +8,25 @@ use futures::StreamExt as _;
 use tokio::sync::broadcast::error::RecvError;
 use wrenn_proto::hostagent::v1 as wire;
 use wrenn_types::{
-    AccessToken, DiskMib, EndReason, InactivityTimeout, MemoryMib, SandboxId, Shape, TemplateName, Vcpus,
+    AccessToken, DiskMib, EndReason, InactivityTimeout, MemoryMib, SandboxId, Shape, SnapshotId,
+    TemplateName, Vcpus,
 };
 
 use crate::{
     agent::HostFacts,
     registry::{CreateError, Registry},
     sandbox::{
-        End, Handle, SandboxSpec, Stage, Status, bring_up::BringUpError, driver::chain, queue::Denied,
+        End, Handle, Outcome, RequestError, SandboxSpec, Settings, Stage, Status,
+        bring_up::BringUpError,
+        driver::{OperationError, chain},
+        queue::{Denied, Verb},
+        source::SourceError,
     },
-    warm::WarmRequest,
+    snapshots::Kept,
+    warm::{WarmRequest, blocking},
 };
+
+mod policy;
 
 /// The service. Cheap to clone.
 #[derive(Debug, Clone)]
@@ -54,27 +62,88 @@ fn parse_disk(given: Option<u32>, default: DiskMib) -> Result<DiskMib, ConnectEr
     given.map_or(Ok(default), |mib| DiskMib::new(mib.into()).map_err(invalid))
 }
 
+fn parse_snapshot(text: &str) -> Result<SnapshotId, ConnectError> {
+    text.parse().map_err(invalid)
+}
+
+/// A create, with what only the snapshot knows that it begins from.
 fn parse_create(
     request: wire::CreateSandboxRequest,
+    from: Option<&Kept>,
     default_disk: DiskMib,
 ) -> Result<SandboxSpec, ConnectError> {
+    let network = request.network.into_option().ok_or_else(|| invalid("a create says what it may reach"))?;
+    let (template, shape, disk) = match from {
+        Some(Kept { about, .. }) => {
+            let disk = parse_disk(request.disk_mib, about.disk)?;
+            if disk < about.disk {
+                return Err(invalid(format!(
+                    "the disk of the snapshot has {} MiB and does not shrink",
+                    about.disk.get()
+                )));
+            }
+            (about.template.clone(), about.shape, disk)
+        }
+        None => (
+            request.template.parse::<TemplateName>().map_err(invalid)?,
+            parse_shape(request.vcpus, request.memory_mib)?,
+            parse_disk(request.disk_mib, default_disk)?,
+        ),
+    };
     Ok(SandboxSpec {
         id: parse_id(&request.sandbox_id)?,
         generation: request.generation,
-        template: request.template.parse::<TemplateName>().map_err(invalid)?,
-        shape: parse_shape(request.vcpus, request.memory_mib)?,
-        disk: parse_disk(request.disk_mib, default_disk)?,
-        timeout: InactivityTimeout::new(request.timeout_seconds.into()).map_err(invalid)?,
+        template,
+        shape,
+        disk,
         access_token: AccessToken::from_stored(request.access_token),
         environment: request.environment.into_iter().collect::<BTreeMap<_, _>>(),
-        allow_internet_access: request.allow_internet_access,
         default_user: request.default_user,
         default_workdir: request.default_workdir,
+        snapshot: from.map(|kept| kept.id.clone()),
+        settings: Settings {
+            timeout: InactivityTimeout::new(request.timeout_seconds.into()).map_err(invalid)?,
+            on_timeout: policy::action(request.on_timeout.as_known()).unwrap_or_default(),
+            deadline: request
+                .deadline
+                .into_option()
+                .map(|deadline| policy::deadline(&deadline))
+                .transpose()?
+                .flatten(),
+            network: policy::network(network)?,
+        },
     })
 }
 
 fn denied(error: Denied) -> ConnectError {
-    ConnectError::failed_precondition(error.to_string())
+    match error {
+        Denied::Busy => ConnectError::resource_exhausted(error.to_string()),
+        Denied::Stale { .. } | Denied::Ended => ConnectError::failed_precondition(error.to_string()),
+    }
+}
+
+/// The code by which a caller can tell what to do about an operation that was not done.
+fn not_done(error: RequestError) -> ConnectError {
+    let error = match error {
+        RequestError::Denied(error) => return denied(error),
+        RequestError::Failed(error) => error,
+    };
+    let message = chain(error.as_ref());
+    match error.as_ref() {
+        error if error.is_no_space() => {
+            ConnectError::resource_exhausted(format!("the host's disk is full: {message}"))
+        }
+        OperationError::NoSuchSnapshot(_) => ConnectError::not_found(message),
+        OperationError::NotItsOwn(_) | OperationError::Policy(_) => ConnectError::invalid_argument(message),
+        OperationError::BringUp(BringUpError::Source(SourceError::NoSuchSnapshot(_))) => {
+            ConnectError::not_found(message)
+        }
+        OperationError::BringUp(BringUpError::Source(
+            SourceError::Unprepared(_) | SourceError::Snapshot(_),
+        )) => ConnectError::failed_precondition(message),
+        OperationError::BringUp(BringUpError::Timeout { .. }) => ConnectError::deadline_exceeded(message),
+        _ => ConnectError::unavailable(message),
+    }
 }
 
 /// The code by which a caller can tell what to do about a failed bring-up.
@@ -84,10 +153,16 @@ fn bring_up_failed(end: &End) -> ConnectError {
         Some(error) if error.is_no_space() => {
             ConnectError::resource_exhausted(format!("the host's disk is full: {message}"))
         }
-        Some(BringUpError::Template(error)) if error.is_unknown_template() => {
+        Some(BringUpError::Source(SourceError::Template(error))) if error.is_unknown_template() => {
             ConnectError::not_found(message)
         }
-        Some(BringUpError::DiskTooSmall(_)) => ConnectError::invalid_argument(message),
+        Some(BringUpError::Source(SourceError::NoSuchSnapshot(_))) => ConnectError::not_found(message),
+        Some(BringUpError::Source(SourceError::DiskTooSmall(_)) | BringUpError::PolicyRefused(_)) => {
+            ConnectError::invalid_argument(message)
+        }
+        Some(BringUpError::Source(SourceError::Snapshot(_) | SourceError::Unprepared(_))) => {
+            ConnectError::failed_precondition(message)
+        }
         Some(BringUpError::Timeout { .. }) => ConnectError::deadline_exceeded(message),
         Some(_) => ConnectError::unavailable(message),
         None => ConnectError::aborted(message),
@@ -103,6 +178,10 @@ fn state(stage: Stage) -> wire::SandboxState {
     match stage {
         Stage::Starting => wire::SandboxState::SANDBOX_STATE_STARTING,
         Stage::Running => wire::SandboxState::SANDBOX_STATE_RUNNING,
+        Stage::Pausing => wire::SandboxState::SANDBOX_STATE_PAUSING,
+        Stage::Paused => wire::SandboxState::SANDBOX_STATE_PAUSED,
+        Stage::Resuming => wire::SandboxState::SANDBOX_STATE_RESUMING,
+        Stage::Snapshotting => wire::SandboxState::SANDBOX_STATE_SNAPSHOTTING,
         Stage::Stopping => wire::SandboxState::SANDBOX_STATE_STOPPING,
         Stage::Stopped => wire::SandboxState::SANDBOX_STATE_STOPPED,
     }
@@ -112,6 +191,7 @@ fn reason(reason: EndReason) -> wire::EndReason {
     match reason {
         EndReason::Requested => wire::EndReason::END_REASON_REQUESTED,
         EndReason::Inactivity => wire::EndReason::END_REASON_INACTIVITY,
+        EndReason::Deadline => wire::EndReason::END_REASON_DEADLINE,
         EndReason::GuestShutdown => wire::EndReason::END_REASON_GUEST_SHUTDOWN,
         EndReason::GuestPanic => wire::EndReason::END_REASON_GUEST_PANIC,
         EndReason::VmmCrash => wire::EndReason::END_REASON_VMM_CRASH,
@@ -124,15 +204,18 @@ fn sandbox(handle: &Handle, status: &Status) -> wire::Sandbox {
     let spec = handle.spec();
     let mut message = wire::Sandbox {
         sandbox_id: spec.id.to_string(),
-        generation: spec.generation,
+        generation: status.generation,
         state: state(status.stage).into(),
         template: spec.template.to_string(),
         vcpus: spec.shape.vcpus.get(),
         memory_mib: spec.shape.memory.get(),
         disk_mib: spec.disk.get(),
-        timeout_seconds: spec.timeout.get(),
+        timeout_seconds: status.settings.timeout.get(),
         started_at_ms: status.started_at.map_or(0, millis),
         last_active_at_ms: millis(handle.activity().last_wall()),
+        paused_at_ms: status.paused.as_ref().map(|paused| millis(paused.at)),
+        paused_bytes: status.paused.as_ref().map(|paused| paused.bytes),
+        last_failure: status.last_failure.clone().unwrap_or_default(),
         ..Default::default()
     };
     if let Some(end) = &status.end {
@@ -140,6 +223,16 @@ fn sandbox(handle: &Handle, status: &Status) -> wire::Sandbox {
         message.end_message.clone_from(&end.message);
     }
     message
+}
+
+fn phases(status: &Status) -> Vec<wire::Phase> {
+    let phases = status.phases.iter().map(|phase| wire::Phase {
+        name: phase.name.to_owned(),
+        start_micros: phase.start_micros,
+        duration_micros: phase.duration_micros,
+        ..Default::default()
+    });
+    phases.collect()
 }
 
 fn event(handle: &Handle) -> wire::WatchSandboxesResponse {
@@ -153,7 +246,12 @@ impl wire::HostAgentService for Service {
         _context: RequestContext,
         request: ServiceRequest<'_, wire::CreateSandboxRequest>,
     ) -> ServiceResult<wire::CreateSandboxResponse> {
-        let spec = parse_create(request.to_owned_message(), self.registry.host().default_disk)?;
+        let request = request.to_owned_message();
+        let from = match &request.snapshot_id {
+            Some(id) => Some(self.find_snapshot(parse_snapshot(id)?).await?),
+            None => None,
+        };
+        let spec = parse_create(request, from.as_ref(), self.registry.host().default_disk)?;
         let handle = self.registry.create(spec).map_err(|error| match error {
             CreateError::Denied(error) => denied(error),
             CreateError::Closed => ConnectError::unavailable(error.to_string()),
@@ -162,14 +260,8 @@ impl wire::HostAgentService for Service {
         if let (Stage::Stopped, Some(end)) = (status.stage, &status.end) {
             return Err(bring_up_failed(end));
         }
-        let phases = status.phases.iter().map(|phase| wire::Phase {
-            name: phase.name.to_owned(),
-            start_micros: phase.start_micros,
-            duration_micros: phase.duration_micros,
-            ..Default::default()
-        });
         Response::ok(wire::CreateSandboxResponse {
-            phases: phases.collect(),
+            phases: phases(&status),
             sandbox: sandbox(&handle, &status).into(),
             ..Default::default()
         })
@@ -193,11 +285,10 @@ impl wire::HostAgentService for Service {
         let handle = self.find(request.sandbox_id)?;
         let status = handle.status();
         let mut message = sandbox(&handle, &status);
-        if status.stage == Stage::Running {
-            let host = self.registry.host();
-            let disk = host.sandboxes_dir.join(handle.spec().id.as_str()).join("disk");
-            // The disk may go between the look at the status and this one: then nothing is said of it.
-            message.disk_used_bytes = host.disks.used_bytes(&disk).ok();
+        if status.stage.has_guest() {
+            let (host, id) = (Arc::clone(self.registry.host()), handle.spec().id.clone());
+            // A layer may go between the look at the record and this one: then nothing is said of it.
+            message.disk_used_bytes = blocking(move || host.disk_used_bytes(&id)).await;
         }
         Response::ok(wire::GetSandboxResponse { sandbox: message.into(), ..Default::default() })
     }
@@ -247,19 +338,147 @@ impl wire::HostAgentService for Service {
         Response::stream_ok(first.chain(changes))
     }
 
+    async fn pause_sandbox(
+        &self,
+        _context: RequestContext,
+        request: ServiceRequest<'_, wire::PauseSandboxRequest>,
+    ) -> ServiceResult<wire::PauseSandboxResponse> {
+        let handle = self.find(request.sandbox_id)?;
+        if request.disk_only {
+            return Err(ConnectError::unimplemented(
+                "a pause of the disk alone is not there yet; pause with memory",
+            ));
+        }
+        handle.request(Verb::Pause, Some(request.generation)).await.map_err(not_done)?;
+        let sandbox = sandbox(&handle, &handle.status()).into();
+        Response::ok(wire::PauseSandboxResponse { sandbox, ..Default::default() })
+    }
+
+    async fn resume_sandbox(
+        &self,
+        _context: RequestContext,
+        request: ServiceRequest<'_, wire::ResumeSandboxRequest>,
+    ) -> ServiceResult<wire::ResumeSandboxResponse> {
+        let handle = self.find(request.sandbox_id)?;
+        let timeout = request.timeout_seconds.map(|seconds| InactivityTimeout::new(seconds.into()));
+        let verb = Verb::Resume { timeout: timeout.transpose().map_err(invalid)? };
+        handle.request(verb, Some(request.generation)).await.map_err(not_done)?;
+        let status = handle.status();
+        Response::ok(wire::ResumeSandboxResponse {
+            sandbox: sandbox(&handle, &status).into(),
+            phases: phases(&status),
+            ..Default::default()
+        })
+    }
+
+    async fn snapshot_sandbox(
+        &self,
+        _context: RequestContext,
+        request: ServiceRequest<'_, wire::SnapshotSandboxRequest>,
+    ) -> ServiceResult<wire::SnapshotSandboxResponse> {
+        let handle = self.find(request.sandbox_id)?;
+        let into = parse_snapshot(request.snapshot_id)?;
+        // A caller that did not hear the answer asks again.
+        let present = self.find_snapshot(into.clone()).await.ok();
+        let (kept, stopped) = match present.filter(|kept| kept.about.sandbox == handle.spec().id) {
+            Some(kept) => (kept, std::time::Duration::ZERO),
+            None => match handle.request(Verb::Snapshot { into }, Some(request.generation)).await {
+                Ok(Outcome::Saved { snapshot, stopped }) => (*snapshot, stopped),
+                Ok(Outcome::Done) => return Err(ConnectError::internal("a snapshot has no outcome")),
+                Err(error) => return Err(not_done(error)),
+            },
+        };
+        Response::ok(wire::SnapshotSandboxResponse {
+            snapshot: self.snapshot(&kept).into(),
+            stopped_micros: u64::try_from(stopped.as_micros()).unwrap_or(u64::MAX),
+            ..Default::default()
+        })
+    }
+
+    async fn rollback_sandbox(
+        &self,
+        _context: RequestContext,
+        request: ServiceRequest<'_, wire::RollbackSandboxRequest>,
+    ) -> ServiceResult<wire::RollbackSandboxResponse> {
+        let handle = self.find(request.sandbox_id)?;
+        let verb = Verb::Rollback { to: parse_snapshot(request.snapshot_id)? };
+        handle.request(verb, Some(request.generation)).await.map_err(not_done)?;
+        let status = handle.status();
+        Response::ok(wire::RollbackSandboxResponse {
+            sandbox: sandbox(&handle, &status).into(),
+            phases: phases(&status),
+            ..Default::default()
+        })
+    }
+
+    async fn update_sandbox(
+        &self,
+        _context: RequestContext,
+        request: ServiceRequest<'_, wire::UpdateSandboxRequest>,
+    ) -> ServiceResult<wire::UpdateSandboxResponse> {
+        let handle = self.find(request.sandbox_id)?;
+        let request = request.to_owned_message();
+        let generation = request.generation;
+        let verb = Verb::Update(Box::new(policy::update(request)?));
+        handle.request(verb, Some(generation)).await.map_err(not_done)?;
+        let sandbox = sandbox(&handle, &handle.status()).into();
+        Response::ok(wire::UpdateSandboxResponse { sandbox, ..Default::default() })
+    }
+
+    async fn list_snapshots(
+        &self,
+        _context: RequestContext,
+        _request: ServiceRequest<'_, wire::ListSnapshotsRequest>,
+    ) -> ServiceResult<wire::ListSnapshotsResponse> {
+        let snapshots = self.registry.host().snapshots.clone();
+        let all = blocking(move || snapshots.all()).await;
+        let all = all.map_err(|error| ConnectError::unavailable(chain(&error)))?;
+        let mut listed = Vec::with_capacity(all.len());
+        for (id, kept) in all {
+            match kept {
+                Ok(kept) => listed.push(self.snapshot(&kept)),
+                // One that cannot be read is not one that can be started from.
+                Err(error) => {
+                    tracing::warn!(%id, error = &error as &dyn std::error::Error, "a snapshot cannot be used");
+                }
+            }
+        }
+        Response::ok(wire::ListSnapshotsResponse { snapshots: listed, ..Default::default() })
+    }
+
+    async fn delete_snapshot(
+        &self,
+        _context: RequestContext,
+        request: ServiceRequest<'_, wire::DeleteSnapshotRequest>,
+    ) -> ServiceResult<wire::DeleteSnapshotResponse> {
+        let id = parse_snapshot(request.snapshot_id)?;
+        let host = Arc::clone(self.registry.host());
+        // What a paused sandbox is saved as is none that was given a name.
+        let is_pause = |handle: &Handle| handle.status().paused.is_some_and(|paused| paused.snapshot == id);
+        if self.registry.all().iter().any(is_pause) {
+            return Err(ConnectError::failed_precondition("it is what a paused sandbox is saved as"));
+        }
+        let snapshots = host.snapshots.clone();
+        let deleted = blocking(move || snapshots.delete(&id)).await;
+        deleted.map_err(|error| ConnectError::unavailable(chain(&error)))?;
+        host.collect_soon();
+        Response::ok(wire::DeleteSnapshotResponse::default())
+    }
+
     async fn ping_sandbox(
         &self,
         _context: RequestContext,
         request: ServiceRequest<'_, wire::PingSandboxRequest>,
     ) -> ServiceResult<wire::PingSandboxResponse> {
         let handle = self.find(request.sandbox_id)?;
-        match handle.status().stage {
-            Stage::Starting | Stage::Running => {
+        match handle.stage() {
+            Stage::Starting | Stage::Running | Stage::Snapshotting | Stage::Resuming => {
                 handle.activity().touch();
                 Response::ok(wire::PingSandboxResponse::default())
             }
-            Stage::Stopping | Stage::Stopped => {
-                Err(ConnectError::failed_precondition(format!("sandbox {} has ended", handle.spec().id)))
+            stage @ (Stage::Pausing | Stage::Paused | Stage::Stopping | Stage::Stopped) => {
+                let message = format!("sandbox {} is {}", handle.spec().id, stage.word());
+                Err(ConnectError::failed_precondition(message))
             }
         }
     }
@@ -315,8 +534,7 @@ impl wire::HostAgentService for Service {
         _request: ServiceRequest<'_, wire::GetHostRequest>,
     ) -> ServiceResult<wire::GetHostResponse> {
         let host = self.registry.host();
-        let running =
-            self.registry.all().iter().filter(|handle| handle.status().stage == Stage::Running).count();
+        let running = self.registry.all().iter().filter(|handle| handle.stage().has_guest()).count();
         let identity = host.vmm.identity();
         Response::ok(wire::GetHostResponse {
             host_id: self.facts.host_id.to_string(),
@@ -338,5 +556,30 @@ impl Service {
         self.registry
             .get(&id)
             .ok_or_else(|| ConnectError::not_found(format!("there is no sandbox {id} here")))
+    }
+
+    async fn find_snapshot(&self, id: SnapshotId) -> Result<Kept, ConnectError> {
+        let (snapshots, wanted) = (self.registry.host().snapshots.clone(), id.clone());
+        match blocking(move || snapshots.get(&wanted)).await {
+            Ok(Some(kept)) => Ok(kept),
+            Ok(None) => Err(ConnectError::not_found(format!("there is no snapshot {id} here"))),
+            Err(error) => Err(ConnectError::failed_precondition(chain(&error))),
+        }
+    }
+
+    fn snapshot(&self, kept: &Kept) -> wire::Snapshot {
+        let about = &kept.about;
+        wire::Snapshot {
+            snapshot_id: kept.id.to_string(),
+            sandbox_id: about.sandbox.to_string(),
+            template: about.template.to_string(),
+            vcpus: about.shape.vcpus.get(),
+            memory_mib: about.shape.memory.get(),
+            disk_mib: about.disk.get(),
+            size_bytes: self.registry.host().snapshots.own_bytes(kept).unwrap_or_default(),
+            created_at_ms: about.created_at.as_millisecond(),
+            has_memory: about.has_memory,
+            ..Default::default()
+        }
     }
 }

@@ -26,6 +26,7 @@ use hyper_util::rt::TokioIo;
 use serde_json::json;
 use tokio::{
     io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _},
+    sync::watch,
     time::timeout,
 };
 use wrenn_types::SandboxId;
@@ -33,7 +34,7 @@ use wrenn_types::SandboxId;
 use crate::{
     guest::loopback::GuestStream,
     registry::Registry,
-    sandbox::{Handle, Stage},
+    sandbox::{Handle, Stage, Status},
 };
 
 /// The name of the protocol in the `Upgrade` header.
@@ -77,8 +78,8 @@ async fn open(
     let Some(handle) = registry.get(&id) else {
         return refuse(StatusCode::NOT_FOUND, "not_found", format!("there is no sandbox {id} here"));
     };
-    let Some(connector) = handle.connector().cloned() else {
-        let message = format!("sandbox {id} is {}", stage_word(handle.status().stage));
+    let Some(connector) = handle.connector() else {
+        let message = format!("sandbox {id} is {}", handle.stage().word());
         return refuse(StatusCode::CONFLICT, "failed_precondition", message);
     };
     let guest = match timeout(CONNECT_BOUND, handle.connect(&connector, port)).await {
@@ -106,24 +107,25 @@ async fn open(
     (StatusCode::SWITCHING_PROTOCOLS, headers).into_response()
 }
 
-fn stage_word(stage: Stage) -> &'static str {
-    match stage {
-        Stage::Starting => "starting",
-        Stage::Running => "running",
-        Stage::Stopping => "stopping",
-        Stage::Stopped => "stopped",
+/// Waits until a guest that is being saved goes on: what arrived at it meanwhile would be refused. One that does not
+/// go on loses its tunnels, and this one with them.
+async fn saved(watch: &mut watch::Receiver<Status>) {
+    let goes_on = |status: &Status| !matches!(status.stage, Stage::Snapshotting | Stage::Pausing);
+    if !goes_on(&watch.borrow()) {
+        let _ = watch.wait_for(goes_on).await;
     }
 }
 
-/// Copies both directions until both have ended, the caller is gone, or the sandbox is no longer running.
+/// Copies both directions until both have ended, the caller is gone, or the machine is no longer the sandbox's.
 async fn carry(caller: impl AsyncRead + AsyncWrite, guest: GuestStream, handle: Handle) {
     let (caller_read, caller_write) = tokio::io::split(caller);
     let (guest_read, guest_write) = guest.stream.into_split();
     let guest_read = std::io::Cursor::new(guest.first).chain(guest_read);
     let mut watch = handle.watch();
+    let incarnation = watch.borrow().incarnation;
     let both = async {
-        let up = copy(caller_read, guest_write, &handle);
-        let down = copy(guest_read, caller_write, &handle);
+        let up = copy(caller_read, guest_write, &handle, true);
+        let down = copy(guest_read, caller_write, &handle, false);
         tokio::pin!(up, down);
         tokio::select! {
             // A guest that takes no more may still have something to say: why it took no more.
@@ -137,7 +139,7 @@ async fn carry(caller: impl AsyncRead + AsyncWrite, guest: GuestStream, handle: 
         () = both => {}
         // Dropping the streams here breaks them without a proper end, so that a caller cannot take the end
         // of the sandbox for the end of its answer.
-        _ = watch.wait_for(|status| matches!(status.stage, Stage::Stopping | Stage::Stopped)) => {}
+        _ = watch.wait_for(|status| !status.stage.has_guest() || status.incarnation != incarnation) => {}
     }
 }
 
@@ -145,11 +147,16 @@ async fn copy(
     mut from: impl AsyncRead + Unpin,
     mut to: impl AsyncWrite + Unpin,
     handle: &Handle,
+    into_guest: bool,
 ) -> io::Result<()> {
     let mut buffer = vec![0; BUFFER];
+    let mut watch = handle.watch();
     loop {
         let length = from.read(&mut buffer).await?;
         handle.activity().touch();
+        if into_guest {
+            saved(&mut watch).await;
+        }
         if length == 0 {
             return to.shutdown().await;
         }

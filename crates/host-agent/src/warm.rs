@@ -26,7 +26,7 @@ use crate::{
     images::Resolved,
     network::{Policy, Slot, SlotError, SlotPool},
     rootfs::{RootfsError, RootfsStore},
-    sandbox::bring_up::Host,
+    sandbox::host::Host,
     snapshot_store::{Begin, Building, SnapshotStore, SnapshotStoreError, Subject, WarmSnapshot},
 };
 
@@ -237,7 +237,7 @@ impl Warm {
         match self.parts.store.begin(&subject, BUILD_BOUND).await.map_err(WarmError::Store)? {
             Begin::Ready(snapshot) => {
                 let store = self.parts.store.clone();
-                blocking(move || store.verify_contents_once(&snapshot).map(|_| snapshot))
+                blocking(move || store.verify_contents_once(&snapshot).map(|_| *snapshot))
                     .await
                     .map_err(WarmError::Store)
             }
@@ -277,7 +277,7 @@ impl Warm {
         files: &wrenn_vmm::SnapshotFiles,
     ) -> Result<(), WarmError> {
         // The template reaches nothing while it boots: it runs no user's code, and needs nothing.
-        let policy = Policy { internet: false, dns_servers: Vec::new() };
+        let policy = Policy::offline();
         slot.apply(&policy).await.map_err(WarmError::Slot)?;
         let name = format!("warm-{}", slot.number());
         let run_dir = self.parts.machines_dir.join(&name);
@@ -351,7 +351,7 @@ impl Warm {
         }
         let failed = |operation| move |source| WarmError::Machine { operation, source };
         vm.pause().await.map_err(failed("pause"))?;
-        vm.snapshot(files).await.map_err(failed("save"))
+        vm.snapshot(files).await.map(drop).map_err(failed("save"))
     }
 }
 

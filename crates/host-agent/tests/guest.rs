@@ -94,7 +94,7 @@ impl Lab {
     async fn new(outside: &str) -> Result<Self> {
         let directory = Utf8PathBuf::from_path_buf(stack::images()?).unwrap();
         let instance = InstanceId::random();
-        let policy = Policy { internet: false, dns_servers: Vec::new() };
+        let policy = Policy::offline();
         let uplink = Uplink::Named(outside.parse()?);
         Ok(Self {
             vmm: Qemu::detect(QemuOptions::from_environment()?).await?,
@@ -115,6 +115,7 @@ impl Lab {
         SnapshotFiles {
             memory: self.path(&format!("{name}-memory")),
             state: self.path(&format!("{name}-state")),
+            pages: None,
         }
     }
 

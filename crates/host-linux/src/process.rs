@@ -17,7 +17,7 @@
 //! - [`Process`] is any process of this machine, held by its pidfd, so that a signal can never reach another
 //!   one that has inherited the number.
 //! - [`find_by_argument`] finds processes by a mark in their command line: how strays of an earlier life
-//!   are found.
+//!   are found. [`argument_of`] does so with one whose number is known.
 
 mod find;
 mod spawn;
@@ -38,7 +38,7 @@ use rustix::{
 use tokio::io::{Interest, unix::AsyncFd};
 
 pub use self::{
-    find::{Found, find_by_argument},
+    find::{Found, argument_of, find_by_argument},
     spawn::{Spawn, find_program},
     step::{SpawnError, Step},
 };

@@ -67,6 +67,16 @@ pub fn images() -> Result<PathBuf> {
     Ok(path.canonicalize()?)
 }
 
+/// The warm snapshots: `WRENN_SNAPSHOTS`, else those in the user's cache, which every stack of the user shares.
+pub fn snapshots() -> Result<PathBuf> {
+    if let Some(path) = env::var_os("WRENN_SNAPSHOTS") {
+        return Ok(path.into());
+    }
+    let cache = env::var_os("XDG_CACHE_HOME").map(PathBuf::from);
+    let cache = cache.or_else(|| env::home_dir().map(|home| home.join(".cache")));
+    Ok(cache.context("neither HOME nor XDG_CACHE_HOME is set")?.join("wrenn/snapshots"))
+}
+
 /// Why tests with real machines cannot run here, if they cannot.
 #[must_use]
 pub fn cannot_run() -> Option<String> {

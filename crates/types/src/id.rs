@@ -108,6 +108,20 @@ hex_id!(
     "host- and 8 lower-case hexadecimal digits"
 );
 hex_id!(
+    /// Frozen memory and disk of a sandbox: `sn-` and eight hexadecimal digits.
+    SnapshotId,
+    "sn-",
+    "a snapshot id",
+    "sn- and 8 lower-case hexadecimal digits"
+);
+hex_id!(
+    /// One file of a chain of disks: `ly-` and eight hexadecimal digits.
+    LayerId,
+    "ly-",
+    "a layer id",
+    "ly- and 8 lower-case hexadecimal digits"
+);
+hex_id!(
     /// One stack on a machine: what marks its processes, namespaces and directories as its own.
     InstanceId,
     "",

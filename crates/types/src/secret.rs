@@ -80,6 +80,30 @@ impl AccessToken {
     }
 }
 
+/// How a token is kept in a file that only its owner may read: `#[serde(with = "wrenn_types::secret::stored")]`.
+/// There is no other way to serialise one, so that none gets into an answer or a log by accident.
+pub mod stored {
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+    use super::AccessToken;
+
+    /// Writes the token itself.
+    ///
+    /// # Errors
+    /// Those of the serializer.
+    pub fn serialize<S: Serializer>(token: &AccessToken, serializer: S) -> Result<S::Ok, S::Error> {
+        token.0.serialize(serializer)
+    }
+
+    /// Reads a token.
+    ///
+    /// # Errors
+    /// Those of the deserializer.
+    pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<AccessToken, D::Error> {
+        String::deserialize(deserializer).map(AccessToken)
+    }
+}
+
 impl fmt::Debug for AccessToken {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("AccessToken(…)")

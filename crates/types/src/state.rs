@@ -96,6 +96,17 @@ impl fmt::Display for SandboxState {
     }
 }
 
+/// What becomes of a sandbox whose clock has run out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum TimeoutAction {
+    /// It is paused, and can be resumed.
+    #[default]
+    Pause,
+    /// It is destroyed.
+    Kill,
+}
+
 /// Why a sandbox is not there any more.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -104,6 +115,8 @@ pub enum EndReason {
     Requested,
     /// Nothing happened in it for as long as its timeout says.
     Inactivity,
+    /// Its deadline has passed.
+    Deadline,
     /// The guest powered itself off.
     GuestShutdown,
     /// The guest's kernel panicked.
@@ -121,6 +134,7 @@ impl fmt::Display for EndReason {
         f.write_str(match self {
             Self::Requested => "it was destroyed by request",
             Self::Inactivity => "nothing happened in it for as long as its timeout says",
+            Self::Deadline => "its deadline has passed",
             Self::GuestShutdown => "the guest powered itself off",
             Self::GuestPanic => "the guest's kernel panicked",
             Self::VmmCrash => "the virtual machine monitor died",

@@ -76,6 +76,12 @@ pub enum VmmError {
         /// How long it may take.
         bound: Duration,
     },
+    /// There is no process of this machine to adopt.
+    #[error("there is no VMM process of the machine {name}")]
+    NotThere {
+        /// The machine's name.
+        name: String,
+    },
     /// The operation is not possible in the state in which the machine is.
     #[error("{operation} is not possible while the machine is {state}")]
     WrongState {

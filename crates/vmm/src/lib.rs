@@ -1,19 +1,28 @@
 //! Virtual machine monitors behind one trait.
 //!
-//! [`Vmm`] makes virtual machines, [`Vm`] is one of them. A driver does seven things and no more: boot,
-//! pause, resume, snapshot, restore, stop, and report the exit. What differs between drivers is data
+//! [`Vmm`] makes virtual machines, [`Vm`] is one of them. A driver does seven things: boot, pause, resume,
+//! snapshot, restore, stop, and report the exit; beside them it puts files on top of a running machine's
+//! disk, and takes over machines whose owner is gone. What differs between drivers is data
 //! ([`Capabilities`]), so that a caller asks instead of guessing.
 //!
 //! ```text
-//!            boot                    pause
-//!   spec ───────────► running ◄──────────────► paused ◄─────────── restore ◄─── spec + snapshot
-//!                        │          resume       │
-//!                        │                       └─ snapshot ──► saved: its memory is the snapshot's, it
-//!                        │                                       can only be stopped
-//!                        ▼
-//!                      exited  (stop, or by itself: the reason is published once, at once)
+//!            boot                    pause                   snapshot of a restored machine
+//!   spec ───────────► running ◄──────────────► paused ◄──────────────────────┐
+//!                     │  │          resume     │ │  ▲ └──────────────────────┘
+//!                     │  │                     │ │  └────────── restore ◄─── spec + snapshot
+//!                     │  │                     │ └─ snapshot of one that booted ──► saved: its memory is the
+//!                     │  │                     │                         snapshot's, it can only be stopped
+//!                     │  └──────── release ────┴──► without an owner ── adopt ──► running, or paused
+//!                     ▼
+//!                   exited  (stop, or by itself: the reason is published once, at once)
 //! ```
 //!
+//! # What a snapshot is
+//! The memory of a machine that boots is a file, and becomes the *base*. The memory of a restored machine is
+//! that file, mapped privately, and so a snapshot of it is the base's name and the pages that differ (the
+//! module `pages`): its depth is always one, and its size follows what was written, not what there is.
+//!
+
 //! Drivers: [`qemu`] (the `microvm` machine, everywhere) and [`fake`] (no machine at all: for faults and
 //! scale). Every driver passes the cases of `conformance`, the fake included, so that the fake cannot lie.
 //!
@@ -25,6 +34,8 @@
 pub mod conformance;
 mod error;
 pub mod fake;
+mod pages;
+mod qcow2;
 pub mod qemu;
 mod spec;
 mod tail;
@@ -33,7 +44,7 @@ mod vm;
 
 pub use error::{VmmError, VmmResult};
 pub use spec::{
-    Accelerator, Capabilities, DiskFormat, DiskSpec, ExitReason, GuestBundle, MachineSpec, NetworkSpec,
-    SnapshotFiles, VmmIdentity,
+    Accelerator, AdoptedMachine, Capabilities, DiskFormat, DiskSpec, ExitReason, GuestBundle, MachineSpec,
+    NetworkSpec, SnapshotFiles, SnapshotStatistics, VmmIdentity,
 };
 pub use vm::{Vm, Vmm};

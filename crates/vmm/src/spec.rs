@@ -109,9 +109,46 @@ pub struct SnapshotFiles {
     pub memory: Utf8PathBuf,
     /// The state of the devices.
     pub state: Utf8PathBuf,
+    /// The pages that differ from `memory`: none for the snapshot of a machine whose memory the file is, and
+    /// always there for the snapshot of a restored machine.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pages: Option<Utf8PathBuf>,
+}
+
+/// What a snapshot wrote beside the state of the devices: zeros where the memory is a file already.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct SnapshotStatistics {
+    /// How many pages may differ from the memory file.
+    pub pages: u64,
+    /// How many of these are zero, and so have no content in the file.
+    pub zero_pages: u64,
+    /// How many bytes were written to [`SnapshotFiles::pages`].
+    pub bytes_written: u64,
+}
+
+/// A machine that an earlier process started, and what is known of it: see [`crate::Vmm::adopt`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AdoptedMachine {
+    /// Its [`MachineSpec::name`].
+    pub name: String,
+    /// Its [`MachineSpec::run_dir`].
+    pub run_dir: Utf8PathBuf,
+    /// Whether it has a root disk.
+    pub has_disk: bool,
+    /// The [`SnapshotFiles::memory`] that a restored machine maps. None for one that booted, which cannot
+    /// be snapshotted once it was adopted.
+    pub memory: Option<Utf8PathBuf>,
+    /// The process id that it had when it was started. It saves a search, and is only believed when the
+    /// process has the name.
+    pub pid_hint: Option<u32>,
 }
 
 /// Why a VMM process is gone.
+///
+/// Of a process that was [adopted](crate::Vmm::adopt) the kernel tells the end and not the exit code, which is
+/// its parent's to know. What [`crate::Vm::stop`] and the guest did is known all the same, also when the guest
+/// shut down while nobody watched; any other end is a [`ExitReason::VmmFailed`] with code -1 and a text that
+/// says so, be it a crash, a signal, or the kernel's need of memory.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", tag = "reason")]
 pub enum ExitReason {
@@ -123,7 +160,7 @@ pub enum ExitReason {
     GuestPanic,
     /// The process ended with an error: its code and the last lines of what it said.
     VmmFailed {
-        /// The exit code.
+        /// The exit code; -1 when it is not known.
         code: i32,
         /// The end of its standard error, bounded.
         stderr: String,
@@ -133,4 +170,12 @@ pub enum ExitReason {
         /// The signal's number.
         signal: i32,
     },
+}
+
+impl ExitReason {
+    /// The end of an adopted process that neither we nor its guest caused.
+    pub(crate) fn of_unknown_cause() -> Self {
+        let stderr = "it was adopted: how it ended is not known".to_owned();
+        Self::VmmFailed { code: -1, stderr }
+    }
 }

@@ -1,10 +1,12 @@
 //! What can be said about a machine's description before anything is started. Every driver asks here, so
 //! that the same description is refused everywhere, and with the same words.
 
-use camino::Utf8Path;
+use std::os::unix::fs::MetadataExt;
+
+use camino::{Utf8Path, Utf8PathBuf};
 use wrenn_types::Shape;
 
-use crate::{MachineSpec, VmmError, VmmResult};
+use crate::{AdoptedMachine, DiskFormat, DiskSpec, MachineSpec, SnapshotFiles, VmmError, VmmResult, qcow2};
 
 /// The longest path of a Unix socket, without its terminator.
 const SOCKET_PATH: usize = 107;
@@ -21,9 +23,7 @@ pub(crate) fn machine(spec: &MachineSpec) -> VmmResult<()> {
         absolute(field, path)?;
     }
     absolute("initramfs", &spec.guest.initramfs)?;
-    if spec.run_dir.as_str().len() + LONGEST_SOCKET > SOCKET_PATH {
-        return refuse("run_dir", format!("a socket in {} would have too long a path", spec.run_dir));
-    }
+    sockets(&spec.run_dir)?;
     if let Some(disk) = &spec.disk {
         absolute("disk", &disk.path)?;
     }
@@ -32,6 +32,70 @@ pub(crate) fn machine(spec: &MachineSpec) -> VmmResult<()> {
         tap(&network.tap)?;
     }
     kernel_arguments(&spec.kernel_arguments)
+}
+
+pub(crate) fn adopted(machine: &AdoptedMachine) -> VmmResult<()> {
+    name(&machine.name)?;
+    absolute("run_dir", &machine.run_dir)?;
+    sockets(&machine.run_dir)
+}
+
+/// The files fit a machine that was restored, or one that booted. The VMM opens some of them itself.
+pub(crate) fn snapshot_files(files: &SnapshotFiles, restored: bool) -> VmmResult<()> {
+    absolute("state", &files.state)?;
+    match (&files.pages, restored) {
+        (Some(pages), true) => absolute("pages", pages),
+        (None, false) => Ok(()),
+        (None, true) => refuse("pages", "the memory of a restored machine needs a file for what differs"),
+        (Some(_), false) => refuse("pages", "a machine that booted has all of its memory in the other file"),
+    }
+}
+
+/// A file that can be put on top of a disk whose top is `top`, and of which the guest sees `bytes`, if that
+/// is known.
+pub(crate) fn overlay(overlay: &DiskSpec, top: &Utf8Path, bytes: Option<u64>) -> VmmResult<()> {
+    absolute("disk", &overlay.path)?;
+    if overlay.format != DiskFormat::Qcow2 {
+        let problem = "only a qcow2 file can stand on another one";
+        return Err(VmmError::Unsupported { operation: "pivot_disk", problem });
+    }
+    let cannot = |operation, path: &Utf8Path| {
+        let path = path.to_owned();
+        move |source| VmmError::File { operation, path, source }
+    };
+    let header = qcow2::header(&overlay.path).map_err(cannot("open", &overlay.path))?;
+    let Some(header) = header else {
+        return refuse("disk", format!("{} is no qcow2 file", overlay.path));
+    };
+    let Some(base) = header.backing_file else {
+        return refuse("disk", format!("{} stands on nothing", overlay.path));
+    };
+    if !same_file(&base, top).map_err(cannot("open", &base))? {
+        return refuse("disk", format!("{} stands on {base}, and the disk's top is {top}", overlay.path));
+    }
+    let found = header.virtual_bytes;
+    if let Some(bytes) = bytes
+        && bytes != found
+    {
+        return refuse("disk", format!("{} has {found} bytes, and the disk {bytes}", overlay.path));
+    }
+    Ok(())
+}
+
+/// Where in a chain of files one stands that is not its top.
+pub(crate) fn below_the_top(chain: &[Utf8PathBuf], base: &Utf8Path) -> VmmResult<usize> {
+    let found = chain.iter().position(|file| file == base || same_file(file, base).unwrap_or(false));
+    match found {
+        Some(at @ 1..) => Ok(at),
+        Some(0) => refuse("disk", format!("{base} is its top")),
+        None => refuse("disk", format!("{base} is no file of it")),
+    }
+}
+
+/// Whether two paths lead to the same file.
+pub(crate) fn same_file(one: &Utf8Path, other: &Utf8Path) -> std::io::Result<bool> {
+    let (one, other) = (std::fs::metadata(one)?, std::fs::metadata(other)?);
+    Ok((one.dev(), one.ino()) == (other.dev(), other.ino()))
 }
 
 /// A snapshot's memory is that of a machine of this shape.
@@ -54,6 +118,13 @@ fn name(name: &str) -> VmmResult<()> {
     let good = name.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-');
     if name.is_empty() || name.len() > 64 || name.starts_with('-') || !good {
         return refuse("name", "it is 1 to 64 letters, digits and dashes, the first no dash");
+    }
+    Ok(())
+}
+
+fn sockets(directory: &Utf8Path) -> VmmResult<()> {
+    if directory.as_str().len() + LONGEST_SOCKET > SOCKET_PATH {
+        return refuse("run_dir", format!("a socket in {directory} would have too long a path"));
     }
     Ok(())
 }

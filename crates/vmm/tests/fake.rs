@@ -33,6 +33,10 @@ impl Subject for Fakes {
     }
 
     async fn kill(&self, _vm: &dyn Vm, name: &str) {
+        self.kill_by_name(name).await;
+    }
+
+    async fn kill_by_name(&self, name: &str) {
         assert!(self.fake.end(name, ExitReason::VmmKilled { signal: 9 }));
     }
 }

@@ -3,15 +3,19 @@
 
 mod support;
 
-use std::time::{Duration, Instant};
+use std::{
+    io::{BufRead, BufReader, Write},
+    os::unix::net::UnixStream,
+    time::{Duration, Instant},
+};
 
 use camino::{Utf8Path, Utf8PathBuf};
 use tokio::sync::Mutex;
-use wrenn_host_linux::process::Process;
+use wrenn_host_linux::process::{Process, find_by_argument, find_program};
 use wrenn_types::{MemoryMib, Shape, Vcpus};
 use wrenn_vmm::{
-    Accelerator, DiskFormat, DiskSpec, ExitReason, GuestBundle, MachineSpec, SnapshotFiles, Vm, Vmm,
-    VmmError,
+    Accelerator, AdoptedMachine, DiskFormat, DiskSpec, ExitReason, GuestBundle, MachineSpec, SnapshotFiles,
+    Vm, Vmm, VmmError,
     conformance::{self, Subject},
     qemu::{AcceleratorChoice, Qemu, QemuOptions},
 };
@@ -66,9 +70,15 @@ impl Lab {
         }
     }
 
+    /// Whether the guest can use a disk.
+    fn has_disk_driver(&self) -> bool {
+        self.guest.kernel.with_file_name("initramfs.img").is_file()
+    }
+
     /// A template of the counting guest, saved and stopped.
     async fn template(&self, vcpus: i64) -> SnapshotFiles {
-        let files = SnapshotFiles { memory: self.root.join("memory"), state: self.root.join("state") };
+        let files =
+            SnapshotFiles { memory: self.root.join("memory"), state: self.root.join("state"), pages: None };
         let mut vm = self.qemu.boot(self.spec("template", vcpus), Some(&files.memory)).await.unwrap();
         until_it_says(vm.as_mut(), "tick").await;
         vm.pause().await.unwrap();
@@ -103,6 +113,12 @@ impl Subject for Lab {
 
     async fn kill(&self, vm: &dyn Vm, _name: &str) {
         Process::open(vm.pid().unwrap()).unwrap().kill_and_wait().await.unwrap();
+    }
+
+    async fn kill_by_name(&self, name: &str) {
+        let mark = format!("guest={name}");
+        let found = find_by_argument(&mark).unwrap().into_iter().find(|found| found.argument == mark);
+        found.unwrap().process.kill_and_wait().await.unwrap();
     }
 }
 
@@ -178,7 +194,7 @@ async fn a_full_disk_fails_a_snapshot_and_nothing_else() {
     let mut vm = lab.qemu.boot(lab.spec("full", 1), Some(&memory)).await.unwrap();
     until_it_says(vm.as_mut(), "tick").await;
     vm.pause().await.unwrap();
-    let full = SnapshotFiles { memory: memory.clone(), state: "/dev/full".into() };
+    let full = SnapshotFiles { memory: memory.clone(), state: "/dev/full".into(), pages: None };
     let error = vm.snapshot(&full).await.unwrap_err();
     assert!(matches!(error, VmmError::Refused { .. }), "{error:?}");
     vm.resume().await.unwrap();
@@ -206,4 +222,232 @@ async fn a_console_is_bounded_and_blocks_nobody() {
     let mut exit = vm.exit();
     let reason = tokio::time::timeout(BOUND, exit.wait_for(Option::is_some)).await.unwrap().unwrap().clone();
     assert_eq!(reason, Some(ExitReason::VmmKilled { signal: 15 }));
+}
+
+fn adopted(lab: &Lab, name: &str) -> AdoptedMachine {
+    let MachineSpec { name, run_dir, .. } = lab.spec(name, 1);
+    AdoptedMachine { name, run_dir, has_disk: false, memory: None, pid_hint: None }
+}
+
+/// The control protocol, spoken by somebody else.
+fn command_from_outside(control: &Utf8Path, command: &str) {
+    let mut stream = UnixStream::connect(control).unwrap();
+    stream.set_read_timeout(Some(BOUND)).unwrap();
+    let mut lines = BufReader::new(stream.try_clone().unwrap()).lines();
+    let mut answer = || lines.find(|line| !line.as_ref().unwrap().contains("\"event\"")).unwrap().unwrap();
+    assert!(answer().contains("QMP"));
+    for command in [r#"{"execute": "qmp_capabilities"}"#, command] {
+        writeln!(stream, "{command}").unwrap();
+        let said = answer();
+        assert!(said.contains("\"return\""), "{command}: {said}");
+    }
+}
+
+#[tokio::test]
+async fn nobody_has_to_read_what_a_released_machine_says() {
+    let _alone = ONE_AT_A_TIME.lock().await;
+    let Some(lab) = Lab::new().await else { return };
+    let mut vm = lab.qemu.boot(lab.spec("talks", 1), None).await.unwrap();
+    until_it_says(vm.as_mut(), "tick").await;
+    vm.release().await;
+    // From now on it writes to its standard error at every interrupt of its guest.
+    let control = lab.root.join("talks/control.sock");
+    let talk = r#"{"execute": "human-monitor-command", "arguments": {"command-line": "log int"}}"#;
+    tokio::task::spawn_blocking(move || command_from_outside(&control, talk)).await.unwrap();
+    let mut vm = lab.qemu.adopt(adopted(&lab, "talks")).await.unwrap();
+    let before = vm.console().await.matches("tick").count();
+    let begin = Instant::now();
+    while vm.console().await.matches("tick").count() < before + 3 {
+        assert!(vm.exit().borrow().is_none() && begin.elapsed() < BOUND, "{}", vm.console().await);
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    assert_eq!(vm.stop().await.unwrap(), ExitReason::Stopped);
+}
+
+#[tokio::test]
+async fn a_machine_has_one_owner() {
+    let _alone = ONE_AT_A_TIME.lock().await;
+    let Some(lab) = Lab::new().await else { return };
+    let mut owner = lab.qemu.boot(lab.spec("owned", 1), None).await.unwrap();
+    until_it_says(owner.as_mut(), "tick").await;
+    let other = lab.qemu.adopt(adopted(&lab, "owned")).await.map(drop);
+    assert!(matches!(other, Err(VmmError::Timeout { operation: "adopt", .. })), "{other:?}");
+    owner.pause().await.unwrap();
+    owner.resume().await.unwrap();
+    owner.release().await;
+    let mut other = lab.qemu.adopt(adopted(&lab, "owned")).await.unwrap();
+    other.pause().await.unwrap();
+    assert_eq!(other.stop().await.unwrap(), ExitReason::Stopped);
+}
+
+/// The processor time that a process has used, in ticks of the kernel's clock.
+fn processor_time(pid: u32) -> u64 {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
+    let fields: Vec<&str> = text.rsplit_once(')').unwrap().1.split_whitespace().collect();
+    fields[11].parse::<u64>().unwrap() + fields[12].parse::<u64>().unwrap()
+}
+
+#[tokio::test]
+async fn what_a_guest_did_while_nobody_watched_is_told_later() {
+    let _alone = ONE_AT_A_TIME.lock().await;
+    let Some(lab) = Lab::new().await else { return };
+    for (does, reason) in [("panic", ExitReason::GuestPanic), ("poweroff", ExitReason::GuestShutdown)] {
+        let mut spec = lab.spec(does, 1);
+        spec.kernel_arguments.push(format!("conformance={does}"));
+        let vm = lab.qemu.boot(spec, None).await.unwrap();
+        let pid = vm.pid().unwrap();
+        vm.release().await;
+        // A guest that boots computes all the time; one that is down does not at all.
+        let (mut used, mut since) = (0, Instant::now());
+        while since.elapsed() < Duration::from_secs(1) {
+            tokio::time::sleep(Duration::from_millis(100)).await;
+            let now = processor_time(pid);
+            if now != used {
+                (used, since) = (now, Instant::now());
+            }
+        }
+        let vm = lab.qemu.adopt(adopted(&lab, does)).await.unwrap();
+        let mut exit = vm.exit();
+        let told = tokio::time::timeout(BOUND, exit.wait_for(Option::is_some)).await.unwrap();
+        assert_eq!(*told.unwrap(), Some(reason));
+    }
+}
+
+#[tokio::test]
+async fn each_file_of_a_chain_has_what_was_written_in_its_time() {
+    let _alone = ONE_AT_A_TIME.lock().await;
+    let Some(lab) = Lab::new().await else { return };
+    let (Some(_), true) = (find_program("qemu-img"), lab.has_disk_driver()) else {
+        support::skipped("no qemu-img or no modules for the guest: packages qemu-utils, and `make images`");
+        return;
+    };
+    let base = DiskSpec { path: lab.root.join("base"), format: DiskFormat::Raw };
+    std::fs::File::create_new(&base.path).unwrap().set_len(16 << 20).unwrap();
+    let mut spec = lab.spec("writes", 1);
+    spec.disk = Some(base.clone());
+    let mut vm = lab.qemu.boot(spec, None).await.unwrap();
+    until_it_says(vm.as_mut(), " 8 ok").await;
+    vm.pause().await.unwrap();
+    let top = DiskSpec { path: lab.root.join("top"), format: DiskFormat::Qcow2 };
+    let words = ["create", "-q", "-f", "qcow2", "-F", "raw", "-b", base.path.as_str(), top.path.as_str()];
+    qemu_img(&words).await;
+    vm.pivot_disk(&top).await.unwrap();
+    let before = ticks_on(&std::fs::read(&base.path).unwrap());
+    assert!(before.len() >= 7, "{before:?}");
+    vm.resume().await.unwrap();
+    until_it_says(vm.as_mut(), " 20 ok").await;
+    assert_eq!(vm.stop().await.unwrap(), ExitReason::Stopped);
+    assert_eq!(ticks_on(&std::fs::read(&base.path).unwrap()), before);
+    let whole = lab.root.join("whole");
+    qemu_img(&["check", "-q", top.path.as_str()]).await;
+    qemu_img(&["convert", "-f", "qcow2", "-O", "raw", top.path.as_str(), whole.as_str()]).await;
+    let after = ticks_on(&std::fs::read(&whole).unwrap());
+    assert!(after.starts_with(&before) && after.len() >= 19, "{before:?} {after:?}");
+    assert!(after.iter().copied().eq(1..=after.len() as u64), "each is in its place: {after:?}");
+}
+
+#[tokio::test]
+async fn a_stream_that_nobody_waits_for_gives_way() {
+    let _alone = ONE_AT_A_TIME.lock().await;
+    let Some(lab) = Lab::new().await else { return };
+    let (Some(_), true) = (find_program("qemu-img"), lab.has_disk_driver()) else {
+        support::skipped("no qemu-img or no modules for the guest: packages qemu-utils, and `make images`");
+        return;
+    };
+    let path = |name: &str| lab.root.join(name);
+    let overlay = async |name: &str, format: &str, base: &str| {
+        let (file, base) = (path(name), path(base));
+        qemu_img(&["create", "-q", "-f", "qcow2", "-F", format, "-b", base.as_str(), file.as_str()]).await;
+        DiskSpec { path: file, format: DiskFormat::Qcow2 }
+    };
+    // Enough to copy for it to take a while.
+    let content = path("content");
+    std::fs::write(&content, vec![7; 256 << 20]).unwrap();
+    std::fs::File::create_new(path("base")).unwrap().set_len(256 << 20).unwrap();
+    let (base, middle) = (path("base"), path("middle"));
+    let words = ["convert", "-f", "raw", "-O", "qcow2", "-B", base.as_str(), "-F", "raw"];
+    qemu_img(&[&words[..], &[content.as_str(), middle.as_str()]].concat()).await;
+    let mut spec = lab.spec("streams", 1);
+    spec.disk = Some(DiskSpec { path: middle.clone(), format: DiskFormat::Qcow2 });
+    let mut vm = lab.qemu.boot(spec, None).await.unwrap();
+    until_it_says(vm.as_mut(), " 3 ok").await;
+    let top = overlay("top", "qcow2", "middle").await;
+    vm.pivot_disk(&top).await.unwrap();
+
+    let next = overlay("next", "qcow2", "top").await;
+    let abandoned = tokio::time::timeout(Duration::from_millis(30), vm.stream_disk(&base)).await;
+    assert!(abandoned.is_err(), "it takes a while");
+    vm.pivot_disk(&next).await.unwrap();
+    // The copying was ended, or on a machine that is slow to everyone else it had come to its end.
+    let chain = vm.disk_chain().await.unwrap();
+    assert_eq!(chain[..2], [next.path.clone(), top.path.clone()]);
+    assert!(chain[2..] == [middle.clone(), base.clone()] || chain[2..] == [base.clone()], "{chain:?}");
+    vm.stream_disk(&base).await.unwrap();
+    assert_eq!(vm.disk_chain().await.unwrap(), [next.path.clone(), base.clone()]);
+    std::fs::remove_file(&middle).unwrap();
+    std::fs::remove_file(&top.path).unwrap();
+    let said = vm.console().await.lines().count();
+    let begin = Instant::now();
+    while vm.console().await.lines().count() < said + 5 {
+        assert!(begin.elapsed() < BOUND, "it goes on");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    assert!(!vm.console().await.contains("BAD"));
+    assert_eq!(vm.stop().await.unwrap(), ExitReason::Stopped);
+    qemu_img(&["check", "-q", next.path.as_str()]).await;
+}
+
+/// What the guest wrote: the number of each tick, in a cluster of its own.
+fn ticks_on(disk: &[u8]) -> Vec<u64> {
+    let number = |cluster: &[u8]| {
+        let end = cluster.iter().position(|byte| *byte == b'\n')?;
+        std::str::from_utf8(&cluster[..end]).ok()?.parse().ok()
+    };
+    let mut found: Vec<u64> = disk.chunks(1 << 16).filter_map(number).collect();
+    found.sort_unstable();
+    found
+}
+
+async fn qemu_img(words: &[&str]) {
+    let done = tokio::process::Command::new("qemu-img").args(words).output();
+    let done = tokio::time::timeout(BOUND, done).await.unwrap().unwrap();
+    assert!(done.status.success(), "{words:?}: {}", String::from_utf8_lossy(&done.stderr));
+}
+
+#[tokio::test]
+async fn a_snapshot_of_a_clone_follows_what_it_has_written() {
+    let _alone = ONE_AT_A_TIME.lock().await;
+    let Some(lab) = Lab::new().await else { return };
+    let template = lab.template(2).await;
+    let mut files = template.clone();
+    let mut before = 0;
+    for generation in 0..3 {
+        let begin = Instant::now();
+        let mut vm = lab.qemu.restore(lab.spec("clone", 2), &files).await.unwrap();
+        let restored = begin.elapsed();
+        vm.resume().await.unwrap();
+        until_it_says(vm.as_mut(), "tick").await;
+        let begin = Instant::now();
+        vm.pause().await.unwrap();
+        files = SnapshotFiles {
+            memory: files.memory,
+            state: lab.root.join(format!("state{generation}")),
+            pages: Some(lab.root.join(format!("pages{generation}"))),
+        };
+        let statistics = vm.snapshot(&files).await.unwrap();
+        let state = std::fs::metadata(&files.state).unwrap().len();
+        eprintln!("restored in {restored:?}, saved in {:?}: {statistics:?}, state {state}", begin.elapsed());
+        // All that it had is still there, and the whole memory is not.
+        let memory_pages = (256 << 20) / 4096;
+        assert!(statistics.pages >= before && statistics.pages < memory_pages / 4, "{statistics:?}");
+        before = statistics.pages;
+        assert_eq!(vm.stop().await.unwrap(), ExitReason::Stopped);
+    }
+    // The state of a machine that booted is another kind of stream: neither passes for the other.
+    let mixed =
+        [SnapshotFiles { pages: None, ..files.clone() }, SnapshotFiles { state: template.state, ..files }];
+    for files in mixed {
+        let error = lab.qemu.restore(lab.spec("mixed", 2), &files).await.map(drop).unwrap_err();
+        assert!(matches!(error, VmmError::Exited { .. } | VmmError::Refused { .. }), "{error:?}");
+    }
 }

@@ -89,8 +89,9 @@ async fn run_passes_output_and_exit_code_and_cleans_up() {
     assert_eq!(created[0]["template"], "base");
     assert_eq!(created[0]["vcpus"], 2);
     assert_eq!(created[0]["allow_internet_access"], false);
-    // If this process is killed, the sandbox goes by itself.
+    // If this process is killed, the sandbox goes by itself, and is not kept for later.
     assert!(created[0]["timeout_sec"].as_i64().unwrap() > 0);
+    assert_eq!(created[0]["on_timeout"], "kill");
     let started = api.requests("exec/stream");
     assert_eq!(started[0]["envs"], json!({ "A": "b" }));
     assert!(api.sandboxes().is_empty());
@@ -235,6 +236,102 @@ async fn create_list_get_rm() {
     assert!(stderr(&output).contains("sb-ffffffff"), "{}", stderr(&output));
     assert!(say(&api, &["sandbox", "rm", "--all"]).await.status.success());
     assert!(api.sandboxes().is_empty());
+}
+
+#[tokio::test]
+async fn pause_resume_rollback() {
+    let api = FakeApi::start().await;
+    // The second takes its time, which is waited for.
+    let (one, other) = (api.put_sandbox(), api.put_sandbox());
+    let output = say(&api, &["sandbox", "pause", &one, &other, "-o", "json"]).await;
+    let paused: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!((&paused[0]["status"], &paused[1]["status"]), (&json!("paused"), &json!("paused")));
+    let output = say(&api, &["sandbox", "pause", "--disk-only", &one]).await;
+    assert!(stdout(&output).contains("paused"), "{}", stdout(&output));
+    assert_eq!(api.requests("pause"), [json!({}), json!({}), json!({ "memory": false })]);
+
+    let output = say(&api, &["sandbox", "resume", &one, "sb-ffffffff", &other, "--timeout", "9"]).await;
+    assert_eq!(output.status.code(), Some(1));
+    assert!(stderr(&output).contains("cannot resume sb-ffffffff"), "{}", stderr(&output));
+    assert_eq!(stdout(&output).matches("running").count(), 2, "{}", stdout(&output));
+    assert_eq!(api.requests("resume"), [json!({ "timeout_sec": 9 }), json!({ "timeout_sec": 9 })]);
+
+    assert!(say(&api, &["sandbox", "rollback", &other, "known"]).await.status.success());
+    let output = say(&api, &["sandbox", "rollback", &one, "unknown"]).await;
+    assert_eq!((output.status.code(), stdout(&output)), (Some(1), ""));
+}
+
+#[tokio::test]
+async fn forks_and_snapshots() {
+    let api = FakeApi::start().await;
+    let (one, other) = (api.put_sandbox(), api.put_sandbox());
+    let output = say(&api, &["sandbox", "fork", &one, "-n", "2", "-m", "a=b", "--quiet"]).await;
+    assert_eq!(stdout(&output), "sb-00000003\nsb-00000004\n");
+    assert_eq!(api.requests("fork"), [json!({ "count": 2, "metadata": { "a": "b" } })]);
+
+    let output = say(&api, &["snapshot", "create", &one, "first", "--quiet"]).await;
+    assert_eq!(stdout(&output), "first\n");
+    assert_eq!(say(&api, &["snapshot", "create", &one, "first"]).await.status.code(), Some(1));
+    let output = say(&api, &["snapshot", "create", &one, "first", "--overwrite", "-o", "json"]).await;
+    let made: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!((&made["name"], &made["type"]), (&json!("first"), &json!("snapshot")));
+    assert_eq!(api.requests("snapshot").last().unwrap()["query"], "overwrite=true");
+    assert_eq!(say(&api, &["snapshot", "create", &one, "--overwrite"]).await.status.code(), Some(2));
+    // One that takes its time, with a name and without.
+    for words in [&["snapshot", "create", &other, "slow", "-q"][..], &["snapshot", "create", &other, "-q"]] {
+        let output = say(&api, words).await;
+        let name = words.get(3).filter(|word| **word == "slow").copied().unwrap_or("s");
+        assert!(output.status.success() && stdout(&output).starts_with(name), "{}", stderr(&output));
+    }
+
+    let output = say(&api, &["snapshot", "list"]).await;
+    assert!(stdout(&output).contains("first") && stdout(&output).contains("3 MiB"), "{}", stdout(&output));
+    assert_eq!(api.requests("snapshots").last().unwrap(), "type=snapshot");
+    assert!(say(&api, &["snapshot", "ls", "--all", "--quiet"]).await.status.success());
+    assert_eq!(api.requests("snapshots").last().unwrap(), &Value::Null);
+    let output = say(&api, &["snapshot", "rm", "first", "nothing"]).await;
+    assert_eq!((stdout(&output), output.status.code()), ("first\n", Some(1)));
+
+    let words = ["sandbox", "create", "--from", "first", "--on-timeout", "kill", "--auto-resume"];
+    assert!(say(&api, &words).await.status.success());
+    let request = &api.requests("POST /v1/sandboxes")[0];
+    let said = (&request["template"], &request["on_timeout"], &request["auto_resume"]);
+    assert_eq!(said, (&json!("first"), &json!("kill"), &json!(true)));
+    let both = ["run", "--from", "first", "--template", "base", "--", "true"];
+    assert_eq!(say(&api, &both).await.status.code(), Some(2));
+}
+
+#[tokio::test]
+async fn settings_are_shown_and_set() {
+    let api = FakeApi::start().await;
+    let id = api.put_sandbox();
+    let output = say(&api, &["sandbox", "network", &id]).await;
+    assert!(stdout(&output).contains("203.0.113.0/24") && stdout(&output).contains("5 Mbit/s"));
+    assert!(api.requests("network").is_empty(), "to look changes nothing");
+    let words = ["sandbox", "network", &id, "--allow-domain", "a.example", "--allow-domain", "*.b.example"];
+    assert!(say(&api, &words).await.status.success());
+    assert!(say(&api, &["sandbox", "network", &id, "--no-internet", "-o", "json"]).await.status.success());
+    assert_eq!(
+        api.requests("network"),
+        [json!({ "allow_domains": ["a.example", "*.b.example"] }), json!({ "allow_internet_access": false })]
+    );
+
+    assert!(say(&api, &["sandbox", "timeout", &id]).await.status.success());
+    assert!(api.requests("timeout").is_empty(), "to look changes nothing");
+    let words = ["sandbox", "timeout", &id, "--timeout", "60", "--deadline", "2100-01-01T00:00:00Z"];
+    let output = say(&api, &[&words[..], &["--deadline-action", "kill"]].concat()).await;
+    assert!(stdout(&output).contains("2100-01-01T00:00:00Z: kill"), "{}", stdout(&output));
+    let request = json!({ "timeout_sec": 60, "deadline": "2100-01-01T00:00:00Z", "deadline_action": "kill" });
+    assert_eq!(api.requests("timeout"), [request]);
+
+    let words = ["sandbox", "create", "--deny-cidr", "203.0.113.0/24", "--egress-mbps", "7"];
+    assert!(say(&api, &words).await.status.success());
+    let request = &api.requests("POST /v1/sandboxes")[0];
+    assert_eq!(request["network"], json!({ "deny_cidrs": ["203.0.113.0/24"], "egress_mbps": 7 }));
+    let output = say(&api, &["completions", "bash"]).await;
+    for word in ["pause", "rollback", "--overwrite", "--allow-domain"] {
+        assert!(stdout(&output).contains(word), "{word}");
+    }
 }
 
 #[tokio::test]

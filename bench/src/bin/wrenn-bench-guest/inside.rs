@@ -82,7 +82,7 @@ impl Machine {
         let images = Images::load(&images)?;
         let outside = uplink::Uplink::create().await?;
         let instance = InstanceId::random();
-        let policy = Policy { internet: false, dns_servers: Vec::new() };
+        let policy = Policy::offline();
         let uplink = Uplink::Named(outside.name().parse()?);
         let config = PoolConfig { instance: instance.clone(), uplink, ready: 1, policy };
         let slots = SlotPool::start(config).await.context("make a network slot")?;

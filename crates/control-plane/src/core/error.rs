@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use wrenn_types::{ResourceError, SandboxId, SandboxState};
+use wrenn_types::{ResourceError, SandboxId, SandboxState, TemplateName};
 
 use crate::{guest, host, store};
 
@@ -34,9 +34,24 @@ pub(crate) enum CoreError {
         /// Why it is in it, where that is known.
         reason: Option<String>,
     },
-    /// The sandbox was destroyed while it was being created.
-    #[error("sandbox {0} was destroyed while it was being created")]
-    DestroyedWhileStarting(SandboxId),
+    /// The sandbox was destroyed while something else was done to it.
+    #[error("sandbox {0} was destroyed meanwhile")]
+    Destroyed(SandboxId),
+    /// The team has no such snapshot, and the platform no such template.
+    #[error("no snapshot or template has the name {0}")]
+    NoSuchSnapshot(String),
+    /// A snapshot of the team has the name already.
+    #[error("a snapshot has the name {0} already; with overwrite=true it is replaced")]
+    NameTaken(TemplateName),
+    /// The name is one of the platform's templates.
+    #[error("{0} is a template of the platform")]
+    NameReserved(TemplateName),
+    /// What belongs to the platform cannot be deleted by a team.
+    #[error("{0} is a template of the platform and cannot be deleted")]
+    Platform(String),
+    /// Some of the children of a fork did not come up, so there are none.
+    #[error("none of the children is there")]
+    Fork(#[source] Box<CoreError>),
     /// The command did not end within its time.
     #[error("the command did not end within {} s and was killed", .0.as_secs())]
     CommandTimedOut(Duration),

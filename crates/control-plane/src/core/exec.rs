@@ -298,7 +298,7 @@ impl Core {
 
     /// The processes that were started through the API and run.
     pub(crate) async fn processes(
-        &self,
+        self: &Arc<Self>,
         caller: &Caller,
         id: &SandboxId,
     ) -> Result<Vec<ProcessInfo>, CoreError> {
@@ -311,7 +311,7 @@ impl Core {
 
     /// Ends a process.
     pub(crate) async fn signal(
-        &self,
+        self: &Arc<Self>,
         caller: &Caller,
         id: &SandboxId,
         selector: &Selector,

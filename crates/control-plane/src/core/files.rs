@@ -1,5 +1,7 @@
 //! Files of a sandbox. Each operation is in the audit log with its paths, never with contents.
 
+use std::sync::Arc;
+
 use serde_json::json;
 use wrenn_api::FileEntry;
 use wrenn_types::SandboxId;
@@ -31,7 +33,7 @@ impl Place {
 
 impl Core {
     async fn file_operation<T>(
-        &self,
+        self: &Arc<Self>,
         caller: &Caller,
         id: &SandboxId,
         action: &'static str,
@@ -51,7 +53,7 @@ impl Core {
     }
 
     pub(crate) async fn read_file(
-        &self,
+        self: &Arc<Self>,
         caller: &Caller,
         id: &SandboxId,
         place: &Place,
@@ -64,7 +66,7 @@ impl Core {
     }
 
     pub(crate) async fn write_file(
-        &self,
+        self: &Arc<Self>,
         caller: &Caller,
         id: &SandboxId,
         place: &Place,
@@ -78,7 +80,7 @@ impl Core {
     }
 
     pub(crate) async fn stat(
-        &self,
+        self: &Arc<Self>,
         caller: &Caller,
         id: &SandboxId,
         place: &Place,
@@ -91,7 +93,7 @@ impl Core {
     }
 
     pub(crate) async fn list_files(
-        &self,
+        self: &Arc<Self>,
         caller: &Caller,
         id: &SandboxId,
         place: &Place,
@@ -112,7 +114,7 @@ impl Core {
     }
 
     pub(crate) async fn make_dir(
-        &self,
+        self: &Arc<Self>,
         caller: &Caller,
         id: &SandboxId,
         place: &Place,
@@ -125,7 +127,7 @@ impl Core {
     }
 
     pub(crate) async fn move_file(
-        &self,
+        self: &Arc<Self>,
         caller: &Caller,
         id: &SandboxId,
         source: &Place,
@@ -140,7 +142,7 @@ impl Core {
     }
 
     pub(crate) async fn remove_file(
-        &self,
+        self: &Arc<Self>,
         caller: &Caller,
         id: &SandboxId,
         place: &Place,

@@ -1,4 +1,4 @@
-//! Create, list, get, delete, ping.
+//! Create, list, get, delete, ping. What is between create and delete is in [`super::persist`].
 //!
 //! ```text
 //! create:  row `starting` ──► host creates ──► row `running` ──► 201     (the row reaches the disk
@@ -16,7 +16,7 @@
 use std::{
     collections::BTreeMap,
     sync::{
-        Arc, OnceLock, PoisonError,
+        Arc, OnceLock,
         atomic::{AtomicU8, Ordering},
     },
     time::Duration,
@@ -24,13 +24,15 @@ use std::{
 
 use serde_json::json;
 use tokio::time::timeout;
-use wrenn_api::{Sandbox, Template, TemplateKind};
-use wrenn_types::{AccessToken, EndReason, SandboxId, SandboxState, TeamId};
+use wrenn_api::Sandbox;
+use wrenn_types::{
+    AccessToken, DiskMib, EndReason, HostId, MemoryMib, SandboxId, SandboxState, TeamId, Vcpus,
+};
 
-use super::{Caller, Core, CoreError, entry, spec::Spec};
+use super::{Caller, Core, CoreError, busy::Busy, entry, spec::Spec};
 use crate::{
-    host::{self, CreateCommand, Phase},
-    store::{self, Cursor, ListFilter, NewSandbox, SandboxRow, Started},
+    host::{self, CreateCommand, Phase, Source},
+    store::{self, Cursor, ListFilter, NewSandbox, SandboxRow, Seen},
 };
 
 /// How often a new id may turn out to be taken.
@@ -77,7 +79,7 @@ pub(crate) struct Page {
 /// Who decides what becomes of the row of a create that fails: while the caller waits, the error is the
 /// answer and the row goes; once the caller was told `starting`, the row must say it.
 #[derive(Debug, Default)]
-struct Audience(AtomicU8);
+pub(super) struct Audience(AtomicU8);
 
 impl Audience {
     const WAITING: u8 = 0;
@@ -89,7 +91,7 @@ impl Audience {
     }
 
     /// The caller stops waiting; false when an answer is about to come.
-    fn leave(&self) -> bool {
+    pub(super) fn leave(&self) -> bool {
         self.claim(Self::GONE)
     }
 
@@ -99,27 +101,20 @@ impl Audience {
     }
 }
 
-/// Keeps the watch away from a sandbox while this process creates it.
-struct Creating {
-    core: Arc<Core>,
-    id: SandboxId,
+/// What a new sandbox is made from, once the names are known.
+#[derive(Debug, Clone)]
+pub(super) struct Origin {
+    pub(super) host: HostId,
+    pub(super) source: Source,
+    /// What the row says it was made from.
+    pub(super) template: String,
+    pub(super) vcpus: Vcpus,
+    pub(super) memory: MemoryMib,
+    pub(super) disk: Option<DiskMib>,
 }
 
-impl Creating {
-    fn begin(core: &Arc<Core>, id: SandboxId) -> Self {
-        core.creating.lock().unwrap_or_else(PoisonError::into_inner).insert(id.clone());
-        Self { core: Arc::clone(core), id }
-    }
-}
-
-impl Drop for Creating {
-    fn drop(&mut self) {
-        self.core.creating.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.id);
-    }
-}
-
-struct Created {
-    row: SandboxRow,
+pub(super) struct Created {
+    pub(super) row: SandboxRow,
     phases: Vec<Phase>,
     database: Duration,
 }
@@ -135,9 +130,12 @@ impl Core {
             let (audience, written) = (Arc::clone(&audience), Arc::clone(&written));
             self.tasks.spawn(async move {
                 let metadata = json!({
-                    "template": spec.template, "vcpus": spec.vcpus.get(), "memory_mb": spec.memory.get(),
+                    "template": spec.template, "vcpus": spec.vcpus, "memory_mb": spec.memory,
                 });
-                let outcome = core.bring_up(caller.team, spec, &audience, &written).await;
+                let outcome = match core.origin(caller.team, &spec).await {
+                    Ok(origin) => core.bring_up(caller.team, spec, origin, &audience, &written).await,
+                    Err(error) => Err(error),
+                };
                 let status =
                     outcome.as_ref().err().map_or_else(|| "success".to_owned(), crate::http::code_word);
                 let id = written.get().map_or("", |row: &SandboxRow| row.id.as_str());
@@ -156,32 +154,33 @@ impl Core {
         }
     }
 
-    async fn bring_up(
+    /// Writes the row of a new sandbox, has it made, and writes that it runs.
+    pub(super) async fn bring_up(
         self: &Arc<Self>,
         team: TeamId,
         spec: Spec,
+        origin: Origin,
         audience: &Audience,
         written: &OnceLock<SandboxRow>,
     ) -> Result<Created, CoreError> {
         let begin = std::time::Instant::now();
-        let (row, creating) = self.write_start(team, &spec).await?;
+        let (row, busy) = self.write_start(team, &spec, &origin).await?;
         let before = begin.elapsed();
         let token = AccessToken::from_stored(row.access_token.clone());
         let generation = row.generation;
-        let id = creating.id.clone();
+        let id = busy.id().clone();
         let _ = written.set(row);
 
         let command = CreateCommand {
             id: id.clone(),
             generation,
-            template: spec.template.to_string(),
-            vcpus: spec.vcpus,
-            memory: spec.memory,
-            disk: spec.disk,
-            timeout: spec.timeout,
+            source: origin.source,
+            vcpus: origin.vcpus,
+            memory: origin.memory,
+            disk: origin.disk,
             access_token: token.clone(),
             environment: spec.environment,
-            allow_internet_access: spec.allow_internet_access,
+            settings: spec.settings,
         };
         // The row becomes durable while the host works, so that nobody waits for the disk.
         let patient = self.store.with_bound(self.bounds.database_patient);
@@ -194,20 +193,22 @@ impl Core {
             }
         };
         let begin = std::time::Instant::now();
-        let started = Started { disk_mib: observed.disk_mib, at: observed.started_at };
         let marked = match flushed {
-            Ok(()) => patient.mark_running(&id, generation, started).await,
+            Ok(()) => {
+                use SandboxState::{Missing, Running, Starting};
+                let from = [Starting, Running, Missing];
+                patient.mark_running(&id, generation, &from, Seen::from(&observed)).await
+            }
             Err(error) => Err(error),
         };
         match marked {
             Ok(Some(row)) => {
-                let route = super::routes::Route { token, timeout: spec.timeout };
-                self.routes.remember(team, id, route);
+                self.remember_route(team, &id, &row);
                 Ok(Created { row, phases, database: before + begin.elapsed() })
             }
             Ok(None) => {
                 self.destroy_unwanted(&id, generation + 1).await;
-                Err(CoreError::DestroyedWhileStarting(id))
+                Err(CoreError::Destroyed(id))
             }
             Err(error) => {
                 // Nobody would ever find it: it goes, and the row is called an error by a later comparison.
@@ -221,25 +222,29 @@ impl Core {
         self: &Arc<Self>,
         team: TeamId,
         spec: &Spec,
-    ) -> Result<(SandboxRow, Creating), CoreError> {
-        let host = self.host_id()?;
+        origin: &Origin,
+    ) -> Result<(SandboxRow, Busy), CoreError> {
         for _ in 0..ID_ATTEMPTS {
-            let creating = Creating::begin(self, SandboxId::random());
+            let busy = Busy::begin(self, SandboxId::random());
             let new = NewSandbox {
-                id: creating.id.clone(),
+                id: busy.id().clone(),
                 team,
-                host: host.clone(),
-                template: spec.template.to_string(),
-                vcpus: spec.vcpus,
-                memory: spec.memory,
-                disk: spec.disk,
-                timeout: spec.timeout,
+                host: origin.host.clone(),
+                template: origin.template.clone(),
+                vcpus: origin.vcpus,
+                memory: origin.memory,
+                disk: origin.disk,
                 metadata: spec.metadata.clone(),
-                allow_internet_access: spec.allow_internet_access,
                 access_token: AccessToken::random(),
+                settings: spec.settings.clone(),
+                auto_resume: spec.auto_resume,
+                source_snapshot: match &origin.source {
+                    Source::Snapshot(id) => Some(id.clone()),
+                    Source::Template(_) => None,
+                },
             };
             if let Some(row) = self.store.insert_sandbox(&new).await? {
-                return Ok((row, creating));
+                return Ok((row, busy));
             }
         }
         Err(CoreError::TooMany("no free sandbox id was found"))
@@ -271,7 +276,7 @@ impl Core {
 
     /// Destroys what has no row to be found by. If the host cannot be reached now, the comparison after the
     /// next connection finds that nobody knows it.
-    async fn destroy_unwanted(&self, id: &SandboxId, generation: i64) {
+    pub(super) async fn destroy_unwanted(&self, id: &SandboxId, generation: i64) {
         if let Err(error) = self.host.destroy(id, generation, self.bounds.destroy).await {
             tracing::warn!(%id, error = &error as &dyn std::error::Error, "unwanted sandbox not destroyed");
         }
@@ -300,15 +305,16 @@ impl Core {
 
     /// One sandbox, with what its host knows of it now.
     pub(crate) async fn get(&self, caller: &Caller, id: &SandboxId) -> Result<Sandbox, CoreError> {
-        let row = self.store.sandbox(caller.team, id).await?;
-        let row = row.ok_or_else(|| CoreError::NoSuchSandbox(id.to_string()))?;
+        let row = self.row(caller.team, id).await?;
         let mut sandbox = public(&row)?;
-        if row.state() == SandboxState::Running
+        if matches!(row.state(), SandboxState::Running | SandboxState::Paused | SandboxState::Snapshotting)
             // Without its host's answer the rest is still right.
             && let Ok(Some(observed)) = self.host.sandbox(id).await
         {
-            sandbox.disk_used_mb = observed.disk_used_bytes.map(|bytes| bytes.div_ceil(1 << 20));
+            let bytes = observed.paused_bytes.or(observed.disk_used_bytes);
+            sandbox.disk_used_mb = bytes.map(|bytes| bytes.div_ceil(1 << 20));
             sandbox.last_active_at = observed.last_active_at.max(sandbox.last_active_at);
+            sandbox.last_failure = Some(observed.last_failure).filter(|failure| !failure.is_empty());
         }
         Ok(sandbox)
     }
@@ -331,7 +337,7 @@ impl Core {
         }
     }
 
-    async fn take_down(&self, team: TeamId, id: &SandboxId) -> Result<(), CoreError> {
+    pub(super) async fn take_down(&self, team: TeamId, id: &SandboxId) -> Result<(), CoreError> {
         let row = self.store.mark_stopping(team, id).await?;
         let row = row.ok_or_else(|| CoreError::NoSuchSandbox(id.to_string()))?;
         if row.state().is_final() {
@@ -346,51 +352,25 @@ impl Core {
 
     /// Moves the inactivity clock of a sandbox to now.
     pub(crate) async fn ping(&self, caller: &Caller, id: &SandboxId) -> Result<(), CoreError> {
-        // What is known of it is enough: its host says whether it still runs.
-        self.guest(caller, id).await?;
+        // What is known of it is enough: its host says whether it still runs. This resumes nothing.
+        if self.routes.find(caller.team, id).is_none() {
+            self.live_row(caller, id).await?;
+        }
         match self.host.ping(id).await {
             Ok(()) => {
                 self.recorder.sandbox_used(id, jiff::Timestamp::now());
                 Ok(())
             }
-            Err(host::HostError::Refused { message, .. }) => Err(CoreError::NotRunning {
-                id: id.clone(),
-                state: SandboxState::Stopped,
-                reason: Some(message),
-            }),
+            Err(host::HostError::Refused { message, .. }) => {
+                self.routes.forget(id);
+                let state = match self.host.sandbox(id).await? {
+                    Some(observed) => observed.stage.state(),
+                    None => SandboxState::Stopped,
+                };
+                Err(CoreError::NotRunning { id: id.clone(), state, reason: Some(message) })
+            }
             Err(error) => Err(error.into()),
         }
-    }
-
-    /// What sandboxes can start from, each name and each other name.
-    pub(crate) async fn templates(&self) -> Result<Vec<Template>, CoreError> {
-        let mut listed = Vec::new();
-        for template in self.host.templates().await? {
-            let main = Template {
-                name: template.name,
-                kind: TemplateKind::Base,
-                alias_of: None,
-                default_user: Some(template.default_user),
-                default_workdir: Some(template.default_workdir),
-                size_bytes: Some(template.size_bytes),
-                minimum_disk_mb: Some(template.minimum_disk_mib),
-                created_at: None,
-                platform: true,
-            };
-            for alias in template.aliases {
-                // An alias may have a default user of its own, which the host does not tell.
-                listed.push(Template {
-                    name: alias,
-                    alias_of: Some(main.name.clone()),
-                    default_user: None,
-                    default_workdir: None,
-                    ..main.clone()
-                });
-            }
-            listed.push(main);
-        }
-        listed.sort_by(|a, b| a.name.cmp(&b.name));
-        Ok(listed)
     }
 }
 
@@ -399,7 +379,7 @@ fn running(created: Created) -> Result<Creation, CoreError> {
     Ok(Creation::Running { sandbox: public(&row)?, phases, database })
 }
 
-fn malformed(error: impl std::error::Error + Send + Sync + 'static) -> CoreError {
+pub(super) fn malformed(error: impl std::error::Error + Send + Sync + 'static) -> CoreError {
     // The table's checks and our own writing keep this from happening.
     CoreError::Store(store::StoreError::Malformed(Box::new(error)))
 }
@@ -409,24 +389,32 @@ fn cursor(row: &SandboxRow) -> Result<Cursor, CoreError> {
 }
 
 /// A row as its owner sees it.
-fn public(row: &SandboxRow) -> Result<Sandbox, CoreError> {
+pub(super) fn public(row: &SandboxRow) -> Result<Sandbox, CoreError> {
     let positive = |number: i32| u32::try_from(number).map_err(malformed);
+    let settings = row.settings();
     Ok(Sandbox {
         id: row.id.parse().map_err(malformed)?,
         status: row.state().into(),
         template: row.template.clone(),
+        source_snapshot: row.source_snapshot.as_deref().map(str::parse).transpose().map_err(malformed)?,
         vcpus: positive(row.vcpus)?,
         memory_mb: positive(row.memory_mb)?,
         disk_size_mb: row.disk_size_mb.map(positive).transpose()?,
         disk_used_mb: None,
         timeout_sec: positive(row.timeout_sec)?,
+        on_timeout: settings.on_timeout,
+        deadline: settings.deadline.map(|deadline| deadline.at),
+        deadline_action: settings.deadline.map(|deadline| deadline.action),
+        auto_resume: row.auto_resume,
         allow_internet_access: row.allow_internet_access,
         metadata: row.metadata.0.clone(),
         created_at: row.created_at.to_jiff(),
         started_at: row.started_at.map(jiff_sqlx::Timestamp::to_jiff),
+        paused_at: row.paused_at.map(jiff_sqlx::Timestamp::to_jiff),
         last_active_at: row.last_active_at.map(jiff_sqlx::Timestamp::to_jiff),
         last_updated: row.last_updated.to_jiff(),
         end_reason: row.end_reason(),
         end_message: row.end_message.clone(),
+        last_failure: None,
     })
 }

@@ -1,47 +1,56 @@
 //! What the control plane decides. It knows nothing of HTTP: the surfaces in [`crate::http`] translate.
 //!
 //! - [`auth`]: whose key it is. [`spec`]: what may be asked for.
-//! - [`lifecycle`]: create, list, get, delete, ping.
+//! - [`lifecycle`]: create, list, get, delete, ping. [`persist`]: pause, resume, rollback. [`snapshots`] and
+//!   [`fork`]: copies. [`settings`]: what a sandbox may reach, and when its time is over.
 //! - [`exec`]: commands and processes. [`files`]: files.
-//! - [`plan`] and [`watch`]: what hosts say, compared with the database.
+//! - [`plan`] and [`watch`]: what hosts say, compared with the database. [`busy`]: what the watch leaves alone.
 //! - [`recorder`]: the audit log and the times of last use.
 
 mod auth;
+mod busy;
 mod error;
 mod exec;
 mod files;
+mod fork;
 mod lifecycle;
+mod persist;
 mod plan;
 mod recorder;
 mod routes;
+pub(crate) mod settings;
+mod snapshots;
 pub(crate) mod spec;
 mod watch;
 
 use std::{
     collections::HashSet,
     future::Future,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, PoisonError, RwLock},
 };
 
 use jiff::Timestamp;
 use serde_json::Value;
-use tokio::sync::watch as latest;
+use tokio::sync::{Notify, watch as latest};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
-use wrenn_types::{HostId, SandboxId};
+use wrenn_types::{AccessToken, HostId, SandboxId, SandboxState, TeamId};
 
 use crate::{
     config::Bounds,
     guest::{Guest, Guests, Reach},
     host::{HostClient, Stage},
-    store::{AuditEntry, Store},
+    store::{AuditEntry, SandboxRow, Store},
 };
 
 pub(crate) use auth::Caller;
 pub(crate) use error::CoreError;
 pub(crate) use exec::{Control, Session, random_tag};
 pub(crate) use files::Place;
+pub(crate) use fork::{Forking, Litter};
 pub(crate) use lifecycle::{Creation, Deletion, Listed};
+pub(crate) use persist::{Change, Verb};
 pub(crate) use recorder::Recorder;
+pub(crate) use snapshots::{Order, Snapshotting};
 pub(crate) use watch::follow_host;
 
 /// The state of a process of the control plane. All that must outlive it is in the database.
@@ -54,8 +63,11 @@ pub(crate) struct Core {
     recorder: Recorder,
     keys: auth::KnownKeys,
     routes: routes::Routes,
-    /// What this process is creating now. Owned by the creates; the watch only looks.
-    creating: Mutex<HashSet<SandboxId>>,
+    busy: busy::BusySandboxes,
+    /// Wakes those who wait for what becomes of a sandbox.
+    moved: Notify,
+    /// The names of the host's templates, as it last told them. Written by who asks the host.
+    platform: RwLock<HashSet<String>>,
     /// The host, once it has been heard of.
     host_id: latest::Sender<Option<HostId>>,
     /// Work that goes on when its caller has gone.
@@ -80,7 +92,9 @@ impl Core {
             bounds,
             keys: auth::KnownKeys::default(),
             routes: routes::Routes::default(),
-            creating: Mutex::default(),
+            busy: busy::BusySandboxes::default(),
+            moved: Notify::new(),
+            platform: RwLock::default(),
             host_id: latest::Sender::new(None),
             tasks,
             stop,
@@ -91,12 +105,9 @@ impl Core {
         self.host_id.borrow().clone().ok_or(CoreError::NoHost)
     }
 
-    fn is_creating(&self, id: &SandboxId) -> bool {
-        self.creating.lock().unwrap_or_else(PoisonError::into_inner).contains(id)
-    }
-
-    fn creating_now(&self) -> HashSet<SandboxId> {
-        self.creating.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    /// Whether a name is one of the host's templates.
+    fn is_platform(&self, name: &str) -> bool {
+        self.platform.read().unwrap_or_else(PoisonError::into_inner).contains(name)
     }
 
     /// Does something that belongs in the audit log, and puts it there with its outcome.
@@ -118,37 +129,41 @@ impl Core {
         outcome
     }
 
-    /// The way to the guest of a sandbox that should be running.
-    pub(crate) async fn guest(&self, caller: &Caller, id: &SandboxId) -> Result<Guest, CoreError> {
+    /// The way to the guest of a sandbox that should be running. One that is paused and asks for it is resumed.
+    pub(crate) async fn guest(self: &Arc<Self>, caller: &Caller, id: &SandboxId) -> Result<Guest, CoreError> {
         let route = match self.routes.find(caller.team, id) {
             Some(route) => route,
             None => {
-                let row = self.live_row(caller, id).await?;
-                let route = routes::Route {
-                    timeout: row.timeout(),
-                    token: wrenn_types::AccessToken::from_stored(row.access_token),
+                use SandboxState::{Paused, Pausing, Resuming};
+                let row = self.row(caller.team, id).await?;
+                let row = match row.state() {
+                    Paused | Pausing | Resuming if row.auto_resume => self.wake(caller, id).await?,
+                    _ => is_live(row, id)?,
                 };
-                self.routes.remember(caller.team, id.clone(), route.clone());
-                route
+                self.remember_route(caller.team, id, &row)
             }
         };
         Ok(self.guests.of(id.clone(), route.token, route.timeout))
     }
 
-    /// The row of a sandbox in a state in which its guest can be asked.
-    async fn live_row(&self, caller: &Caller, id: &SandboxId) -> Result<crate::store::SandboxRow, CoreError> {
-        use wrenn_types::SandboxState::{Missing, Running};
-        let row = self.store.sandbox(caller.team, id).await?;
-        let row = row.ok_or_else(|| CoreError::NoSuchSandbox(id.to_string()))?;
-        match row.state() {
-            // A missing sandbox may well be there: the tunnel will tell.
-            Running | Missing => Ok(row),
-            state => Err(CoreError::NotRunning { id: id.clone(), state, reason: row.end_message }),
+    /// Remembers the way to a guest, if it can be trusted without a look at the row: one that resumes by itself
+    /// has to be found paused *before* its guest is asked.
+    fn remember_route(&self, team: TeamId, id: &SandboxId, row: &SandboxRow) -> routes::Route {
+        let token = AccessToken::from_stored(row.access_token.clone());
+        let route = routes::Route { timeout: row.timeout(), token };
+        if !row.auto_resume {
+            self.routes.remember(team, id.clone(), route.clone());
         }
+        route
     }
 
-    /// A guest's error as the caller should see it: where the sandbox has ended, that is the error, and not
-    /// the broken connection that came of it.
+    /// The row of a sandbox in a state in which its guest can be asked.
+    async fn live_row(&self, caller: &Caller, id: &SandboxId) -> Result<SandboxRow, CoreError> {
+        is_live(self.row(caller.team, id).await?, id)
+    }
+
+    /// A guest's error as the caller should see it: where the sandbox has ended or is paused, that is the error,
+    /// and not the broken connection that came of it.
     pub(crate) async fn explain(
         &self,
         caller: &Caller,
@@ -156,31 +171,41 @@ impl Core {
         error: crate::guest::GuestError,
     ) -> CoreError {
         use crate::guest::GuestError;
-        let gone = match &error {
-            GuestError::Tunnel { reach: Reach::SandboxGone, .. } => true,
-            GuestError::Lost(_) | GuestError::Tunnel { reach: Reach::AgentSilent, .. } => {
-                // The connection may have broken because the sandbox has ended a moment ago.
-                match self.host.sandbox(id).await {
-                    Ok(Some(observed)) => matches!(observed.stage, Stage::Stopping | Stage::Stopped),
-                    Ok(None) => true,
-                    Err(_) => false,
-                }
-            }
-            _ => false,
-        };
-        if !gone {
+        let refused = matches!(&error, GuestError::Tunnel { reach: Reach::SandboxGone, .. });
+        let broken =
+            matches!(&error, GuestError::Lost(_) | GuestError::Tunnel { reach: Reach::AgentSilent, .. });
+        if !refused && !broken {
             return error.into();
         }
+        // The connection may have broken because of what has happened to the sandbox a moment ago.
+        let state = match self.host.sandbox(id).await {
+            Ok(Some(observed)) => match observed.stage {
+                Stage::Starting | Stage::Running | Stage::Snapshotting => return error.into(),
+                Stage::Stopping | Stage::Stopped => SandboxState::Stopped,
+                stage @ (Stage::Pausing | Stage::Paused | Stage::Resuming) => stage.state(),
+            },
+            Ok(None) => SandboxState::Stopped,
+            Err(_) if refused => SandboxState::Stopped,
+            Err(_) => return error.into(),
+        };
         self.routes.forget(id);
         match self.live_row(caller, id).await {
-            // The host has ended it and has not yet been heard of it.
-            Ok(_) => CoreError::NotRunning {
-                id: id.clone(),
-                state: wrenn_types::SandboxState::Stopped,
-                reason: Some("it has ended on its host".to_owned()),
-            },
+            // The host has not been heard of it yet.
+            Ok(_) => {
+                let reason = state.is_final().then(|| "it has ended on its host".to_owned());
+                CoreError::NotRunning { id: id.clone(), state, reason }
+            }
             Err(known) => known,
         }
+    }
+}
+
+fn is_live(row: SandboxRow, id: &SandboxId) -> Result<SandboxRow, CoreError> {
+    use SandboxState::{Missing, Running, Snapshotting};
+    match row.state() {
+        // A missing sandbox may well be there: the tunnel will tell.
+        Running | Missing | Snapshotting => Ok(row),
+        _ => Err(persist::wrong_state(id, &row)),
     }
 }
 

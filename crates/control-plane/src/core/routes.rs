@@ -1,5 +1,5 @@
-//! Which team a sandbox belongs to, what its guest asks of callers and how long it may be idle: these never
-//! change, so they are remembered, and the database stays off the path of an exec. Whether the sandbox still runs is not
+//! Which team a sandbox belongs to, what its guest asks of callers and how long it may be idle: these
+//! hardly ever change, so they are remembered, and the database stays off the path of an exec. Whether the sandbox still runs is not
 //! remembered: its host says so each time a tunnel is opened, and breaks the tunnels when it ends.
 
 use std::{

@@ -3,11 +3,12 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+use jiff::Timestamp;
 use wrenn_api::{CreateSandbox, Encoding, ExecRequest, stream::StartExec, stream::StartTerminal};
 use wrenn_types::{DiskMib, InactivityTimeout, MemoryMib, TemplateName, Vcpus};
 
-use super::CoreError;
-use crate::guest::Launch;
+use super::{CoreError, settings};
+use crate::{guest::Launch, host::Settings};
 
 /// The template of a create that names none.
 const DEFAULT_TEMPLATE: &str = "base";
@@ -30,13 +31,14 @@ const TERMINAL_CELLS: std::ops::RangeInclusive<i64> = 1..=1000;
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) struct Spec {
     pub(crate) template: TemplateName,
-    pub(crate) vcpus: Vcpus,
-    pub(crate) memory: MemoryMib,
+    /// Absent where the caller leaves it to the template or the snapshot.
+    pub(crate) vcpus: Option<Vcpus>,
+    pub(crate) memory: Option<MemoryMib>,
     pub(crate) disk: Option<DiskMib>,
-    pub(crate) timeout: InactivityTimeout,
     pub(crate) metadata: BTreeMap<String, String>,
     pub(crate) environment: BTreeMap<String, String>,
-    pub(crate) allow_internet_access: bool,
+    pub(crate) settings: Settings,
+    pub(crate) auto_resume: bool,
 }
 
 impl TryFrom<CreateSandbox> for Spec {
@@ -46,15 +48,22 @@ impl TryFrom<CreateSandbox> for Spec {
         let template = asked.template.as_deref().unwrap_or(DEFAULT_TEMPLATE);
         let metadata = asked.metadata.unwrap_or_default();
         check_metadata(&metadata)?;
+        let deadline = asked.deadline.as_deref().map(|text| settings::parse_deadline(text, Timestamp::now()));
+        let settings = Settings {
+            network: settings::parse_network(asked.network.unwrap_or_default(), asked.allow_internet_access)?,
+            timeout: asked.timeout_sec.map(InactivityTimeout::new).transpose()?.unwrap_or_default(),
+            on_timeout: asked.on_timeout.unwrap_or_default(),
+            deadline: settings::with_action(deadline.transpose()?.flatten(), asked.deadline_action)?,
+        };
         Ok(Self {
             template: template.parse().map_err(|error| CoreError::Invalid(format!("template: {error}")))?,
-            vcpus: asked.vcpus.map(Vcpus::new).transpose()?.unwrap_or_default(),
-            memory: asked.memory_mb.map(MemoryMib::new).transpose()?.unwrap_or_default(),
+            vcpus: asked.vcpus.map(Vcpus::new).transpose()?,
+            memory: asked.memory_mb.map(MemoryMib::new).transpose()?,
             disk: asked.disk_size_mb.map(DiskMib::new).transpose()?,
-            timeout: asked.timeout_sec.map(InactivityTimeout::new).transpose()?.unwrap_or_default(),
             metadata,
             environment: check_environment(asked.envs)?,
-            allow_internet_access: asked.allow_internet_access.unwrap_or(true),
+            settings,
+            auto_resume: asked.auto_resume.unwrap_or(false),
         })
     }
 }
@@ -87,7 +96,8 @@ pub(crate) fn check_metadata(metadata: &BTreeMap<String, String>) -> Result<(), 
     Ok(())
 }
 
-fn check_environment(
+/// Whether these may be variables of a sandbox.
+pub(crate) fn check_environment(
     environment: Option<BTreeMap<String, String>>,
 ) -> Result<BTreeMap<String, String>, CoreError> {
     let environment = environment.unwrap_or_default();
@@ -266,8 +276,10 @@ mod tests {
     fn defaults_of_a_create() {
         let spec = Spec::try_from(CreateSandbox::default()).unwrap();
         assert_eq!(spec.template.as_str(), "base");
-        assert_eq!((spec.vcpus.get(), spec.memory.get(), spec.timeout.get()), (1, 512, 0));
-        assert!(spec.allow_internet_access && spec.disk.is_none());
+        assert_eq!((spec.vcpus, spec.memory, spec.settings.timeout.get()), (None, None, 0));
+        assert!(spec.settings.network.internet && spec.disk.is_none() && !spec.auto_resume);
+        assert_eq!(spec.settings.on_timeout, wrenn_types::TimeoutAction::Pause);
+        assert!(spec.settings.deadline.is_none());
     }
 
     #[test]

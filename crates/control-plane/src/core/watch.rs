@@ -13,20 +13,31 @@
 use std::{collections::HashMap, error::Error as _, sync::Arc, time::Duration};
 
 use jiff::{SignedDuration, Timestamp};
+use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep, timeout};
 use wrenn_types::{SandboxId, SandboxState};
 
 use super::{
     Core, CoreError,
-    plan::{Action, Known, compare, settle},
+    plan::{Action, Known, absent, compare, settle},
 };
 use crate::{
     host::{HostEvent, HostWatch, Observed},
-    store::{HostRow, SandboxRow, Started, Store},
+    store::{HostRow, SandboxRow, Store},
 };
 
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
 const LONGEST_PAUSE: Duration = Duration::from_secs(2);
+/// All states but those of a sandbox that is to end, or has: what a host says of one that is there counts there.
+const THERE: [SandboxState; 7] = [
+    SandboxState::Starting,
+    SandboxState::Running,
+    SandboxState::Missing,
+    SandboxState::Pausing,
+    SandboxState::Paused,
+    SandboxState::Resuming,
+    SandboxState::Snapshotting,
+];
 /// How long a host may take to say all that it has.
 const SNAPSHOT: Duration = Duration::from_secs(15);
 
@@ -75,7 +86,7 @@ async fn call_missing(core: &Core) -> bool {
 }
 
 /// One connection to the host, from its beginning to its end.
-async fn follow_once(core: &Core, called_missing: &mut bool) -> Result<(), CoreError> {
+async fn follow_once(core: &Arc<Core>, called_missing: &mut bool) -> Result<(), CoreError> {
     let facts = core.host.facts().await?;
     let host = facts.id.clone();
     let row = HostRow {
@@ -86,6 +97,10 @@ async fn follow_once(core: &Core, called_missing: &mut bool) -> Result<(), CoreE
         accelerator: facts.accelerator,
     };
     core.store.upsert_host(&row).await?;
+    if let Err(error) = core.platform_templates().await {
+        // A host without them still has its sandboxes.
+        tracing::warn!(error = &error as &dyn std::error::Error, "the host does not tell its templates");
+    }
 
     let known = read_known(core, &host).await?;
     let mut watch = core.host.watch().await?;
@@ -99,6 +114,8 @@ async fn follow_once(core: &Core, called_missing: &mut bool) -> Result<(), CoreE
 
     let mut sweep = tokio::time::interval_at(Instant::now() + core.bounds.sweep, core.bounds.sweep);
     sweep.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    // Not waited for: what happens on the host is told meanwhile.
+    let mut orders: JoinHandle<()> = core.tasks.spawn(Arc::clone(core).sweep(host.clone()));
     loop {
         tokio::select! {
             event = watch.next_or(&core.stop) => match event? {
@@ -111,6 +128,9 @@ async fn follow_once(core: &Core, called_missing: &mut bool) -> Result<(), CoreE
                 let seen = core.host.sandboxes().await?;
                 let seen = seen.into_iter().map(|observed| (observed.id.clone(), observed)).collect();
                 apply_all(core, &known, &seen).await?;
+                if orders.is_finished() {
+                    orders = core.tasks.spawn(Arc::clone(core).sweep(host.clone()));
+                }
             }
         }
     }
@@ -132,7 +152,7 @@ fn known(row: &SandboxRow) -> Option<Known> {
         id: row.id.parse().ok()?,
         state: row.state(),
         generation: row.generation,
-        created_at: row.created_at.to_jiff(),
+        since: row.last_updated.to_jiff(),
     })
 }
 
@@ -140,14 +160,18 @@ async fn read_known(core: &Core, host: &wrenn_types::HostId) -> Result<Vec<Known
     Ok(core.store.live_on_host(host).await?.iter().filter_map(known).collect())
 }
 
+/// The time after which an intent may still be on its way to the host.
+fn young_since(core: &Core) -> Timestamp {
+    let grace = SignedDuration::try_from(core.bounds.start_grace).unwrap_or(SignedDuration::ZERO);
+    Timestamp::now().checked_sub(grace).unwrap_or(Timestamp::MIN)
+}
+
 async fn apply_all(
     core: &Core,
     known: &[Known],
     seen: &HashMap<SandboxId, Observed>,
 ) -> Result<(), CoreError> {
-    let grace = SignedDuration::try_from(core.bounds.start_grace).unwrap_or(SignedDuration::ZERO);
-    let young_since = Timestamp::now().checked_sub(grace).unwrap_or(Timestamp::MIN);
-    for action in compare(known, seen, &core.creating_now(), young_since) {
+    for action in compare(known, seen, &core.busy.now(), young_since(core)) {
         apply(core, action).await?;
     }
     Ok(())
@@ -157,17 +181,39 @@ async fn apply_one(core: &Core, observed: &Observed) -> Result<(), CoreError> {
     if let Some(at) = observed.last_active_at {
         core.recorder.sandbox_used(&observed.id, at);
     }
-    if core.is_creating(&observed.id) {
+    if core.busy.contains(&observed.id) {
         return Ok(());
     }
     let row = patient(core).sandbox_of_host(&observed.id).await?;
-    if let Some(row) = row.as_ref().and_then(known)
-        && !row.state.is_final()
-        && let Some(action) = settle(&row, observed)
-    {
-        apply(core, action).await?;
+    let Some(row) = row.as_ref().and_then(known).filter(|row| !row.state.is_final()) else { return Ok(()) };
+    match settle(&row, observed, young_since(core)) {
+        // An event can be older than the row. What the host says now is not.
+        Some(Action::Run { .. } | Action::Pausing { .. } | Action::Pause { .. }) => {
+            if let Some(observed) = core.host.sandbox(&row.id).await?
+                && let Some(action) = settle(&row, &observed, young_since(core))
+            {
+                apply(core, action).await?;
+            }
+            Ok(())
+        }
+        Some(action) => apply(core, action).await,
+        None => Ok(()),
     }
-    Ok(())
+}
+
+/// Asks the host about one sandbox and writes what it says: what was to become of it has failed, so nothing is on
+/// its way any more.
+pub(super) async fn settle_now(core: &Core, id: &SandboxId) -> Result<(), CoreError> {
+    let row = patient(core).sandbox_of_host(id).await?;
+    let Some(row) = row.as_ref().and_then(known).filter(|row| !row.state.is_final()) else { return Ok(()) };
+    let action = match core.host.sandbox(id).await? {
+        Some(observed) => settle(&row, &observed, Timestamp::MAX),
+        None => absent(&row, Timestamp::MAX),
+    };
+    match action {
+        Some(action) => apply(core, action).await,
+        None => Ok(()),
+    }
 }
 
 /// What a host says is said once: its writing can wait for a database that is away for a moment, and if it
@@ -180,11 +226,24 @@ async fn apply(core: &Core, action: Action) -> Result<(), CoreError> {
     tracing::debug!(?action, "the host and the database disagree");
     let store = patient(core);
     match action {
-        Action::Run { id, generation, disk_mib, at } => {
-            store.mark_running(&id, generation, Started { disk_mib, at }).await?;
+        Action::Run { id, generation, seen } => {
+            store.mark_running(&id, generation, &THERE, seen).await?;
+            core.moved.notify_waiters();
+        }
+        Action::Pausing { id, generation } => {
+            core.routes.forget(&id);
+            store.mark_pausing(&id, generation).await?;
+        }
+        Action::Pause { id, generation, seen } => {
+            core.routes.forget(&id);
+            if store.mark_paused(&id, generation, &THERE, seen).await?.is_some() {
+                tracing::info!(%id, "a sandbox is paused");
+            }
+            core.moved.notify_waiters();
         }
         Action::End { id, generation, state, reason, message } => {
             core.routes.forget(&id);
+            core.moved.notify_waiters();
             if store.mark_ended(&id, generation, state, reason, &message).await? {
                 tracing::info!(%id, %state, ?reason, message, "a sandbox has ended by itself");
             }
@@ -197,7 +256,7 @@ async fn apply(core: &Core, action: Action) -> Result<(), CoreError> {
         Action::DestroyUnknown { id, generation } => {
             let row = store.sandbox_of_host(&id).await?;
             let live = row.as_ref().is_some_and(|row| !row.state().is_final());
-            if !live && !core.is_creating(&id) {
+            if !live && !core.busy.contains(&id) {
                 tracing::warn!(%id, "the host has a sandbox that nobody knows: it is destroyed");
                 let generation = row.map_or(generation, |row| generation.max(row.generation));
                 core.host.destroy(&id, generation, core.bounds.destroy).await?;

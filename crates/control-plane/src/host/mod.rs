@@ -3,6 +3,7 @@
 //! There is no trait here: the boundary is the protocol. The tests speak it with an agent of their own that
 //! serves the same RPC and the same tunnels in front of a real `envd`.
 
+mod persist;
 mod tunnel;
 
 use std::{collections::BTreeMap, error::Error as StdError, path::PathBuf, sync::Arc, time::Duration};
@@ -22,9 +23,11 @@ use tokio::net::UnixStream;
 use tokio_util::sync::CancellationToken;
 use wrenn_proto::hostagent::v1 as proto;
 use wrenn_types::{
-    AccessToken, DiskMib, EndReason, HostId, InactivityTimeout, MemoryMib, ParseIdError, SandboxId, Vcpus,
+    AccessToken, DiskMib, EndReason, HostId, MemoryMib, ParseIdError, SandboxId, SandboxState, SnapshotId,
+    TemplateName, Vcpus,
 };
 
+pub(crate) use persist::{Captured, Deadline, Settings};
 pub(crate) use tunnel::{Tunnel, TunnelConnector, TunnelError};
 
 /// Why a host agent did not do what it was asked.
@@ -94,19 +97,25 @@ impl From<ConnectError> for HostError {
     }
 }
 
+/// What a sandbox is made from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Source {
+    Template(TemplateName),
+    Snapshot(SnapshotId),
+}
+
 /// What an agent is told about a new sandbox.
 #[derive(Debug, Clone)]
 pub(crate) struct CreateCommand {
     pub(crate) id: SandboxId,
     pub(crate) generation: i64,
-    pub(crate) template: String,
+    pub(crate) source: Source,
     pub(crate) vcpus: Vcpus,
     pub(crate) memory: MemoryMib,
     pub(crate) disk: Option<DiskMib>,
-    pub(crate) timeout: InactivityTimeout,
     pub(crate) access_token: AccessToken,
     pub(crate) environment: BTreeMap<String, String>,
-    pub(crate) allow_internet_access: bool,
+    pub(crate) settings: Settings,
 }
 
 /// One timed step of a create.
@@ -121,8 +130,28 @@ pub(crate) struct Phase {
 pub(crate) enum Stage {
     Starting,
     Running,
+    Pausing,
+    Paused,
+    Resuming,
+    Snapshotting,
     Stopping,
     Stopped,
+}
+
+impl Stage {
+    /// The state that says the same.
+    pub(crate) fn state(self) -> SandboxState {
+        match self {
+            Self::Starting => SandboxState::Starting,
+            Self::Running => SandboxState::Running,
+            Self::Pausing => SandboxState::Pausing,
+            Self::Paused => SandboxState::Paused,
+            Self::Resuming => SandboxState::Resuming,
+            Self::Snapshotting => SandboxState::Snapshotting,
+            Self::Stopping => SandboxState::Stopping,
+            Self::Stopped => SandboxState::Stopped,
+        }
+    }
 }
 
 /// What an agent says of a sandbox.
@@ -132,8 +161,12 @@ pub(crate) struct Observed {
     pub(crate) generation: i64,
     pub(crate) stage: Stage,
     pub(crate) disk_mib: u32,
+    pub(crate) timeout_seconds: u32,
     pub(crate) started_at: Timestamp,
     pub(crate) last_active_at: Option<Timestamp>,
+    pub(crate) paused_at: Option<Timestamp>,
+    pub(crate) paused_bytes: Option<u64>,
+    pub(crate) last_failure: String,
     pub(crate) end_reason: EndReason,
     pub(crate) end_message: String,
     pub(crate) disk_used_bytes: Option<u64>,
@@ -211,26 +244,30 @@ impl HostClient {
         command: CreateCommand,
         bound: Duration,
     ) -> Result<(Observed, Vec<Phase>), HostError> {
+        let (template, snapshot_id) = match command.source {
+            Source::Template(name) => (name.to_string(), None),
+            Source::Snapshot(id) => (String::new(), Some(id.to_string())),
+        };
         let request = proto::CreateSandboxRequest {
             sandbox_id: command.id.into(),
             generation: wire_generation(command.generation),
-            template: command.template,
+            template,
+            snapshot_id,
             vcpus: command.vcpus.get(),
             memory_mib: command.memory.get(),
             disk_mib: command.disk.map(DiskMib::get),
-            timeout_seconds: command.timeout.get(),
+            timeout_seconds: command.settings.timeout.get(),
             access_token: command.access_token.expose().to_owned(),
             environment: command.environment.into_iter().collect(),
-            allow_internet_access: command.allow_internet_access,
+            network: persist::network(&command.settings.network).into(),
+            on_timeout: persist::action(command.settings.on_timeout).into(),
+            deadline: persist::deadline(command.settings.deadline).into(),
             ..Default::default()
         };
         let options = CallOptions::default().with_timeout(bound);
         let answer = self.rpc.create_sandbox_with_options(request, options).await?.into_owned();
         let sandbox = answer.sandbox.into_option().ok_or(HostError::Malformed { what: "no sandbox" })?;
-        let phases = answer.phases.into_iter();
-        let phases = phases
-            .map(|phase| Phase { name: phase.name, duration: Duration::from_micros(phase.duration_micros) });
-        Ok((observed(sandbox)?, phases.collect()))
+        Ok((observed(sandbox)?, timed(answer.phases)))
     }
 
     /// Destroys a sandbox, or finds it gone.
@@ -338,6 +375,14 @@ impl HostWatch {
     }
 }
 
+fn timed(phases: Vec<proto::Phase>) -> Vec<Phase> {
+    let phase = |phase: proto::Phase| Phase {
+        name: phase.name,
+        duration: Duration::from_micros(phase.duration_micros),
+    };
+    phases.into_iter().map(phase).collect()
+}
+
 fn wire_generation(generation: i64) -> u64 {
     u64::try_from(generation).unwrap_or(0)
 }
@@ -349,6 +394,10 @@ fn observed(sandbox: proto::Sandbox) -> Result<Observed, HostError> {
         Some(State::SANDBOX_STATE_RUNNING) => Stage::Running,
         Some(State::SANDBOX_STATE_STOPPING) => Stage::Stopping,
         Some(State::SANDBOX_STATE_STOPPED) => Stage::Stopped,
+        Some(State::SANDBOX_STATE_PAUSING) => Stage::Pausing,
+        Some(State::SANDBOX_STATE_PAUSED) => Stage::Paused,
+        Some(State::SANDBOX_STATE_RESUMING) => Stage::Resuming,
+        Some(State::SANDBOX_STATE_SNAPSHOTTING) => Stage::Snapshotting,
         Some(State::SANDBOX_STATE_UNSPECIFIED) | None => {
             return Err(HostError::Malformed { what: "the state of a sandbox" });
         }
@@ -356,6 +405,7 @@ fn observed(sandbox: proto::Sandbox) -> Result<Observed, HostError> {
     let end_reason = match sandbox.end_reason.as_known() {
         Some(Wire::END_REASON_REQUESTED) => EndReason::Requested,
         Some(Wire::END_REASON_INACTIVITY) => EndReason::Inactivity,
+        Some(Wire::END_REASON_DEADLINE) => EndReason::Deadline,
         Some(Wire::END_REASON_GUEST_SHUTDOWN) => EndReason::GuestShutdown,
         Some(Wire::END_REASON_GUEST_PANIC) => EndReason::GuestPanic,
         Some(Wire::END_REASON_START_FAILED) => EndReason::StartFailed,
@@ -369,6 +419,10 @@ fn observed(sandbox: proto::Sandbox) -> Result<Observed, HostError> {
             .map_err(|_| HostError::Malformed { what: "the generation of a sandbox" })?,
         stage,
         disk_mib: sandbox.disk_mib,
+        timeout_seconds: sandbox.timeout_seconds,
+        paused_at: sandbox.paused_at_ms.and_then(instant),
+        paused_bytes: sandbox.paused_bytes,
+        last_failure: sandbox.last_failure,
         started_at: instant(sandbox.started_at_ms).unwrap_or_else(Timestamp::now),
         last_active_at: instant(sandbox.last_active_at_ms),
         end_reason,

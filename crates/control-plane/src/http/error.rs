@@ -90,9 +90,19 @@ fn core_parts(error: &CoreError) -> Parts {
             (StatusCode::BAD_REQUEST, ErrorCode::InvalidRequest)
         }
         CoreError::NoKey | CoreError::UnknownKey => (StatusCode::UNAUTHORIZED, ErrorCode::Unauthorized),
-        CoreError::NoSuchSandbox(_) => (StatusCode::NOT_FOUND, ErrorCode::NotFound),
+        CoreError::NoSuchSandbox(_) | CoreError::NoSuchSnapshot(_) => {
+            (StatusCode::NOT_FOUND, ErrorCode::NotFound)
+        }
         CoreError::NotRunning { .. } => (StatusCode::CONFLICT, ErrorCode::InvalidState),
-        CoreError::DestroyedWhileStarting(_) => (StatusCode::CONFLICT, ErrorCode::Conflict),
+        CoreError::Destroyed(_) | CoreError::NameTaken(_) | CoreError::NameReserved(_) => {
+            (StatusCode::CONFLICT, ErrorCode::Conflict)
+        }
+        CoreError::Platform(_) => (StatusCode::FORBIDDEN, ErrorCode::Forbidden),
+        CoreError::Fork(error) => {
+            let cause = core_parts(error);
+            let message = format!("none of the children is there: {}", cause.message);
+            return Parts { message, ..cause };
+        }
         CoreError::CommandTimedOut(_) => (StatusCode::GATEWAY_TIMEOUT, ErrorCode::Timeout),
         CoreError::TooMany(_) => (StatusCode::SERVICE_UNAVAILABLE, ErrorCode::Unavailable),
         CoreError::AuditFull => (StatusCode::SERVICE_UNAVAILABLE, ErrorCode::Unavailable),
@@ -200,7 +210,7 @@ pub(crate) enum Errors {
     /// There is no API key in the request, or it is not known.
     #[response(status = 401)]
     Unauthorized(ErrorBody),
-    /// The sandbox, template, path or process is not there.
+    /// The sandbox, template, snapshot, path or process is not there.
     #[response(status = 404)]
     NotFound(ErrorBody),
     /// The state of the sandbox, or what is there already, does not allow it.

@@ -10,7 +10,7 @@ use http::request::Parts;
 use http_body_util::LengthLimitError;
 use serde::de::DeserializeOwned;
 use wrenn_api::API_KEY_HEADER;
-use wrenn_types::SandboxId;
+use wrenn_types::{SandboxId, TemplateName};
 
 use super::error::ApiError;
 use crate::core::{Caller, Core, CoreError};
@@ -48,6 +48,25 @@ impl<S: Send + Sync> FromRequestParts<S> for Id {
     }
 }
 
+/// The template or snapshot that the path names. What is no name at all names none.
+#[derive(Debug)]
+pub(crate) struct Name(pub(crate) TemplateName);
+
+impl<S: Send + Sync> FromRequestParts<S> for Name {
+    type Rejection = ApiError;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, ApiError> {
+        let text = path_part(parts, state, "name").await?;
+        match text.parse() {
+            Ok(name) => Ok(Self(name)),
+            Err(form) => {
+                let shown: String = text.chars().take(40).collect();
+                Err(CoreError::NoSuchSnapshot(format!("{shown:?} ({form})")).into())
+            }
+        }
+    }
+}
+
 /// The process that the path names, by its id or its tag.
 #[derive(Debug)]
 pub(crate) struct Process(pub(crate) crate::guest::Selector);
@@ -80,6 +99,19 @@ impl<T: DeserializeOwned> FromRequest<Arc<Core>> for JsonBody<T> {
     async fn from_request(request: Request, _: &Arc<Core>) -> Result<Self, ApiError> {
         let bytes = read(request.into_body(), JSON_LIMIT, JSON_BOUND).await?;
         Ok(Self(parse_json(&bytes)?))
+    }
+}
+
+/// A JSON body that may be left out, which is the same as an object without fields.
+#[derive(Debug)]
+pub(crate) struct OptionalJson<T>(pub(crate) T);
+
+impl<T: DeserializeOwned + Default> FromRequest<Arc<Core>> for OptionalJson<T> {
+    type Rejection = ApiError;
+
+    async fn from_request(request: Request, _: &Arc<Core>) -> Result<Self, ApiError> {
+        let bytes = read(request.into_body(), JSON_LIMIT, JSON_BOUND).await?;
+        Ok(Self(if bytes.trim_ascii().is_empty() { T::default() } else { parse_json(&bytes)? }))
     }
 }
 

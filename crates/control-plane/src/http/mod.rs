@@ -4,22 +4,24 @@
 //! ```text
 //! /v1/sandboxes/…   ┐
 //! /v1/capsules/…    │ one router, also under the prefix /api;
-//! /v1/templates     │ under /api/legacy terminals speak the older dialect
-//! /v1/snapshots     ┘
+//! /v1/snapshots     │ under /api/legacy terminals speak the older dialect
+//! /v1/templates     ┘
 //! /health  /openapi.yaml  /docs
 //! ```
 //!
-//! The OpenAPI document describes `/v1/sandboxes`; the other paths are aliases of it.
+//! The OpenAPI document describes `/v1/sandboxes` and `/v1/snapshots`; the other paths are aliases of them.
 
 mod error;
 mod exec;
 mod extract;
 mod files;
 mod multipart;
+mod persist;
 mod sandboxes;
 mod server;
 mod socket;
 mod streams;
+mod templates;
 mod terminal;
 mod text;
 
@@ -77,6 +79,12 @@ fn sandbox_routes() -> OpenApiRouter<Arc<Core>> {
         .routes(routes!(sandboxes::create, sandboxes::list))
         .routes(routes!(sandboxes::get, sandboxes::delete))
         .routes(routes!(sandboxes::ping))
+        .routes(routes!(persist::pause))
+        .routes(routes!(persist::resume))
+        .routes(routes!(persist::rollback))
+        .routes(routes!(persist::fork))
+        .routes(routes!(persist::network, persist::set_network))
+        .routes(routes!(persist::set_timeout))
         .routes(routes!(exec::exec))
         .routes(routes!(exec::processes))
         .routes(routes!(exec::signal))
@@ -97,11 +105,16 @@ fn sandbox_routes() -> OpenApiRouter<Arc<Core>> {
         .routes(routes!(multipart::stream_write))
 }
 
+fn template_routes() -> OpenApiRouter<Arc<Core>> {
+    OpenApiRouter::new()
+        .routes(routes!(templates::list, templates::snapshot))
+        .routes(routes!(templates::get, templates::delete))
+}
+
 fn documented() -> (Router<Arc<Core>>, utoipa::openapi::OpenApi) {
-    let templates = || OpenApiRouter::new().routes(routes!(sandboxes::templates));
     OpenApiRouter::with_openapi(Document::openapi())
         .nest("/v1/sandboxes", sandbox_routes())
-        .nest("/v1/templates", templates())
+        .nest("/v1/snapshots", template_routes())
         .routes(routes!(health))
         .split_for_parts()
 }
@@ -115,7 +128,7 @@ pub fn openapi() -> utoipa::openapi::OpenApi {
 /// Everything under `/v1`.
 fn version_one() -> Router<Arc<Core>> {
     let (sandboxes, _) = sandbox_routes().split_for_parts();
-    let templates = Router::new().route("/", routing::get(sandboxes::templates));
+    let (templates, _) = template_routes().split_for_parts();
     Router::new()
         .nest("/v1/sandboxes", sandboxes.clone())
         .nest("/v1/capsules", sandboxes)

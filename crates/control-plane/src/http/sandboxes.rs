@@ -60,19 +60,22 @@ pub(super) async fn create(
 }
 
 fn server_timing(phases: &[Phase], database: Duration, total: Duration) -> HeaderValue {
+    let named = |name: &str, duration| Phase { name: name.to_owned(), duration };
+    let mut phases = phases.to_vec();
+    phases.extend([named("database", database), named("total", total)]);
+    phase_timing(&phases)
+}
+
+/// The value of the header Server-Timing.
+pub(super) fn phase_timing(phases: &[Phase]) -> HeaderValue {
     let mut text = String::new();
     for phase in phases {
         // A name on this header is a token: letters, digits and a few signs.
         let name: String =
             phase.name.chars().map(|c| if c.is_ascii_alphanumeric() || c == '_' { c } else { '-' }).collect();
-        let _ = write!(text, "{name};dur={:.3}, ", phase.duration.as_secs_f64() * 1e3);
+        let comma = if text.is_empty() { "" } else { ", " };
+        let _ = write!(text, "{comma}{name};dur={:.3}", phase.duration.as_secs_f64() * 1e3);
     }
-    let _ = write!(
-        text,
-        "database;dur={:.3}, total;dur={:.3}",
-        database.as_secs_f64() * 1e3,
-        total.as_secs_f64() * 1e3
-    );
     HeaderValue::try_from(text).unwrap_or_else(|_| HeaderValue::from_static("total"))
 }
 
@@ -184,24 +187,6 @@ pub(super) async fn delete(State(core): Shared, caller: Caller, Id(id): Id) -> R
 pub(super) async fn ping(State(core): Shared, caller: Caller, Id(id): Id) -> Result<StatusCode, ApiError> {
     core.ping(&caller, &id).await?;
     Ok(StatusCode::NO_CONTENT)
-}
-
-/// What sandboxes can start from.
-#[utoipa::path(
-    get, path = "", tag = "templates", operation_id = "list_templates",
-    params(("type" = Option<String>, Query, description = "Only `base` or only `snapshot`.")),
-    responses((status = 200, description = "The templates", body = Vec<wrenn_api::Template>), Errors)
-)]
-pub(super) async fn templates(
-    State(core): Shared,
-    _: Caller,
-    mut pairs: Pairs,
-) -> Result<Json<Vec<wrenn_api::Template>>, ApiError> {
-    match pairs.take("type").as_deref() {
-        None | Some("" | "base") => Ok(Json(core.templates().await?)),
-        Some("snapshot") => Ok(Json(Vec::new())),
-        Some(_) => Err(CoreError::Invalid("type must be base or snapshot".to_owned()).into()),
-    }
 }
 
 #[cfg(test)]

@@ -32,18 +32,22 @@ impl Store {
         let resources = column(|entry| entry.resource_id.clone());
         let actions = column(|entry| entry.action.to_owned());
         let statuses = column(|entry| entry.status.clone());
+        // The kind of a resource is in its id.
+        let kinds = column(|entry| {
+            if entry.resource_id.starts_with("sn-") { "snapshot" } else { "sandbox" }.to_owned()
+        });
         let metadata: Vec<Value> = entries.iter().map(|entry| entry.metadata.clone()).collect();
         let times: Vec<jiff_sqlx::Timestamp> = entries.iter().map(|entry| entry.at.into()).collect();
         self.run("append to the audit log", || {
             sqlx::query!(
                 "INSERT INTO audit_log (id, team_id, actor_type, actor_id, actor_name, resource_type,
                      resource_id, action, status, metadata, created_at)
-                 SELECT id, team_id, 'api_key', actor_id, actor_name, 'sandbox', resource_id, action, status,
+                 SELECT id, team_id, 'api_key', actor_id, actor_name, resource_type, resource_id, action, status,
                      metadata, created_at
                  FROM unnest($1::uuid[], $2::uuid[], $3::text[], $4::text[], $5::text[], $6::text[],
-                     $7::text[], $8::jsonb[], $9::timestamptz[])
+                     $7::text[], $8::jsonb[], $9::timestamptz[], $10::text[])
                      AS entry (id, team_id, actor_id, actor_name, resource_id, action, status, metadata,
-                         created_at)
+                         created_at, resource_type)
                  ON CONFLICT DO NOTHING",
                 &ids,
                 &teams,
@@ -54,6 +58,7 @@ impl Store {
                 &statuses,
                 &metadata,
                 &times as &[jiff_sqlx::Timestamp],
+                &kinds,
             )
             .execute(&self.pool)
         })

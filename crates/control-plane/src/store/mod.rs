@@ -12,7 +12,9 @@
 mod audit;
 mod hosts;
 mod keys;
+mod persist;
 mod sandboxes;
+mod snapshots;
 
 use std::{collections::BTreeMap, str::FromStr as _, time::Duration};
 
@@ -25,7 +27,12 @@ use tokio::time::{Instant, sleep, timeout_at};
 pub(crate) use audit::AuditEntry;
 pub(crate) use hosts::HostRow;
 pub(crate) use keys::first_key;
-pub(crate) use sandboxes::{Cursor, ListFilter, NewSandbox, SandboxRow, Started};
+pub(crate) use persist::Seen;
+pub(crate) use sandboxes::{Cursor, ListFilter, NewSandbox, SandboxRow};
+pub(crate) use snapshots::{Made, NewSnapshot, SnapshotRow};
+
+/// What a sandbox may reach.
+pub(crate) type Policy = sqlx::types::Json<wrenn_types::NetworkPolicy>;
 
 /// Names and values that a caller gave a sandbox.
 pub(crate) type Metadata = sqlx::types::Json<BTreeMap<String, String>>;

@@ -1,4 +1,5 @@
-//! Sandboxes: rows that change by compare-and-set.
+//! Sandboxes: rows that change by compare-and-set. What happens between running and paused is in
+//! [`super::persist`].
 
 use std::collections::BTreeMap;
 
@@ -6,11 +7,12 @@ use jiff::Timestamp;
 use sqlx::types::Json;
 use uuid::Uuid;
 use wrenn_types::{
-    AccessToken, DiskMib, EndReason, HostId, InactivityTimeout, MemoryMib, SandboxId, SandboxState, TeamId,
-    Vcpus,
+    AccessToken, DiskMib, EndReason, HostId, InactivityTimeout, MemoryMib, SandboxId, SandboxState,
+    SnapshotId, TeamId, TimeoutAction, Vcpus,
 };
 
-use super::{Metadata, Store, StoreError};
+use super::{Metadata, Policy, Store, StoreError};
+use crate::host::{Deadline, Settings};
 
 /// A row as the database has it.
 #[derive(Debug, Clone)]
@@ -35,6 +37,27 @@ pub(crate) struct SandboxRow {
     pub(crate) started_at: Option<jiff_sqlx::Timestamp>,
     pub(crate) last_active_at: Option<jiff_sqlx::Timestamp>,
     pub(crate) last_updated: jiff_sqlx::Timestamp,
+    pub(crate) network: Policy,
+    pub(crate) on_timeout: String,
+    pub(crate) deadline_at: Option<jiff_sqlx::Timestamp>,
+    pub(crate) deadline_action: String,
+    pub(crate) auto_resume: bool,
+    pub(crate) paused_at: Option<jiff_sqlx::Timestamp>,
+    pub(crate) source_snapshot: Option<String>,
+    pub(crate) settings_pending: bool,
+}
+
+/// The word of an action, as it is stored.
+pub(super) fn action_word(action: TimeoutAction) -> &'static str {
+    match action {
+        TimeoutAction::Pause => "pause",
+        TimeoutAction::Kill => "kill",
+    }
+}
+
+fn action(word: &str) -> TimeoutAction {
+    // The table's own check admits no third word.
+    if word == "kill" { TimeoutAction::Kill } else { TimeoutAction::Pause }
 }
 
 impl SandboxRow {
@@ -46,6 +69,18 @@ impl SandboxRow {
     /// How long it may be idle; the table's own check admits no number out of bounds.
     pub(crate) fn timeout(&self) -> InactivityTimeout {
         InactivityTimeout::new(self.timeout_sec.into()).unwrap_or_default()
+    }
+
+    /// What of it can be changed while it is there.
+    pub(crate) fn settings(&self) -> Settings {
+        let action_at = action(&self.deadline_action);
+        let deadline = self.deadline_at.map(|at| Deadline { at: at.to_jiff(), action: action_at });
+        Settings {
+            network: self.network.0.clone(),
+            timeout: self.timeout(),
+            on_timeout: action(&self.on_timeout),
+            deadline,
+        }
     }
 
     /// Why it ended.
@@ -73,17 +108,11 @@ pub(crate) struct NewSandbox {
     pub(crate) vcpus: Vcpus,
     pub(crate) memory: MemoryMib,
     pub(crate) disk: Option<DiskMib>,
-    pub(crate) timeout: InactivityTimeout,
     pub(crate) metadata: BTreeMap<String, String>,
-    pub(crate) allow_internet_access: bool,
     pub(crate) access_token: AccessToken,
-}
-
-/// What its host says of a sandbox that has come up.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Started {
-    pub(crate) disk_mib: u32,
-    pub(crate) at: Timestamp,
+    pub(crate) settings: Settings,
+    pub(crate) auto_resume: bool,
+    pub(crate) source_snapshot: Option<SnapshotId>,
 }
 
 /// Where a page of a list begins: after the sandbox that has these.
@@ -104,7 +133,7 @@ pub(crate) struct ListFilter {
     pub(crate) limit: Option<i64>,
 }
 
-fn small(number: u32) -> i32 {
+pub(super) fn small(number: u32) -> i32 {
     // Every bound of the resources is far below.
     i32::try_from(number).unwrap_or(i32::MAX)
 }
@@ -112,12 +141,17 @@ fn small(number: u32) -> i32 {
 impl Store {
     /// Writes a new sandbox in state `starting`, or says that its id is taken. Durable after a flush.
     pub(crate) async fn insert_sandbox(&self, new: &NewSandbox) -> Result<Option<SandboxRow>, StoreError> {
+        let Settings { network, timeout, on_timeout, deadline } = &new.settings;
+        let deadline_at = deadline.map(|deadline| jiff_sqlx::Timestamp::from(deadline.at));
+        let deadline_action = deadline.map_or_else(TimeoutAction::default, |deadline| deadline.action);
         self.run("write a sandbox", || {
             sqlx::query_as!(
                 SandboxRow,
                 "INSERT INTO sandboxes (id, team_id, host_id, template, state, generation, vcpus, memory_mb,
-                     disk_size_mb, timeout_sec, metadata, allow_internet_access, access_token)
-                 VALUES ($1, $2, $3, $4, 'starting', 1, $5, $6, $7, $8, $9, $10, $11)
+                     disk_size_mb, timeout_sec, metadata, allow_internet_access, access_token, network,
+                     on_timeout, deadline_at, deadline_action, auto_resume, source_snapshot)
+                 VALUES ($1, $2, $3, $4, 'starting', 1, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16,
+                     $17)
                  ON CONFLICT (id) DO NOTHING
                  RETURNING *",
                 new.id.as_str(),
@@ -127,10 +161,16 @@ impl Store {
                 small(new.vcpus.get()),
                 small(new.memory.get()),
                 new.disk.map(|disk| small(disk.get())),
-                small(new.timeout.get()),
+                small(timeout.get()),
                 Json(&new.metadata) as _,
-                new.allow_internet_access,
+                network.internet,
                 new.access_token.expose(),
+                Json(network) as _,
+                action_word(*on_timeout),
+                deadline_at as _,
+                action_word(deadline_action),
+                new.auto_resume,
+                new.source_snapshot.as_ref().map(SnapshotId::as_str),
             )
             .fetch_optional(&self.hasty)
         })
@@ -229,32 +269,6 @@ impl Store {
         .await
     }
 
-    /// To `running`, if it is still what this generation was meant to bring up (or its host was away). Not
-    /// waited for: as long as the row itself is durable, its host can tell this again.
-    pub(crate) async fn mark_running(
-        &self,
-        id: &SandboxId,
-        generation: i64,
-        started: Started,
-    ) -> Result<Option<SandboxRow>, StoreError> {
-        self.run("note that a sandbox runs", || {
-            sqlx::query_as!(
-                SandboxRow,
-                "UPDATE sandboxes SET state = 'running', disk_size_mb = $3,
-                     started_at = coalesce(started_at, $4), last_active_at = coalesce(last_active_at, $4),
-                     last_updated = CASE state WHEN 'running' THEN last_updated ELSE now() END
-                 WHERE id = $1 AND generation = $2 AND state IN ('starting', 'running', 'missing')
-                 RETURNING *",
-                id.as_str(),
-                generation,
-                small(started.disk_mib),
-                jiff_sqlx::Timestamp::from(started.at) as _,
-            )
-            .fetch_optional(&self.hasty)
-        })
-        .await
-    }
-
     /// To `stopping` with the next generation, from any state that has not ended; answers the row as it is
     /// then, whoever changed it. Not waited for: should it be lost, the sandbox is found gone from its host.
     pub(crate) async fn mark_stopping(
@@ -329,12 +343,13 @@ impl Store {
         .map(drop)
     }
 
-    /// What runs on a host that has not been heard of is missing.
+    /// What runs on a host that has not been heard of is missing, and so is what was on its way. What is paused
+    /// stays so: nothing can have happened to it.
     pub(crate) async fn mark_missing(&self, host: &HostId) -> Result<u64, StoreError> {
         self.run("note that a host is missing", || {
             sqlx::query!(
                 "UPDATE sandboxes SET state = 'missing', last_updated = now()
-                 WHERE host_id = $1 AND state = 'running'",
+                 WHERE host_id = $1 AND state IN ('running', 'pausing', 'resuming', 'snapshotting')",
                 host.as_str()
             )
             .execute(&self.pool)

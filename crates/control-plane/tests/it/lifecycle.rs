@@ -42,7 +42,8 @@ async fn a_sandbox_from_create_to_delete() {
 
     let asked = world.agent.creates().pop().unwrap();
     assert_eq!((asked.vcpus, asked.memory_mib, asked.disk_mib), (2, 256, Some(2048)));
-    assert_eq!((asked.timeout_seconds, asked.generation, asked.allow_internet_access), (600, 1, false));
+    let internet = asked.network.as_option().unwrap().internet;
+    assert_eq!((asked.timeout_seconds, asked.generation, internet), (600, 1, false));
     assert_eq!(asked.access_token.len(), 64);
     let green = world.client.shell(id, "echo $COLOUR").await.json();
     assert_eq!(green["stdout"], "green\n");

@@ -21,7 +21,7 @@ use tokio::{
 };
 use wrenn_types::AccessToken;
 
-use crate::network::GuestConnector;
+use crate::{network::GuestConnector, sandbox::record::Record};
 
 /// The port of the guest agent.
 pub const ENVD_PORT: u16 = 49983;
@@ -91,6 +91,25 @@ pub struct Identity<'a> {
     /// The size of the root disk, where it is not that of the snapshot.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub disk_bytes: Option<u64>,
+}
+
+impl<'a> Identity<'a> {
+    /// What a sandbox is by its record, now, with fresh randomness; without what only a restore changes.
+    #[must_use]
+    pub fn of(record: &'a Record, dns_servers: &'a [std::net::Ipv4Addr]) -> Self {
+        Self {
+            hostname: Some(record.id.as_str()),
+            timestamp: jiff::Timestamp::now().to_string(),
+            entropy: Self::fresh_entropy(),
+            machine_id: None,
+            access_token: None,
+            env_vars: &record.environment,
+            default_user: &record.default_user,
+            default_workdir: &record.default_workdir,
+            dns_servers,
+            disk_bytes: None,
+        }
+    }
 }
 
 impl Identity<'_> {

@@ -13,6 +13,7 @@ use wrenn_types::InstanceId;
 use super::{
     addresses::{NAMESPACE_PREFIX, OUTER_PREFIX, SLOTS_DIR, SlotNumber},
     error::SlotError,
+    lease::Lease,
     making,
     uplink::{OpenUplink, Uplink},
 };
@@ -78,7 +79,7 @@ async fn look_at(uplink: Arc<OpenUplink>, number: SlotNumber) -> Result<Found, S
         Err(error) => return Err(lease(error)),
     };
     let Some(lock) = lock else { return Ok(if ours { Found::Ours(number) } else { Found::Others }) };
-    match making::dismantle(&uplink, number, lock).await {
+    match making::dismantle(&uplink, Lease::found(number, lock)).await {
         Ok(()) => Ok(Found::Removed(number)),
         Err(error) if ours => Err(error),
         // What another stack left is no reason not to start. Whoever uses the number next tries again.

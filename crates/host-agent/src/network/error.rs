@@ -12,6 +12,15 @@ pub enum SlotError {
     /// All 32767 are leased.
     #[error("every slot of this machine is in use")]
     Exhausted,
+    /// It was to be adopted, and this agent uses it already.
+    #[error("slot {0} is in use by this agent")]
+    InUse(SlotNumber),
+    /// It was to be adopted, and no slot of this instance has that number.
+    #[error("slot {0} is not one of this instance's")]
+    NotOurs(SlotNumber),
+    /// An adopted slot's lock was needed, and a process that is not the agent has it.
+    #[error("slot {0} is still held by another process")]
+    Held(SlotNumber),
     /// The lease could not be taken, written, handed on or removed.
     #[error("could not use the lease of slot {number}")]
     Lease {

@@ -13,25 +13,24 @@
 
 use std::{fs, io, sync::Arc};
 
-use wrenn_host_linux::{conntrack, lock::FileLock, netns, netns::NetworkNamespace, tap};
+use wrenn_host_linux::{conntrack, netns, netns::NetworkNamespace, tap};
 
 use super::{
     addresses::{GATEWAY, GUEST, GUEST_MAC, GUEST_PREFIX, INNER, SlotNumber, TAP, TAP_MAC, VETH_PREFIX},
     error::SlotError,
+    lease::{Lease, Leases},
     netlink::Netlink,
     nft,
-    policy::Policy,
-    ruleset,
+    policy::{Bandwidth, Policy},
+    ruleset, shaping,
     uplink::OpenUplink,
 };
 
 /// A slot that is leased and made, with a policy in force.
 #[derive(Debug)]
 pub(super) struct Prepared {
-    /// Which one.
-    pub(super) number: SlotNumber,
-    /// The right to use the number. It is kept as long as anything of the slot exists.
-    pub(super) lease: FileLock,
+    /// The right to use its number. It is kept as long as anything of the slot exists.
+    pub(super) lease: Lease,
     /// Its namespace.
     pub(super) namespace: NetworkNamespace,
     /// The policy in force; none while it is unknown, because a change was broken off.
@@ -57,43 +56,66 @@ const SETTINGS: [(&str, &str); 10] = [
     ("net/ipv6/conf/default/disable_ipv6", "1"),
 ];
 
-/// Takes the first lease that is free, beginning with `from`.
-pub(super) fn lease(from: SlotNumber) -> Result<(SlotNumber, FileLock), SlotError> {
-    let mut number = from;
-    loop {
-        let acquired = FileLock::try_acquire(number.lease().as_std_path());
-        if let Some(lock) = acquired.map_err(|source| SlotError::Lease { number, source })? {
-            return Ok((number, lock));
-        }
-        number = number.next();
-        if number == from {
-            return Err(SlotError::Exhausted);
-        }
-    }
-}
-
 /// Makes a slot with the first number that is free, beginning with `from`. When that fails, nothing is left.
 pub(super) async fn make(
     uplink: Arc<OpenUplink>,
+    leases: Arc<Leases>,
     from: SlotNumber,
     policy: Policy,
 ) -> Result<Prepared, SlotError> {
-    let (number, mut lease) = lease(from)?;
-    lease.write(uplink.instance.as_str()).map_err(|source| SlotError::Lease { number, source })?;
+    let mut lease = leases.take(from)?;
+    lease.write(&uplink.instance)?;
+    let number = lease.number();
     if number.namespace().exists() {
         // Its owner died: the lease was free. Whoever holds the lease clears what is left.
         clear(&uplink, number).await?;
     }
-    match build(&uplink, number, &policy).await {
-        Ok(namespace) => Ok(Prepared { number, lease, namespace, policy: Some(policy), uplink }),
-        Err(error) => {
-            if let Err(left) = dismantle(&uplink, number, lease).await {
-                let left = &left as &dyn std::error::Error;
-                tracing::warn!(slot = %number, error = left, "what was made of a slot stays until its number is used");
+    let error = match build(&uplink, number, &policy).await {
+        Ok(namespace) => {
+            let prepared = Prepared { lease, namespace, policy: Some(policy.clone()), uplink };
+            match shaping::apply(&prepared, Some(Bandwidth::default()), policy.bandwidth()).await {
+                Ok(()) => return Ok(prepared),
+                Err(error) => {
+                    let Prepared { lease: unused, uplink, .. } = prepared;
+                    undo(&uplink, unused).await;
+                    error
+                }
             }
-            Err(error)
         }
+        Err(error) => {
+            undo(&uplink, lease).await;
+            error
+        }
+    };
+    Err(error)
+}
+
+async fn undo(uplink: &OpenUplink, lease: Lease) {
+    let number = lease.number();
+    if let Err(left) = dismantle(uplink, lease).await {
+        let left = &left as &dyn std::error::Error;
+        tracing::warn!(slot = %number, error = left, "what was made of a slot stays until its number is used");
     }
+}
+
+/// Takes over a slot from an agent that died, with a policy in force. Nothing of it stops: its rules are
+/// replaced in one transaction. When that fails it is as it was, but for what was done until then.
+pub(super) async fn adopt(
+    uplink: Arc<OpenUplink>,
+    leases: Arc<Leases>,
+    number: SlotNumber,
+    policy: Policy,
+) -> Result<Prepared, SlotError> {
+    let lease = leases.adopt(number, &uplink.instance)?;
+    let namespace = NetworkNamespace::open(number.namespace().as_std_path())
+        .map_err(|source| SlotError::Namespace { number, source })?;
+    nft::load(&namespace, ruleset::slot_again(&uplink.instance, number, &policy))
+        .await
+        .map_err(|source| SlotError::Rules { number, source })?;
+    let bandwidth = policy.bandwidth();
+    let prepared = Prepared { lease, namespace, policy: Some(policy), uplink };
+    shaping::apply(&prepared, None, bandwidth).await?;
+    Ok(prepared)
 }
 
 async fn build(
@@ -154,14 +176,12 @@ fn setting(name: &str, value: &str) -> Result<(), SlotError> {
     }
 }
 
-/// Removes everything that a number stands for, the lease last.
-pub(super) async fn dismantle(
-    uplink: &OpenUplink,
-    number: SlotNumber,
-    lease: FileLock,
-) -> Result<(), SlotError> {
-    clear(uplink, number).await?;
-    lease.remove().map_err(|source| SlotError::Lease { number, source })
+/// Removes everything that a number stands for, the lease last. Nothing is touched without its lock: where
+/// the VMM of an adopted slot has ended, another stack may have taken the number already.
+pub(super) async fn dismantle(uplink: &OpenUplink, lease: Lease) -> Result<(), SlotError> {
+    lease.secure()?;
+    clear(uplink, lease.number()).await?;
+    lease.remove()
 }
 
 /// Removes everything but the lease. What is not there is no error.

@@ -14,16 +14,19 @@
 //!
 //! - **Nothing leads in.** There is no route and no translation from outside to a guest. The agent reaches it
 //!   with sockets that it makes inside of the namespace.
-//! - **What a guest reaches** is the internet or nothing, as its [`Policy`] says, and the name servers that
-//!   the policy names. This host, other sandboxes, private, link-local and metadata addresses and IPv6 are
-//!   never reached ([`policy::UNREACHABLE`], [`ruleset`]).
+//! - **What a guest reaches** is the internet, some networks of it, or nothing, as its [`Policy`] says, and
+//!   the name servers that the policy names. This host, other sandboxes, private, link-local and metadata
+//!   addresses and IPv6 are never reached ([`policy::UNREACHABLE`], [`ruleset`]). How fast, the policy may
+//!   say too. All of it changes while the guest runs ([`Slot::apply`]).
 //! - **Whose it is.** Numbers are the machine's, and several stacks share it. The lease of a number is an
 //!   flock on `/run/wrenn/slots/N`; the VMM inherits it, so that it outlives the agent. The links of a stack
 //!   carry its instance id as their group, and its rules match only that group.
 //! - **A slot is used once.** Then it is dismantled, and another one is made ([`SlotPool`]).
+//! - **A slot outlives the agent** if its VMM does. The agent [leaves](Slot::leave) it or dies, and the next
+//!   one [adopts](SlotPool::adopt) it; in between its rules are in force, and it keeps its connections.
 //!
-//! What is on the path of a create: taking a slot from the queue, and for a sandbox without internet one
-//! run of `nft`. Everything else happens before or after.
+//! What is on the path of a create: taking a slot from the queue, and for a sandbox with less than the
+//! internet one run of `nft`. Everything else happens before or after.
 //!
 //! What a host must offer: root, `/dev/net/tun`, nftables. In the uplink `net.ipv4.ip_forward` is turned on
 //! if it was off, and stays on. Rules of others that forbid forwarding (a default of Docker's, for one) are
@@ -32,12 +35,15 @@
 pub mod addresses;
 mod collect;
 mod error;
+mod lease;
 mod making;
 mod netlink;
+mod networks;
 mod nft;
 pub mod policy;
 mod pool;
 pub mod ruleset;
+mod shaping;
 mod slot;
 mod stock;
 #[cfg(test)]
@@ -47,8 +53,9 @@ mod uplink;
 pub use collect::{Collected, collect};
 pub use error::SlotError;
 pub use netlink::NetlinkError;
+pub use networks::Networks;
 pub use nft::NftError;
-pub use policy::{Policy, PolicyError};
+pub use policy::{Bandwidth, Policy, PolicyError};
 pub use pool::{PoolConfig, SlotPool};
 pub use slot::{GuestConnector, Slot};
 pub use uplink::{NamespaceName, Uplink, UplinkError};

@@ -7,13 +7,22 @@ use std::{
     time::Duration,
 };
 
-use futures::TryStreamExt as _;
+use futures::{StreamExt as _, TryStreamExt as _};
 use rtnetlink::{
     Handle, LinkMessageBuilder, LinkUnspec, LinkVeth, RouteMessageBuilder,
-    packet_route::link::{InfoData, InfoKind, InfoVeth, LinkAttribute},
+    packet_core::{
+        DefaultNla, NLM_F_ACK, NLM_F_CREATE, NLM_F_REPLACE, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload,
+    },
+    packet_route::{
+        RouteNetlinkMessage,
+        link::{InfoData, InfoKind, InfoVeth, LinkAttribute},
+        tc::{TcAttribute, TcHandle, TcMessage, TcOption},
+    },
 };
 use tokio::time::timeout;
 use wrenn_host_linux::netns::NetworkNamespace;
+
+use super::shaping::Bucket;
 
 /// How long the kernel may take for one request.
 const BOUND: Duration = Duration::from_secs(10);
@@ -153,6 +162,41 @@ impl Netlink {
         bounded("add the route through", gateway, self.handle.route().add(route).execute()).await
     }
 
+    /// Lets a link send no faster than a token bucket allows, in place of what was there. What is on its
+    /// way is not lost where a bucket was there already.
+    pub(super) async fn set_bucket(&self, index: u32, bucket: Bucket) -> Result<(), NetlinkError> {
+        let mut message = root_queue(index);
+        message.attributes = vec![
+            TcAttribute::Kind("tbf".to_owned()),
+            TcAttribute::Options(token_bucket(bucket).into_iter().map(TcOption::Other).collect()),
+        ];
+        let message = RouteNetlinkMessage::NewQueueDiscipline(message);
+        let request = self.request(message, NLM_F_CREATE | NLM_F_REPLACE);
+        bounded("limit the rate of link", index, request).await
+    }
+
+    /// Lets a link send as fast as it can. It is no error where it could already.
+    pub(super) async fn remove_bucket(&self, index: u32) -> Result<(), NetlinkError> {
+        let request = self.request(RouteNetlinkMessage::DelQueueDiscipline(root_queue(index)), 0);
+        match bounded("lift the limit of link", index, request).await {
+            Err(error) if error.is(io::ErrorKind::NotFound) => Ok(()),
+            outcome => outcome,
+        }
+    }
+
+    /// What rtnetlink has no words for.
+    async fn request(&self, message: RouteNetlinkMessage, flags: u16) -> Result<(), rtnetlink::Error> {
+        let mut message = NetlinkMessage::from(message);
+        message.header.flags = NLM_F_REQUEST | NLM_F_ACK | flags;
+        let mut answers = self.handle.clone().request(message)?;
+        while let Some(answer) = answers.next().await {
+            if let NetlinkPayload::Error(error) = answer.payload {
+                return Err(rtnetlink::Error::NetlinkError(error));
+            }
+        }
+        Ok(())
+    }
+
     /// Deletes a link, and with one end of a veth pair the other. Answers whether it was there.
     pub(super) async fn delete(&self, name: &str) -> Result<bool, NetlinkError> {
         let Some(index) = self.find(name).await? else { return Ok(false) };
@@ -181,6 +225,34 @@ impl NetlinkError {
         const ENODEV: i32 = 19;
         self.code().is_some_and(|code| code.raw_os_error() == Some(ENODEV))
     }
+}
+
+/// What leaves a link.
+fn root_queue(index: u32) -> TcMessage {
+    let mut message = TcMessage::with_index(index.cast_signed());
+    message.header.parent = TcHandle::ROOT;
+    message
+}
+
+/// The options of the kernel's `tbf`, as linux/pkt_sched.h has them.
+fn token_bucket(bucket: Bucket) -> [DefaultNla; 3] {
+    const PARAMETERS: u16 = 1;
+    const RATE64: u16 = 4;
+    const BURST: u16 = 6;
+    /// Bytes on the link are counted as they are, and no table of transmission times is needed.
+    const ETHERNET: u8 = 1;
+    let rate = u32::try_from(bucket.rate).unwrap_or(u32::MAX);
+    // struct tc_tbf_qopt: two of struct tc_ratespec (the second, for the peak, is not used), the length of
+    // the queue in bytes, and two times that the attribute for the burst stands for.
+    let mut parameters = [0; 36];
+    parameters[1] = ETHERNET;
+    parameters[8..12].copy_from_slice(&rate.to_ne_bytes());
+    parameters[24..28].copy_from_slice(&bucket.queue.to_ne_bytes());
+    [
+        DefaultNla::new(PARAMETERS, parameters.to_vec()),
+        DefaultNla::new(RATE64, bucket.rate.to_ne_bytes().to_vec()),
+        DefaultNla::new(BURST, bucket.burst.to_ne_bytes().to_vec()),
+    ]
 }
 
 async fn bounded<T>(

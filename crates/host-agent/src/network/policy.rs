@@ -1,20 +1,25 @@
 //! What a sandbox may reach: the decision, as plain data.
+//!
+//! ```text
+//!  NetworkPolicy ─ resolve ─► Policy ─ ruleset ─► the contents of sets that the rules look into
+//!  the owner's words          checked and whole     └── say what Policy::reaches says
+//! ```
 
-use std::{fmt, net::Ipv4Addr};
+use std::{net::Ipv4Addr, num::NonZeroU64};
 
-/// An IPv4 network.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Network {
-    address: Ipv4Addr,
-    prefix: u8,
-}
+use wrenn_types::{Cidr, NetworkPolicy};
 
-const fn network(a: u8, b: u8, c: u8, d: u8, prefix: u8) -> Network {
-    Network { address: Ipv4Addr::new(a, b, c, d), prefix }
+use super::networks::Networks;
+
+const fn network(a: u8, b: u8, c: u8, d: u8, prefix: u8) -> Cidr {
+    match Cidr::new(Ipv4Addr::new(a, b, c, d), prefix) {
+        Some(network) => network,
+        None => panic!("a bit behind the prefix is set"),
+    }
 }
 
 /// What no sandbox ever reaches, whatever its policy says. No two of them overlap.
-pub const UNREACHABLE: [Network; 13] = [
+pub const UNREACHABLE: [Cidr; 13] = [
     network(0, 0, 0, 0, 8),        // "this host"
     network(10, 0, 0, 0, 8),       // private; our own veth pairs too
     network(100, 64, 0, 0, 10),    // carrier NAT; the metadata of one cloud
@@ -30,30 +35,26 @@ pub const UNREACHABLE: [Network; 13] = [
     network(240, 0, 0, 0, 4),      // reserved, and the broadcast address
 ];
 
-impl Network {
-    /// Whether an address is in it.
-    #[must_use]
-    pub fn contains(self, address: Ipv4Addr) -> bool {
-        let shift = 32 - u32::from(self.prefix);
-        // A prefix of 0 would shift by the whole width.
-        let high = |address: Ipv4Addr| address.to_bits().checked_shr(shift).unwrap_or(0);
-        high(self.address) == high(address)
-    }
-}
+/// The ports at which names are asked for: in the clear, and over TLS.
+pub const DNS_PORTS: [u16; 2] = [53, 853];
 
-impl fmt::Display for Network {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}/{}", self.address, self.prefix)
-    }
-}
-
-/// What one sandbox may reach.
+/// What one sandbox may reach: checked, with the host's choices filled in, and ready to become rules.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Policy {
-    /// Whether it may reach the internet. Without it, it reaches nothing at all, name servers included.
-    pub internet: bool,
-    /// The only machines that it may ask for names. None: it may ask nobody.
-    pub dns_servers: Vec<Ipv4Addr>,
+    internet: bool,
+    reachable: Networks,
+    /// In the order in which they are asked.
+    name_servers: Vec<Ipv4Addr>,
+    bandwidth: Bandwidth,
+}
+
+/// How much a sandbox may send and receive, in bits per second. None: as much as there is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Bandwidth {
+    /// What it sends.
+    pub egress: Option<NonZeroU64>,
+    /// What it receives.
+    pub ingress: Option<NonZeroU64>,
 }
 
 /// A policy that cannot be.
@@ -65,33 +66,130 @@ pub enum PolicyError {
         /// The name server.
         server: Ipv4Addr,
         /// Where it is.
-        network: Network,
+        network: Cidr,
     },
+    /// All of a network that is to be allowed is where no sandbox may go.
+    #[error("{allowed} cannot be allowed: no sandbox may reach {network}")]
+    UnreachableNetwork {
+        /// The network that is to be allowed.
+        allowed: Cidr,
+        /// Where it is, or where its beginning is.
+        network: Cidr,
+    },
+    /// There are rules about names.
+    #[error("this host cannot allow or deny by domain name")]
+    DomainsUnsupported,
 }
 
 impl Policy {
-    /// Whether the policy can be put in force.
+    /// Nothing at all.
+    #[must_use]
+    pub fn offline() -> Self {
+        Self {
+            internet: false,
+            reachable: Networks::everything(),
+            name_servers: Vec::new(),
+            bandwidth: Bandwidth::default(),
+        }
+    }
+
+    /// What the owner of a sandbox says, as something that can be put in force. Where the owner names no
+    /// name servers, these of the host are asked. One that the lists forbid is not asked.
     ///
     /// # Errors
     /// [`PolicyError`] says what is wrong with it.
-    pub fn check(&self) -> Result<(), PolicyError> {
-        for &server in &self.dns_servers {
-            if let Some(&network) = UNREACHABLE.iter().find(|network| network.contains(server)) {
+    pub fn resolve(policy: &NetworkPolicy, host_dns: &[Ipv4Addr]) -> Result<Self, PolicyError> {
+        if !policy.allow_domains.is_empty() || !policy.deny_domains.is_empty() {
+            return Err(PolicyError::DomainsUnsupported);
+        }
+        let unreachable = Networks::merged(UNREACHABLE);
+        if let Some(&allowed) = policy.allow_cidrs.iter().find(|allowed| unreachable.covers(**allowed)) {
+            let network = UNREACHABLE.into_iter().find(|network| network.overlaps(allowed));
+            return Err(PolicyError::UnreachableNetwork { allowed, network: network.unwrap_or(allowed) });
+        }
+        let allowed = if policy.allow_cidrs.is_empty() {
+            Networks::everything()
+        } else {
+            Networks::merged(policy.allow_cidrs.iter().copied())
+        };
+        let reachable = allowed.without(&Networks::merged(policy.deny_cidrs.iter().copied()));
+        let servers = if policy.dns_servers.is_empty() { host_dns } else { &policy.dns_servers };
+        let mut name_servers = Vec::with_capacity(servers.len());
+        for &server in servers {
+            if let Some(network) = UNREACHABLE.into_iter().find(|network| network.contains(server)) {
                 return Err(PolicyError::UnreachableServer { server, network });
             }
+            if reachable.contains(server) && !name_servers.contains(&server) {
+                name_servers.push(server);
+            }
         }
-        Ok(())
+        let bandwidth =
+            Bandwidth { egress: policy.egress_bits_per_second, ingress: policy.ingress_bits_per_second };
+        Ok(Self { internet: policy.internet, reachable, name_servers, bandwidth })
+    }
+
+    /// Whether it may reach the internet. Without it, it reaches nothing at all, name servers included.
+    #[must_use]
+    pub fn internet(&self) -> bool {
+        self.internet
+    }
+
+    /// What its lists leave: what is allowed and not denied. Without lists it is everything, and what no
+    /// sandbox may reach is still to be taken away from it.
+    #[must_use]
+    pub fn reachable(&self) -> &Networks {
+        &self.reachable
+    }
+
+    /// The only machines that it may ask for names, in the order in which they are asked. All of them are in
+    /// what its lists leave.
+    #[must_use]
+    pub fn name_servers(&self) -> &[Ipv4Addr] {
+        &self.name_servers
+    }
+
+    /// How much it may send and receive.
+    #[must_use]
+    pub fn bandwidth(&self) -> Bandwidth {
+        self.bandwidth
+    }
+
+    /// Whether it reaches a TCP or UDP port of an address. The rules are made to say the same.
+    #[must_use]
+    pub fn reaches(&self, address: Ipv4Addr, port: u16) -> bool {
+        self.internet
+            && !UNREACHABLE.iter().any(|network| network.contains(address))
+            && self.reachable.contains(address)
+            && (!DNS_PORTS.contains(&port) || self.name_servers.contains(&address))
     }
 }
 
 #[cfg(test)]
-mod tests {
-    use proptest::prelude::*;
+pub(super) mod tests {
+    use proptest::{collection::vec, option, prelude::*};
 
-    use super::*;
+    use super::{super::networks::tests::networks, *};
 
     fn unreachable(address: Ipv4Addr) -> bool {
         UNREACHABLE.iter().any(|network| network.contains(address))
+    }
+
+    /// The owner's words, such as they can be put in force. Their addresses are near each other.
+    pub(in super::super) fn words() -> impl Strategy<Value = NetworkPolicy> {
+        let unreachable = Networks::merged(UNREACHABLE);
+        let reachable = networks().prop_filter("unreachable", move |network| !unreachable.covers(*network));
+        let servers = vec((0_u32..64).prop_map(|low| Ipv4Addr::from_bits(0xcb00_7100 | low)), 0..4);
+        let limits = || option::of(any::<u64>().prop_filter_map("zero", NonZeroU64::new));
+        (any::<bool>(), vec(reachable, 0..6), vec(networks(), 0..6), servers, limits(), limits()).prop_map(
+            |(internet, allow_cidrs, deny_cidrs, dns_servers, egress, ingress)| NetworkPolicy {
+                allow_cidrs,
+                deny_cidrs,
+                dns_servers,
+                egress_bits_per_second: egress,
+                ingress_bits_per_second: ingress,
+                ..NetworkPolicy::simple(internet)
+            },
+        )
     }
 
     #[test]
@@ -132,24 +230,66 @@ mod tests {
 
     #[test]
     fn a_name_server_inside_is_named() {
-        let policy = Policy {
-            internet: true,
-            dns_servers: vec![Ipv4Addr::new(8, 8, 8, 8), Ipv4Addr::new(10, 0, 0, 2)],
-        };
+        let host = [Ipv4Addr::new(8, 8, 8, 8), Ipv4Addr::new(10, 0, 0, 2)];
+        let words = NetworkPolicy::simple(true);
         assert_eq!(
-            policy.check().unwrap_err().to_string(),
+            Policy::resolve(&words, &host).unwrap_err().to_string(),
             "the name server 10.0.0.2 is in 10.0.0.0/8, which no sandbox may reach"
         );
+        let own = NetworkPolicy { dns_servers: vec![[8, 8, 4, 4].into()], ..words };
+        let policy = Policy::resolve(&own, &host).unwrap();
+        assert_eq!(policy.name_servers(), [Ipv4Addr::new(8, 8, 4, 4)], "the host's are not asked then");
+    }
+
+    #[test]
+    fn what_no_sandbox_may_reach_is_not_allowed() {
+        for (allowed, error) in [
+            ("10.1.0.0/16", "10.1.0.0/16 cannot be allowed: no sandbox may reach 10.0.0.0/8"),
+            ("169.254.169.254", "169.254.169.254/32 cannot be allowed: no sandbox may reach 169.254.0.0/16"),
+            ("224.0.0.0/3", "224.0.0.0/3 cannot be allowed: no sandbox may reach 224.0.0.0/4"),
+        ] {
+            let allow_cidrs = vec!["203.0.113.0/24".parse().unwrap(), allowed.parse().unwrap()];
+            let words = NetworkPolicy { allow_cidrs, ..NetworkPolicy::simple(true) };
+            assert_eq!(Policy::resolve(&words, &[]).unwrap_err().to_string(), error);
+        }
+        let all =
+            NetworkPolicy { allow_cidrs: vec!["0.0.0.0/0".parse().unwrap()], ..NetworkPolicy::simple(true) };
+        let policy = Policy::resolve(&all, &[]).unwrap();
+        assert!(policy.reaches([203, 0, 113, 10].into(), 80) && !policy.reaches([10, 0, 0, 1].into(), 80));
+    }
+
+    #[test]
+    fn names_are_refused_and_not_forgotten() {
+        for list in [true, false] {
+            let mut words = NetworkPolicy::simple(true);
+            let domains = if list { &mut words.allow_domains } else { &mut words.deny_domains };
+            domains.push("example.com".parse().unwrap());
+            assert_eq!(Policy::resolve(&words, &[]), Err(PolicyError::DomainsUnsupported));
+        }
     }
 
     proptest! {
         /// The standard library knows the same networks by other words.
         #[test]
-        fn nothing_that_is_not_global_is_reachable(bits: u32) {
+        fn nothing_that_is_not_global_is_reachable(bits: u32, port: u16) {
             let address = Ipv4Addr::from_bits(bits);
             let not_global = address.is_private() || address.is_loopback() || address.is_link_local()
                 || address.is_multicast() || address.is_broadcast() || address.is_unspecified();
             prop_assert!(!not_global || unreachable(address));
+            let everything = Policy::resolve(&NetworkPolicy::simple(true), &[]).unwrap();
+            prop_assert!(!unreachable(address) || !everything.reaches(address, port));
+        }
+
+        #[test]
+        fn the_owners_words_mean_what_they_say(words in words(), low in 0_u32..64, port in 50_u16..56) {
+            let address = Ipv4Addr::from_bits(0xcb00_7100 | low);
+            let policy = Policy::resolve(&words, &[]).unwrap();
+            let reached = policy.reaches(address, port);
+            let denied = words.deny_cidrs.iter().any(|network| network.contains(address));
+            let allowed = words.allow_cidrs.is_empty()
+                || words.allow_cidrs.iter().any(|network| network.contains(address));
+            let asks = !DNS_PORTS.contains(&port) || words.dns_servers.contains(&address);
+            prop_assert_eq!(reached, words.internet && allowed && !denied && asks);
         }
     }
 
@@ -157,7 +297,7 @@ mod tests {
     fn no_two_networks_overlap() {
         for (index, one) in UNREACHABLE.iter().enumerate() {
             for other in &UNREACHABLE[index + 1..] {
-                assert!(!one.contains(other.address) && !other.contains(one.address), "{one} {other}");
+                assert!(!one.overlaps(*other), "{one} {other}");
             }
         }
     }

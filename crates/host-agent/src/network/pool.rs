@@ -3,8 +3,10 @@
 //! ```text
 //!               take                                  release, or dropped
 //!  making ───► ready ───► in a sandbox's hands ───────────────────────────► dismantled
-//!     ▲          │
-//!     └──────────┘ fewer than the target: more are made, a moment later
+//!     ▲          │                     ▲            │
+//!     └──────────┘                     │            └─ left: it is there for the next agent
+//!      fewer than the target:          └─ adopted, by its number, from an agent that died or left it
+//!      more are made, a moment later
 //! ```
 //!
 //! One task, the keeper, owns all of that. It waits for requests and for the tasks in which slots are made
@@ -25,6 +27,7 @@ use wrenn_types::InstanceId;
 use super::{
     addresses::SlotNumber,
     error::SlotError,
+    lease::Leases,
     making::{self, Prepared},
     policy::Policy,
     slot::Slot,
@@ -69,6 +72,7 @@ pub struct SlotPool {
 #[derive(Debug)]
 pub(super) enum Request {
     Take { slot: oneshot::Sender<Result<Slot, SlotError>> },
+    Adopt { number: SlotNumber, policy: Policy, slot: oneshot::Sender<Result<Slot, SlotError>> },
     Return { prepared: Prepared, done: Option<oneshot::Sender<()>> },
     Shutdown { done: oneshot::Sender<usize> },
 }
@@ -78,14 +82,14 @@ impl SlotPool {
     /// of the instance left behind is collected before this, see `network::collect`.
     ///
     /// # Errors
-    /// The uplink or the policy cannot be used.
+    /// The uplink cannot be used.
     pub async fn start(config: PoolConfig) -> Result<Self, SlotError> {
-        config.policy.check().map_err(SlotError::Policy)?;
         let uplink = OpenUplink::open(&config.instance, &config.uplink).await.map_err(SlotError::Uplink)?;
         uplink.prepare().await.map_err(SlotError::Uplink)?;
         let (requests, incoming) = mpsc::unbounded_channel();
         let keeper = Keeper {
             uplink: Arc::new(uplink),
+            leases: Arc::new(Leases::default()),
             policy: config.policy,
             target: config.ready,
             // Weak, so that the keeper ends when everybody else has let go.
@@ -94,6 +98,7 @@ impl SlotPool {
             ready: VecDeque::new(),
             waiting: VecDeque::new(),
             making: JoinSet::new(),
+            adopting: JoinSet::new(),
             dismantling: JoinSet::new(),
             permits: Arc::new(Semaphore::new(DISMANTLING)),
             given: 0,
@@ -121,6 +126,24 @@ impl SlotPool {
         }
     }
 
+    /// Takes over a slot of an earlier agent of this instance, by the number that was recorded, while its VMM
+    /// lives and holds the lock. Its rules are replaced in one transaction and nothing that the policy allows
+    /// is interrupted. From then on it is a slot as any other: the pool gives its number to nobody else, and
+    /// it can be changed, released and left.
+    ///
+    /// Call it after `network::collect`, which leaves such a slot alone.
+    ///
+    /// # Errors
+    /// The number is in use here ([`SlotError::InUse`]) or is not this instance's ([`SlotError::NotOurs`]),
+    /// or the slot could not be changed. It is left alone then, and may be adopted again.
+    pub async fn adopt(&self, number: SlotNumber, policy: &Policy) -> Result<Slot, SlotError> {
+        let (slot, adopted) = oneshot::channel();
+        let request = Request::Adopt { number, policy: policy.clone(), slot };
+        self.requests.send(request).map_err(|_| SlotError::Stopped)?;
+        // Each of its steps has its own bound.
+        adopted.await.unwrap_or(Err(SlotError::Stopped))
+    }
+
     /// Dismantles a slot whose VMM has ended. When this answers, nothing of it is left; what could not be
     /// removed is in the log, and its number is cleared before it is used again.
     pub async fn release(&self, slot: Slot) {
@@ -143,9 +166,13 @@ impl SlotPool {
     }
 }
 
+/// An adoption that came to its end, and who waits for it.
+type Adoption = (Result<Prepared, SlotError>, oneshot::Sender<Result<Slot, SlotError>>);
+
 #[derive(Debug)]
 struct Keeper {
     uplink: Arc<OpenUplink>,
+    leases: Arc<Leases>,
     policy: Policy,
     target: usize,
     requests: mpsc::WeakUnboundedSender<Request>,
@@ -154,9 +181,10 @@ struct Keeper {
     ready: VecDeque<Prepared>,
     waiting: VecDeque<oneshot::Sender<Result<Slot, SlotError>>>,
     making: JoinSet<Result<Prepared, SlotError>>,
+    adopting: JoinSet<Adoption>,
     dismantling: JoinSet<()>,
     permits: Arc<Semaphore>,
-    /// How many are in somebody's hands.
+    /// How many are in somebody's hands, or were left there.
     given: usize,
     /// When to make what nobody waits for; none while there is enough of it.
     refill_at: Option<Instant>,
@@ -169,7 +197,11 @@ impl Keeper {
     async fn run(mut self, mut incoming: mpsc::UnboundedReceiver<Request>) {
         loop {
             self.make_what_is_missing();
-            if self.stopped && self.making.is_empty() && self.dismantling.is_empty() {
+            if self.stopped
+                && self.making.is_empty()
+                && self.adopting.is_empty()
+                && self.dismantling.is_empty()
+            {
                 self.finish_stop().await;
             }
             // When it is due already, whatever is being made has to be finished first.
@@ -187,6 +219,7 @@ impl Keeper {
                     None => break,
                 },
                 Some(made) = self.making.join_next() => self.made(made),
+                Some(adopted) = self.adopting.join_next() => self.adopted(adopted),
                 Some(_) = self.dismantling.join_next() => {}
                 () = refill => {}
             }
@@ -194,6 +227,9 @@ impl Keeper {
         self.stop();
         while let Some(made) = self.making.join_next().await {
             self.made(made);
+        }
+        while let Some(adopted) = self.adopting.join_next().await {
+            self.adopted(adopted);
         }
         while self.dismantling.join_next().await.is_some() {}
         self.finish_stop().await;
@@ -207,6 +243,14 @@ impl Keeper {
             Request::Take { slot } => {
                 self.waiting.push_back(slot);
                 self.hand_out();
+            }
+            Request::Adopt { slot, .. } if self.stopped => {
+                let _ = slot.send(Err(SlotError::Stopped));
+            }
+            Request::Adopt { number, policy, slot } => {
+                let (uplink, leases) = (Arc::clone(&self.uplink), Arc::clone(&self.leases));
+                self.adopting
+                    .spawn(async move { (making::adopt(uplink, leases, number, policy).await, slot) });
             }
             Request::Return { prepared, done } => {
                 self.given -= 1;
@@ -252,7 +296,8 @@ impl Keeper {
         for _ in 0..stock.to_make(hold_back) {
             let from = self.next;
             self.next = from.next();
-            self.making.spawn(making::make(Arc::clone(&self.uplink), from, self.policy.clone()));
+            let (uplink, leases) = (Arc::clone(&self.uplink), Arc::clone(&self.leases));
+            self.making.spawn(making::make(uplink, leases, from, self.policy.clone()));
         }
         if !stock.is_low() {
             self.refill_at = None;
@@ -288,14 +333,36 @@ impl Keeper {
         }
     }
 
+    fn adopted(&mut self, adopted: Result<Adoption, tokio::task::JoinError>) {
+        let (outcome, caller) = match adopted {
+            Ok(adoption) => adoption,
+            Err(panic) => {
+                tracing::error!(error = &panic as &dyn std::error::Error, "adopting a slot panicked");
+                return;
+            }
+        };
+        let slot = outcome.and_then(|prepared| {
+            let requests = self.requests.upgrade().ok_or(SlotError::Stopped)?;
+            Ok(Slot::new(prepared, requests))
+        });
+        let adopted = usize::from(slot.is_ok());
+        self.given += adopted;
+        if let Err(Ok(slot)) = caller.send(slot) {
+            // Nobody wants it any more; its VMM lives all the same.
+            self.given -= adopted;
+            slot.leave();
+        }
+    }
+
     fn dismantle(&mut self, prepared: Prepared, done: Option<oneshot::Sender<()>>) {
         let permits = Arc::clone(&self.permits);
         self.dismantling.spawn(async move {
             // The semaphore is never closed.
             let _permit = permits.acquire().await;
-            let Prepared { number, lease, namespace, uplink, .. } = prepared;
+            let Prepared { lease, namespace, uplink, .. } = prepared;
             drop(namespace);
-            if let Err(error) = making::dismantle(&uplink, number, lease).await {
+            let number = lease.number();
+            if let Err(error) = making::dismantle(&uplink, lease).await {
                 let error = &error as &dyn std::error::Error;
                 tracing::warn!(slot = %number, error, "a slot could not be dismantled; it is cleared before its next use");
             }

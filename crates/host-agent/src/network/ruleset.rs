@@ -6,18 +6,26 @@
 //! ```text
 //!  guest ──► tap0 ─ from_guest ─► forward ─ leaving ─► eth0 ══► wrenn-v-N ─ from_sandbox ─► forward ─ leaving ─► outside
 //!             │ its own addresses,     │ not to what is            │ the sandbox's addresses,     │ not to a sandbox,
-//!             │ IPv4 and ARP only      │ unreachable, DNS only     │ IPv4, not to this host, not  │ not to what is
-//!             ▼ else dropped           ▼ where it may: refused     ▼ to what is unreachable       ▼ unreachable after NAT
+//!             │ IPv4 and ARP only      │ unreachable, nor against  │ IPv4, not to this host, not  │ not to what is
+//!             ▼ else dropped           ▼ the policy: refused       ▼ to what is unreachable       ▼ unreachable after NAT
 //! ```
 //!
 //! - What a guest may send is decided anew for every packet, never by the state of a connection, so that a
-//!   change of policy also ends what is open. State only says what may come back.
-//! - What the policy forbids is refused with an ICMP message, so that a program in the guest sees an error
-//!   instead of a timeout. What is forged is dropped.
-//! - The rules of a slot never change. What a policy decides are the contents of two sets that they look
-//!   into, and those are changed in one transaction ([`change`]): there is no moment without rules.
+//!   change of policy also ends what is open. What comes back has to belong to a connection, and the other
+//!   end of that has to be one that the policy still allows (`arriving`).
+//! - What the policy forbids is refused with an ICMP message, or with a reset where a connection was open,
+//!   so that a program in the guest sees an error instead of a timeout. What is forged is dropped.
+//! - The rules of a slot never change. What a policy decides are the contents of three sets that they look
+//!   into ([`SETS`]), and those are changed by transactions ([`change`]): there is no moment without rules.
+//! - **What a transaction is worth.** The kernel exchanges the contents of one set at once. But it does so
+//!   set by set, those with ranges last, and a packet may be between two lookups meanwhile. So all lists of a
+//!   policy are one set; the internet comes after the lists and goes before them; and a table that is in use
+//!   is never replaced by another one, whose rules would count before its ranges do: tables and sets stay,
+//!   and their contents are exchanged ([`slot_again`], [`uplink`]).
 //! - The uplink's table matches only links of the group that is the instance's id as a number. No rule of
 //!   it says anything about a link of anybody else.
+
+use std::collections::HashSet;
 
 use wrenn_types::InstanceId;
 
@@ -25,12 +33,38 @@ use super::{
     addresses::{
         GATEWAY, GUEST, GUEST_MAC, INNER, OUTER_PREFIX, SlotNumber, TAP, VETH_NETWORK, VETH_NETWORK_PREFIX,
     },
-    policy::{Policy, UNREACHABLE},
+    policy::{DNS_PORTS, Policy, UNREACHABLE},
 };
 
 /// How many connections one guest may have open. They are remembered in a table that all sandboxes and
 /// the host share, and one guest must not be able to fill it.
 const CONNECTIONS: u32 = 4096;
+
+/// The sets that a policy fills: `offline`, `reachable` and `name_servers`, each with what it puts into it.
+///
+/// A TAP device that is `offline` reaches nothing. That is said by an addition, because a transaction that
+/// only adds is quick: a slot that was prepared with the internet loses it without delay.
+const SETS: [(&str, &str, Contents); 3] = [
+    (
+        "offline",
+        "type ifname",
+        |policy| {
+            if policy.internet() { Vec::new() } else { vec![format!("\"{TAP}\"")] }
+        },
+    ),
+    ("reachable", "type ipv4_addr; flags interval", |policy| policy.reachable().elements()),
+    ("name_servers", "type ipv4_addr", |policy| {
+        let mut servers = policy.name_servers().to_vec();
+        servers.sort_unstable();
+        servers.iter().map(ToString::to_string).collect()
+    }),
+];
+
+/// The definition of the set of what no sandbox reaches.
+const UNREACHABLE_KIND: &str = "type ipv4_addr; flags interval";
+
+/// What a policy puts into one of the sets: elements as `nft` writes them, none twice.
+type Contents = fn(&Policy) -> Vec<String>;
 
 /// The group of an instance's links: its id, read as a number.
 ///
@@ -51,17 +85,38 @@ pub fn uplink_table(instance: &InstanceId) -> String {
 /// The namespace is new: rules that were there already would make this fail. The text names `tap0`, which
 /// must be there.
 #[must_use]
-pub fn slot(instance: &InstanceId, slot: SlotNumber, policy: &Policy) -> String {
+pub fn slot(instance: &InstanceId, number: SlotNumber, policy: &Policy) -> String {
+    format!("create table netdev wrenn\ncreate table inet wrenn\n\n{}", slot_tables(instance, number, policy))
+}
+
+/// The same for a namespace in use, instead of the rules and the policy that are there. It is one
+/// transaction, and there is no moment without rules. Sets that are there have to be of the same type.
+#[must_use]
+pub fn slot_again(instance: &InstanceId, number: SlotNumber, policy: &Policy) -> String {
+    let sets =
+        [("unreachable", UNREACHABLE_KIND)].into_iter().chain(SETS.map(|(name, kind, _)| (name, kind)));
+    emptied("netdev wrenn", []) + &emptied("inet wrenn", sets) + &slot_tables(instance, number, policy)
+}
+
+/// Leaves nothing in a table but these sets, and nothing in those. It need not be there yet.
+fn emptied<'a>(table: &str, sets: impl IntoIterator<Item = (&'a str, &'a str)>) -> String {
+    let (mut defined, mut flushed) = (String::new(), String::new());
+    for (name, kind) in sets {
+        defined.push_str(&format!("\tset {name} {{ {kind}; }}\n"));
+        flushed.push_str(&format!("flush set {table} {name}\n"));
+    }
+    // What is flushed has to be there.
+    format!("table {table} {{\n{defined}}}\nflush table {table}\n{flushed}\n")
+}
+
+fn slot_tables(instance: &InstanceId, slot: SlotNumber, policy: &Policy) -> String {
     let owner = format!("instance {instance}, slot {slot}");
-    let offline = elements(&offline(policy));
-    let name_servers = elements(&name_servers(policy));
+    let sets = sets(policy);
     let unreachable = unreachable();
     let mac = mac(GUEST_MAC);
+    let [dns, dns_over_tls] = DNS_PORTS;
     format!(
-        "create table netdev wrenn
-create table inet wrenn
-
-table netdev wrenn {{
+        "table netdev wrenn {{
 	comment \"{owner}\"
 
 	# All that a guest can say: IPv4 and ARP, as itself.
@@ -84,15 +139,8 @@ table inet wrenn {{
 		}}
 	}}
 
-	# The policy, in two sets. A TAP device that is offline reaches nothing.
-	set offline {{
-		type ifname
-{offline}	}}
-
-	set name_servers {{
-		type ipv4_addr
-{name_servers}	}}
-
+	# The policy. A TAP device that is offline reaches nothing.
+{sets}
 	# To the namespace itself: answers to the agent's connections, which begin here.
 	chain input {{
 		type filter hook input priority filter; policy drop;
@@ -110,19 +158,28 @@ table inet wrenn {{
 		iifname @offline goto refuse
 		oifname @offline drop
 		iifname \"{TAP}\" oifname \"{INNER}\" goto leaving
-		iifname \"{INNER}\" oifname \"{TAP}\" ct state established,related accept
+		iifname \"{INNER}\" oifname \"{TAP}\" ct state established,related goto arriving
 	}}
 
 	chain leaving {{
 		ct state invalid drop
 		ip daddr @unreachable goto refuse
+		ip daddr != @reachable goto refuse
 		meta l4proto != {{ icmp, tcp, udp }} goto refuse
-		meta l4proto {{ tcp, udp }} th dport {{ 53, 853 }} ip daddr != @name_servers goto refuse
+		meta l4proto {{ tcp, udp }} th dport {{ {dns}, {dns_over_tls} }} ip daddr != @name_servers goto refuse
 		ct state new ct count over {CONNECTIONS} drop
 		accept
 	}}
 
+	# An answer, or what a router says of a question. Either way it is about an address that was asked.
+	chain arriving {{
+		ct original ip daddr != @reachable drop
+		meta l4proto {{ tcp, udp }} th sport {{ {dns}, {dns_over_tls} }} ip saddr != @name_servers drop
+		accept
+	}}
+
 	chain refuse {{
+		meta l4proto tcp ct state established reject with tcp reset
 		reject with icmp type admin-prohibited
 	}}
 
@@ -135,67 +192,77 @@ table inet wrenn {{
     )
 }
 
-/// Puts a policy in force in a slot's namespace instead of the former one; none where that is unknown.
+/// Puts a policy in force in a slot's namespace instead of the former one; none where that is unknown. The
+/// answer is up to two transactions, to be loaded one after the other.
+///
+/// At no moment does a packet pass that neither of the policies lets pass, and none is refused that both of
+/// them let pass, so that what may go on is not interrupted.
 ///
 /// The rules stay, and only what differs is said. That matters: `nft` does not end before the kernel has
 /// freed what a transaction removed, which takes 5 to 30 ms; one that only adds takes none of that. So to
 /// take the internet away from a prepared slot is quick.
 #[must_use]
-pub fn change(former: Option<&Policy>, policy: &Policy) -> String {
-    let sets = [("offline", offline as fn(&Policy) -> Vec<String>), ("name_servers", name_servers)];
-    let mut text = String::new();
-    for (set, contents) in sets {
+pub fn change(former: Option<&Policy>, policy: &Policy) -> Vec<String> {
+    let [offline, reachable, name_servers] = SETS.map(|set| Difference::of(set, former, policy));
+    // These go together: whoever is a name server is also reachable, so that no mixture of the former and
+    // the new contents lets more pass than one of the policies.
+    let lists = [reachable.delete, reachable.add, name_servers.delete, name_servers.add].concat();
+    let transactions = if policy.internet() { [lists, offline.delete] } else { [offline.add, lists] };
+    transactions.into_iter().filter(|text| !text.is_empty()).collect()
+}
+
+/// How the contents of one set become others.
+#[derive(Debug)]
+struct Difference {
+    /// To be said first: a new range may overlap a former one.
+    delete: String,
+    add: String,
+}
+
+impl Difference {
+    fn of((set, _, contents): (&str, &str, Contents), former: Option<&Policy>, policy: &Policy) -> Self {
         let wanted = contents(policy);
-        let present = former.map(contents);
-        if present.is_none() {
-            text.push_str(&format!("flush set inet wrenn {set}\n"));
-        }
-        let present = present.unwrap_or_default();
-        let without = |all: &[String], others: &[String]| -> Vec<String> {
-            all.iter().filter(|one| !others.contains(one)).cloned().collect()
-        };
-        for (verb, elements) in [("add", without(&wanted, &present)), ("delete", without(&present, &wanted))]
-        {
-            if !elements.is_empty() {
-                text.push_str(&format!("{verb} element inet wrenn {set} {{ {} }}\n", elements.join(", ")));
+        let present = former.map(contents).unwrap_or_default();
+        let say = |verb: &str, all: &[String], others: &[String]| {
+            let others = others.iter().collect::<HashSet<_>>();
+            let elements = all.iter().filter(|one| !others.contains(one)).cloned().collect::<Vec<_>>();
+            if elements.is_empty() {
+                String::new()
+            } else {
+                format!("{verb} element inet wrenn {set} {{ {} }}\n", elements.join(", "))
             }
-        }
+        };
+        let delete = match former {
+            Some(_) => say("delete", &present, &wanted),
+            None => format!("flush set inet wrenn {set}\n"),
+        };
+        Self { delete, add: say("add", &wanted, &present) }
     }
-    text
 }
 
-/// What a policy puts into the set of that name.
-fn offline(policy: &Policy) -> Vec<String> {
-    if policy.internet { Vec::new() } else { vec![format!("\"{TAP}\"")] }
-}
-
-/// What a policy puts into the set of that name.
-fn name_servers(policy: &Policy) -> Vec<String> {
-    let mut servers = policy.dns_servers.clone();
-    servers.sort_unstable();
-    servers.dedup();
-    servers.iter().map(ToString::to_string).collect()
-}
-
-/// A set's contents in its definition, which has no empty list.
-fn elements(contents: &[String]) -> String {
-    if contents.is_empty() {
-        String::new()
-    } else {
-        format!("\t\telements = {{ {} }}\n", contents.join(", "))
-    }
+/// The definitions of the sets that a policy fills. There is no empty list of elements.
+fn sets(policy: &Policy) -> String {
+    let define = |(name, kind, contents): (&str, &str, Contents)| {
+        let contents = contents(policy);
+        let kind = kind.replace("; ", "\n\t\t");
+        let elements = if contents.is_empty() {
+            String::new()
+        } else {
+            format!("\t\telements = {{ {} }}\n", contents.join(", "))
+        };
+        format!("\tset {name} {{\n\t\t{kind}\n{elements}\t}}\n")
+    };
+    SETS.map(define).join("\n")
 }
 
 /// The rules at the uplink's ends of all of an instance's slots. They replace those that were there.
 #[must_use]
 pub fn uplink(instance: &InstanceId, group: u32) -> String {
     let table = uplink_table(instance);
+    let emptied = emptied(&format!("inet {table}"), [("unreachable", UNREACHABLE_KIND)]);
     let unreachable = unreachable();
     format!(
-        "table inet {table} {{}}
-delete table inet {table}
-
-table inet {table} {{
+        "{emptied}table inet {table} {{
 	comment \"sandboxes of instance {instance}\"
 
 	set unreachable {{
@@ -268,23 +335,54 @@ fn mac(address: [u8; 6]) -> String {
 
 #[cfg(test)]
 mod tests {
-    use std::{collections::BTreeSet, net::Ipv4Addr};
+    use std::{
+        collections::{BTreeMap, BTreeSet},
+        net::Ipv4Addr,
+    };
 
     use proptest::prelude::*;
+    use wrenn_types::NetworkPolicy;
 
-    use super::*;
+    use super::{super::policy::tests::words, *};
 
     fn instance() -> InstanceId {
         "0a1b2c3d".parse().unwrap()
     }
 
+    fn resolved(words: &NetworkPolicy) -> Policy {
+        Policy::resolve(words, &[[1, 1, 1, 1].into(), [8, 8, 8, 8].into()]).unwrap()
+    }
+
     fn internet() -> Policy {
-        Policy { internet: true, dns_servers: vec![Ipv4Addr::new(1, 1, 1, 1), Ipv4Addr::new(8, 8, 8, 8)] }
+        resolved(&NetworkPolicy::simple(true))
+    }
+
+    fn listed() -> NetworkPolicy {
+        let cidrs = |texts: [&str; 2]| texts.map(|text| text.parse().unwrap()).to_vec();
+        NetworkPolicy {
+            allow_cidrs: cidrs(["1.0.0.0/8", "203.0.113.0/24"]),
+            deny_cidrs: cidrs(["203.0.113.64/26", "203.0.113.7"]),
+            ..NetworkPolicy::simple(true)
+        }
     }
 
     #[test]
     fn the_rules_of_a_slot() {
         insta::assert_snapshot!(slot(&instance(), SlotNumber::new(7).unwrap(), &internet()));
+    }
+
+    #[test]
+    fn the_rules_of_an_adopted_slot() {
+        let (number, policy) = (SlotNumber::new(7).unwrap(), internet());
+        let again = slot_again(&instance(), number, &policy);
+        let tables = slot_tables(&instance(), number, &policy);
+        insta::assert_snapshot!(again.strip_suffix(&tables).unwrap());
+        assert!(slot(&instance(), number, &policy).ends_with(&tables));
+    }
+
+    #[test]
+    fn the_sets_of_a_policy_with_lists() {
+        insta::assert_snapshot!(sets(&resolved(&listed())));
     }
 
     #[test]
@@ -294,9 +392,11 @@ mod tests {
 
     #[test]
     fn the_internet_is_taken_away_by_adding_only() {
-        let off = Policy { internet: false, ..internet() };
-        assert_eq!(change(Some(&internet()), &off), "add element inet wrenn offline { \"tap0\" }\n");
-        assert_eq!(change(Some(&off), &internet()), "delete element inet wrenn offline { \"tap0\" }\n");
+        let off = resolved(&NetworkPolicy::simple(false));
+        assert_eq!(change(Some(&internet()), &off), ["add element inet wrenn offline { \"tap0\" }\n"]);
+        assert_eq!(change(Some(&internet()), &Policy::offline())[0], change(Some(&internet()), &off)[0]);
+        assert_eq!(change(Some(&off), &internet()), ["delete element inet wrenn offline { \"tap0\" }\n"]);
+        assert_eq!(change(Some(&internet()), &resolved(&listed())).len(), 1);
     }
 
     #[test]
@@ -306,10 +406,12 @@ mod tests {
         assert_eq!(link_group(&"00000000".parse().unwrap()), None, "the group of everybody");
     }
 
-    type Sets = [BTreeSet<String>; 2];
+    type Sets = BTreeMap<String, BTreeSet<String>>;
 
-    fn sets(policy: &Policy) -> Sets {
-        [offline(policy), name_servers(policy)].map(|contents| contents.into_iter().collect())
+    fn contents(policy: &Policy) -> Sets {
+        SETS.into_iter()
+            .map(|(name, _, contents)| (name.to_owned(), contents(policy).into_iter().collect()))
+            .collect()
     }
 
     /// What `nft` would do with a text of [`change`]. It fails where `nft` would: on the deletion of what
@@ -317,14 +419,14 @@ mod tests {
     fn perform(text: &str, mut sets: Sets) -> Sets {
         for line in text.lines() {
             let words = line.split([' ', ',', '{', '}']).filter(|word| !word.is_empty()).collect::<Vec<_>>();
-            let index = |name| ["offline", "name_servers"].iter().position(|known| *known == name).unwrap();
             match words.as_slice() {
-                ["flush", "set", "inet", "wrenn", set] => sets[index(*set)].clear(),
+                ["flush", "set", "inet", "wrenn", set] => sets.get_mut(*set).unwrap().clear(),
                 ["add", "element", "inet", "wrenn", set, elements @ ..] => {
-                    sets[index(*set)].extend(elements.iter().map(ToString::to_string));
+                    sets.get_mut(*set).unwrap().extend(elements.iter().map(ToString::to_string));
                 }
                 ["delete", "element", "inet", "wrenn", set, elements @ ..] => {
-                    assert!(elements.iter().all(|element| sets[index(*set)].remove(*element)), "{line}");
+                    let set = sets.get_mut(*set).unwrap();
+                    assert!(elements.iter().all(|element| set.remove(*element)), "{line}");
                 }
                 other => panic!("{other:?}"),
             }
@@ -332,20 +434,73 @@ mod tests {
         sets
     }
 
+    /// What the chain `leaving` decides of a TCP segment or a UDP datagram, given what is in the sets.
+    fn leaves(sets: &Sets, address: Ipv4Addr, port: u16) -> bool {
+        let within = |set: &str| {
+            sets[set].iter().any(|element| {
+                let (first, last) = element.split_once('-').unwrap_or((element, element));
+                let (first, last) = (first.parse::<Ipv4Addr>().unwrap(), last.parse::<Ipv4Addr>().unwrap());
+                (first..=last).contains(&address)
+            })
+        };
+        let tap_in = |set: &str| sets[set].contains("\"tap0\"");
+        let refused = tap_in("offline")
+            || UNREACHABLE.iter().any(|network| network.contains(address))
+            || !within("reachable")
+            || (matches!(port, 53 | 853) && !within("name_servers"));
+        !refused
+    }
+
     fn policies() -> impl Strategy<Value = Policy> {
-        (any::<bool>(), proptest::collection::vec(0_u8..6, 0..5)).prop_map(|(internet, servers)| Policy {
-            internet,
-            dns_servers: servers.into_iter().map(|last| Ipv4Addr::new(9, 9, 9, last)).collect(),
-        })
+        words().prop_map(|words| resolved(&words))
     }
 
     proptest! {
         #[test]
         fn a_change_leads_to_the_new_policy(former in policies(), policy in policies()) {
-            let known = perform(&change(Some(&former), &policy), sets(&former));
-            prop_assert_eq!(&known, &sets(&policy));
-            let unknown = perform(&change(None, &policy), sets(&former));
-            prop_assert_eq!(&unknown, &sets(&policy));
+            for known in [true, false] {
+                let texts = change(known.then_some(&former), &policy);
+                prop_assert!(texts.len() <= 2);
+                let changed = texts.iter().fold(contents(&former), |sets, text| perform(text, sets));
+                prop_assert_eq!(&changed, &contents(&policy));
+            }
+            prop_assert!(change(Some(&policy), &policy).is_empty());
+        }
+
+        /// Whichever of the sets are exchanged already when a packet comes.
+        #[test]
+        fn on_the_way_nothing_passes_and_nothing_is_refused_against_both(
+            former in policies(), policy in policies(), low in 0_u32..64, port in 50_u16..56, known: bool,
+        ) {
+            let address = Ipv4Addr::from_bits(0xcb00_7100 | low);
+            let (before, after) = (former.reaches(address, port), policy.reaches(address, port));
+            let mut sets = contents(&former);
+            for text in change(known.then_some(&former), &policy) {
+                let changed = perform(&text, sets.clone());
+                for exchanged in 0..1 << SETS.len() {
+                    let mut mixed = sets.clone();
+                    for (index, (name, ..)) in SETS.iter().enumerate() {
+                        if exchanged & (1 << index) != 0 {
+                            mixed.insert((*name).to_owned(), changed[*name].clone());
+                        }
+                    }
+                    let passes = leaves(&mixed, address, port);
+                    prop_assert!(!passes || before || after, "{} passes: {:?}", address, mixed);
+                    prop_assert!(passes || !before || !after, "{} is refused: {:?}", address, mixed);
+                }
+                sets = changed;
+            }
+        }
+
+        #[test]
+        fn the_sets_say_what_the_policy_says(policy in policies(), low in 0_u32..64, any: u32, port in 50_u16..56) {
+            let sets = contents(&policy);
+            for bits in [0xcb00_7100 | low, any] {
+                for port in [port, 853] {
+                    let address = Ipv4Addr::from_bits(bits);
+                    prop_assert_eq!(leaves(&sets, address, port), policy.reaches(address, port), "{}:{}", address, port);
+                }
+            }
         }
     }
 }

@@ -1,6 +1,6 @@
 //! A slot in a sandbox's hands.
 
-use std::{io, os::fd::OwnedFd, time::Duration};
+use std::{io, net::Ipv4Addr, os::fd::OwnedFd, time::Duration};
 
 use camino::{Utf8Path, Utf8PathBuf};
 use tokio::{
@@ -17,7 +17,7 @@ use super::{
     nft,
     policy::Policy,
     pool::Request,
-    ruleset,
+    ruleset, shaping,
 };
 
 /// How long a connection to the guest may take to be made.
@@ -37,7 +37,7 @@ pub struct Slot {
 
 impl Slot {
     pub(super) fn new(prepared: Prepared, pool: mpsc::UnboundedSender<Request>) -> Self {
-        let namespace_path = prepared.number.namespace();
+        let namespace_path = prepared.lease.number().namespace();
         Self { prepared: Some(prepared), namespace_path, pool }
     }
 
@@ -49,7 +49,7 @@ impl Slot {
     /// Its number.
     #[must_use]
     pub fn number(&self) -> SlotNumber {
-        self.prepared().number
+        self.prepared().lease.number()
     }
 
     /// The path of its network namespace, for the VMM to be started in.
@@ -67,11 +67,19 @@ impl Slot {
     /// The lock on its number, for the VMM to inherit: the number stays taken as long as the VMM lives,
     /// whatever becomes of the agent.
     ///
+    /// An adopted slot's lock is its VMM's until that has ended; then another one can be started in it.
+    ///
     /// # Errors
-    /// No descriptor is left.
+    /// No descriptor is left, or the VMM of an adopted slot has not ended ([`SlotError::Held`]).
     pub fn lock(&self) -> Result<OwnedFd, SlotError> {
-        let prepared = self.prepared();
-        prepared.lease.share().map_err(|source| SlotError::Lease { number: prepared.number, source })
+        self.prepared().lease.share()
+    }
+
+    /// Who the guest may ask for names, in this order: what its resolver has to be told. Nobody, while the
+    /// policy in force is unknown because a change of it failed.
+    #[must_use]
+    pub fn name_servers(&self) -> &[Ipv4Addr] {
+        self.prepared().policy.as_ref().map_or(&[], Policy::name_servers)
     }
 
     /// How connections to the guest are made.
@@ -81,39 +89,46 @@ impl Slot {
     }
 
     /// Puts a policy in force, before the guest runs or while it does. A policy that is in force already
-    /// costs nothing; another one is one run of `nft`. What the new one forbids ends at once, open
-    /// connections included.
+    /// costs nothing; another one is a run of `nft`, or two. What the new one forbids ends at once, open
+    /// connections included, and what both of them allow is not interrupted.
     ///
     /// # Errors
-    /// The policy cannot be, or the rules could not be loaded; then the former ones are in force.
+    /// The rules could not be loaded, or the bandwidth could not be limited. Then what is in force is the
+    /// former policy, or on the way from it to the new one; whoever tries again tries all of it.
     pub async fn apply(&mut self, policy: &Policy) -> Result<(), SlotError> {
         let Some(prepared) = self.prepared.as_mut() else { return Err(SlotError::Stopped) };
         if prepared.policy.as_ref() == Some(policy) {
             return Ok(());
         }
-        policy.check().map_err(SlotError::Policy)?;
-        let number = prepared.number;
+        let number = prepared.lease.number();
         // If this future is dropped half-way, nobody knows which of the two it is.
         let former = prepared.policy.take();
-        let rules = ruleset::change(former.as_ref(), policy);
-        if rules.is_empty() {
-            // The same servers in another order.
-            prepared.policy = former;
-            return Ok(());
-        }
-        match nft::load(&prepared.namespace, rules).await {
-            Ok(()) => {
-                prepared.policy = Some(policy.clone());
-                Ok(())
-            }
-            Err(source) => {
+        // There is none where only the order of name servers differs, or the bandwidth.
+        for (index, rules) in ruleset::change(former.as_ref(), policy).into_iter().enumerate() {
+            if let Err(source) = nft::load(&prepared.namespace, rules).await {
                 // A refused transaction changed nothing; one that was ended may have.
-                if matches!(source, nft::NftError::Refused { .. } | nft::NftError::Missing) {
+                if index == 0 && matches!(source, nft::NftError::Refused { .. } | nft::NftError::Missing) {
                     prepared.policy = former;
                 }
-                Err(SlotError::Rules { number, source })
+                return Err(SlotError::Rules { number, source });
             }
         }
+        shaping::apply(prepared, former.as_ref().map(Policy::bandwidth), policy.bandwidth()).await?;
+        prepared.policy = Some(policy.clone());
+        Ok(())
+    }
+
+    /// Lets go of the slot as it is: for an agent that ends while the VMM goes on. Its rules stay in force,
+    /// here and in the uplink, and `SlotPool::adopt` of a later agent takes it over by its number.
+    pub fn leave(mut self) -> SlotNumber {
+        let number = self.number();
+        self.prepared = None;
+        number
+    }
+
+    /// Lets go of it as it is. Its number stays taken for as long as its VMM lives, and the next agent adopts it.
+    pub fn abandon(mut self) {
+        drop(self.prepared.take());
     }
 
     pub(super) fn into_prepared(mut self) -> Option<Prepared> {

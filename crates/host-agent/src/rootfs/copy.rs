@@ -56,7 +56,7 @@ impl Drop for Unfinished {
 
 /// How the bytes came over.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Copied {
+pub(crate) enum Copied {
     /// Both files name the same blocks; writing to either makes its own.
     Shared,
     /// Every block that is not a hole was copied.
@@ -64,7 +64,7 @@ pub(super) enum Copied {
 }
 
 /// Gives `to`, which is empty, the content of `from`, in the cheapest way that the filesystem offers.
-pub(super) fn copy_content(from: &File, to: &File) -> io::Result<Copied> {
+pub(crate) fn copy_content(from: &File, to: &File) -> io::Result<Copied> {
     match rustix::fs::ioctl_ficlone(to, from) {
         Ok(()) => Ok(Copied::Shared),
         // What filesystems answer that cannot, or that are not the same one.

@@ -42,6 +42,7 @@ use camino::{Utf8Path, Utf8PathBuf};
 use wrenn_types::DiskMib;
 use wrenn_vmm::{DiskFormat, DiskSpec};
 
+pub(crate) use copy::copy_content;
 pub use error::{RootfsError, RootfsResult};
 pub use file::FileStore;
 pub use qcow2::Qcow2Store;

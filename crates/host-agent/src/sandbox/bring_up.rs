@@ -1,11 +1,15 @@
 //! The bring-up of a sandbox: a chain of typestates, each able to undo exactly what exists in it.
 //!
 //! ```text
-//!  Planned ──record──► Recorded ──clone disk──► WithDisk ──take slot──► WithSlot ──restore──► Restored ──resume, /init──► Up
-//!     │                   │                        │                       │                     │                      │
-//!     │ nothing           │ record                 │ + disk                │ + slot              │ + machine            │ the same,
-//!     ▼ to undo           ▼ removed                ▼ removed               ▼ released            ▼ stopped              ▼ by tear_down
+//!  Planned ──overlay──► WithDisk ──take slot──► WithSlot ──record──► Recorded ──restore──► Restored ──resume, /init──► Up
+//!     │                    │                       │                    │                     │                      │
+//!     │ nothing            │ layer                 │ + slot             │ + record            │ + machine            │ the same,
+//!     ▼ to undo            ▼ removed               ▼ released           ▼ as it was           ▼ stopped              ▼ by end
 //! ```
+//!
+//! It serves every way in which a machine comes to be: a create from a template, a create from a snapshot, a
+//! resume and a rollback. They differ in their [`Source`], and in whether there is a record already: then that
+//! one is put back when the bring-up fails, and what the sandbox was before is untouched.
 //!
 //! A step takes its state by value. It answers with the next state, or with the error after everything
 //! that was made is undone, the newest first. The record goes last, so that whatever an agent that was
@@ -13,24 +17,32 @@
 //!
 //! A cancelled bring-up stops at the step that it is in: every step either completes or leaves nothing.
 
-use std::{future::Future, io, net::Ipv4Addr, sync::Arc, time::Duration};
+use std::{
+    collections::BTreeMap,
+    future::Future,
+    io,
+    sync::{Arc, OnceLock},
+    time::Duration,
+};
 
 use camino::Utf8PathBuf;
 use tokio::time::{Instant, timeout};
 use tokio_util::sync::CancellationToken;
-use wrenn_types::{DiskMib, EndReason, InstanceId, ResourceError};
-use wrenn_vmm::{DiskSpec, ExitReason, GuestBundle, MachineSpec, NetworkSpec, Vm, Vmm, VmmError};
+use wrenn_types::{AccessToken, DiskMib, EndReason, LayerId, NetworkPolicy, Shape};
+use wrenn_vmm::{DiskSpec, ExitReason, MachineSpec, NetworkSpec, Vm, VmmError};
 
 use super::{
     Phase, SandboxSpec,
-    record::{Record, RecordError, SandboxDir},
+    host::Host,
+    machine::{Machine, gone, remove_run_dir},
+    record::{FORMAT, Ledger, MachineRecord, Record, RecordError, SandboxDir},
+    source::{Source, SourceError},
 };
 use crate::{
     guest::{self, GuestError, Identity, IdleConnection},
-    images::{Images, ImagesError},
-    network::{GuestConnector, Policy, Slot, SlotError, SlotPool},
-    rootfs::{RootfsError, RootfsStore},
-    warm::{Warm, WarmError, WarmRequest, blocking},
+    network::{Policy, PolicyError, Slot, SlotError},
+    rootfs::RootfsError,
+    warm::blocking,
 };
 
 /// How long a machine may take to be restored.
@@ -42,63 +54,27 @@ const DISK_BOUND: Duration = Duration::from_secs(60);
 /// How long it may take to get a network slot.
 const SLOT_BOUND: Duration = Duration::from_secs(20);
 
-/// What every bring-up on this host uses. Shared, and never changed after the start.
-#[derive(Debug)]
-pub struct Host {
-    /// Whose processes, namespaces and files these are.
-    pub instance: InstanceId,
-    /// The driver.
-    pub vmm: Arc<dyn Vmm>,
-    /// Guest bundle and templates.
-    pub images: Images,
-    /// Root disks.
-    pub disks: Arc<dyn RootfsStore>,
-    /// Network slots.
-    pub slots: SlotPool,
-    /// Template snapshots.
-    pub warm: Warm,
-    /// The parent of the sandboxes' directories.
-    pub sandboxes_dir: Utf8PathBuf,
-    /// The parent of the machines' short-pathed directories.
-    pub machines_dir: Utf8PathBuf,
-    /// The name servers of guests.
-    pub dns_servers: Vec<Ipv4Addr>,
-    /// The size of a root disk when nobody says.
-    pub default_disk: DiskMib,
-}
-
-impl Host {
-    /// The mark in the command line of every VMM of this instance.
-    #[must_use]
-    pub fn machine_mark(instance: &InstanceId) -> String {
-        format!("wrenn-{instance}-")
-    }
-}
-
 /// Why a sandbox did not come up.
 #[derive(Debug, thiserror::Error)]
 pub enum BringUpError {
     /// It was destroyed while it was being made.
     #[error("it was destroyed while it was being made")]
     Cancelled(EndReason),
-    /// The template is not there.
-    #[error("the template cannot be used")]
-    Template(#[source] ImagesError),
-    /// The disk asked for is too small for the template.
-    #[error("the disk is too small for the template")]
-    DiskTooSmall(#[source] ResourceError),
+    /// What it was to be made from cannot be used.
+    #[error(transparent)]
+    Source(#[from] SourceError),
     /// The record could not be written.
     #[error("the sandbox could not be recorded")]
     Record(#[source] RecordError),
-    /// The template's snapshot could not be made or used.
-    #[error("the template's snapshot cannot be used")]
-    Warm(#[source] WarmError),
     /// The disk could not be made.
     #[error("the root disk could not be made")]
     Disk(#[source] RootfsError),
     /// No network slot could be had.
     #[error("no network slot could be had")]
     Slot(#[source] SlotError),
+    /// The network policy cannot be.
+    #[error("the network policy cannot be put in force")]
+    PolicyRefused(#[source] PolicyError),
     /// The network policy could not be put in force.
     #[error("the network policy could not be put in force")]
     Policy(#[source] SlotError),
@@ -137,7 +113,7 @@ impl BringUpError {
         match self {
             Self::Record(error) => error.is_no_space(),
             Self::Disk(error) => error.is_no_space(),
-            Self::Warm(error) => error.is_no_space(),
+            Self::Source(error) => error.is_no_space(),
             Self::RunDir { source, .. } => source.kind() == io::ErrorKind::StorageFull,
             _ => false,
         }
@@ -146,7 +122,7 @@ impl BringUpError {
 
 /// Measures the steps, in the order in which they happen.
 #[derive(Debug)]
-pub struct Timer {
+pub(super) struct Timer {
     begin: Instant,
     phases: Vec<Phase>,
 }
@@ -167,79 +143,123 @@ impl Timer {
         });
         outcome
     }
+}
 
-    /// The steps so far.
+/// How a bring-up is broken off from outside. Cheap to clone.
+#[derive(Debug, Clone, Default)]
+pub struct Cancel {
+    token: CancellationToken,
+    /// Set before `token` is cancelled.
+    reason: Arc<OnceLock<EndReason>>,
+}
+
+impl Cancel {
+    /// Breaks it off.
+    pub fn cancel(&self, reason: EndReason) {
+        // The first reason stays.
+        let _ = self.reason.set(reason);
+        self.token.cancel();
+    }
+
+    /// Whether it was broken off.
     #[must_use]
-    pub fn phases(&self) -> &[Phase] {
-        &self.phases
+    pub fn is_cancelled(&self) -> bool {
+        self.token.is_cancelled()
+    }
+
+    fn error(&self) -> BringUpError {
+        BringUpError::Cancelled(self.reason.get().copied().unwrap_or(EndReason::Requested))
     }
 }
 
 /// What is handed from step to step.
 #[derive(Debug)]
-struct Course {
-    host: Arc<Host>,
-    spec: SandboxSpec,
+pub(super) struct Course {
+    pub(super) host: Arc<Host>,
     timer: Timer,
-    cancel: CancellationToken,
-    /// Who cancelled, readable once `cancel` is cancelled.
-    cancelled_by: Arc<std::sync::OnceLock<EndReason>>,
+    cancel: Cancel,
 }
 
 impl Course {
     /// Runs one step to its end, its bound or the cancellation, whichever is first.
-    async fn step<T>(
+    pub(super) async fn step<T>(
         &mut self,
         name: &'static str,
         bound: Duration,
         step: impl Future<Output = Result<T, BringUpError>>,
     ) -> Result<T, BringUpError> {
-        let cancelled = || {
-            let reason = self.cancelled_by.get().copied().unwrap_or(EndReason::Requested);
-            Err(BringUpError::Cancelled(reason))
-        };
         if self.cancel.is_cancelled() {
-            return cancelled();
+            return Err(self.cancel.error());
         }
-        let cancel = self.cancel.clone();
+        let cancelled = self.cancel.token.clone();
         let outcome = self
             .timer
             .time(name, async {
                 tokio::select! {
                     biased;
-                    () = cancel.cancelled() => None,
+                    () = cancelled.cancelled() => None,
                     outcome = timeout(bound, step) => Some(outcome),
                 }
             })
             .await;
         match outcome {
-            None => {
-                let reason = self.cancelled_by.get().copied().unwrap_or(EndReason::Requested);
-                Err(BringUpError::Cancelled(reason))
-            }
+            None => Err(self.cancel.error()),
             Some(Ok(outcome)) => outcome,
             Some(Err(_)) => Err(BringUpError::Timeout { step: name, bound }),
         }
     }
 }
 
-/// Nothing exists yet.
+/// What is written before the machine is started.
 #[derive(Debug)]
-pub struct Planned {
-    course: Course,
+pub enum Recording {
+    /// There is no record yet: one is made of this, and of what only the bring-up knows.
+    New(Box<SandboxSpec>),
+    /// There is one. It is changed, and put back when the bring-up fails.
+    Change(Arc<Ledger>),
 }
 
-/// The record is on disk.
+/// What is asked of a machine, whoever asks.
 #[derive(Debug)]
-struct Recorded {
-    course: Course,
-    dir: SandboxDir,
+pub(super) struct Outline {
+    pub(super) shape: Shape,
+    pub(super) disk: DiskMib,
+    pub(super) environment: BTreeMap<String, String>,
+    network: NetworkPolicy,
 }
 
-/// The root disk is there.
+impl Recording {
+    fn outline(&self) -> Outline {
+        match self {
+            Self::New(spec) => Outline {
+                shape: spec.shape,
+                disk: spec.disk,
+                environment: spec.environment.clone(),
+                network: spec.settings.network.clone(),
+            },
+            Self::Change(ledger) => {
+                let Record { shape, disk, environment, settings, .. } = ledger.record();
+                Outline { shape, disk, environment, network: settings.network }
+            }
+        }
+    }
+}
+
+/// What a guest is told that it is.
+#[derive(Debug, Clone)]
+pub struct Persona {
+    /// The token that it asks for from now on.
+    pub access_token: AccessToken,
+    /// Whether it is one that there was not before: it gets a machine id of its own.
+    pub is_new: bool,
+}
+
+/// The layer is there.
 #[derive(Debug)]
 struct WithDisk {
-    before: Recorded,
+    course: Course,
+    source: Source,
+    layer: LayerId,
     disk: DiskSpec,
 }
 
@@ -248,12 +268,21 @@ struct WithDisk {
 struct WithSlot {
     before: WithDisk,
     slot: Slot,
+    policy: Policy,
+}
+
+/// The record says that there is a machine.
+#[derive(Debug)]
+struct Recorded {
+    before: WithSlot,
+    ledger: Arc<Ledger>,
+    former: Option<Record>,
 }
 
 /// The machine is there and stands still.
 #[derive(Debug)]
 struct Restored {
-    before: WithSlot,
+    before: Recorded,
     run_dir: Utf8PathBuf,
     vm: Box<dyn Vm>,
 }
@@ -261,225 +290,218 @@ struct Restored {
 /// The guest is itself and answers.
 #[derive(Debug)]
 pub struct Up {
-    restored: Restored,
-    idle: Option<IdleConnection>,
+    /// The machine.
+    pub machine: Machine,
+    /// Its record.
+    pub ledger: Arc<Ledger>,
+    /// The steps of the bring-up.
+    pub phases: Vec<Phase>,
+    /// The connection on which the guest became itself, for the first request of a user.
+    pub idle: Option<IdleConnection>,
+    /// When the layers of its disk may be made one again, after that has failed.
+    pub stream_after: Instant,
 }
 
 /// Runs the whole chain.
 ///
 /// # Errors
-/// The step that failed; nothing of the sandbox is left then.
+/// The step that failed; what was there before is there, and nothing else.
 pub async fn bring_up(
     host: Arc<Host>,
-    spec: SandboxSpec,
-    cancel: CancellationToken,
-    cancelled_by: Arc<std::sync::OnceLock<EndReason>>,
+    recording: Recording,
+    persona: Persona,
+    cancel: Cancel,
+    from: super::source::From,
 ) -> Result<Up, BringUpError> {
-    let course = Course { host, spec, timer: Timer::new(), cancel, cancelled_by };
-    Planned { course }.run().await
-}
-
-impl Planned {
-    async fn run(mut self) -> Result<Up, BringUpError> {
-        let host = Arc::clone(&self.course.host);
-        let template = host.images.resolve(&self.course.spec.template).map_err(BringUpError::Template)?;
-        let request = WarmRequest::for_disk(
-            &template,
-            self.course.spec.shape,
-            self.course.spec.disk,
-            host.default_disk,
-        )
-        .map_err(BringUpError::DiskTooSmall)?;
-        let warm = self
-            .course
-            .step("snapshot", crate::warm::BUILD_BOUND, async {
-                host.warm.get(&request).await.map_err(BringUpError::Warm)
-            })
-            .await?;
-        let disk_grows = (self.course.spec.disk > request.disk).then_some(self.course.spec.disk);
-        let recorded = self.record().await?;
-        let with_disk = recorded.clone_disk(&warm.disk, request.disk).await?;
-        let with_slot = with_disk.take_slot().await?;
-        let restored = with_slot.restore(&host.images.guest().bundle, &warm.files).await?;
-        restored.identify(template.default_user.as_str(), template.default_workdir.as_str(), disk_grows).await
-    }
-
-    async fn record(mut self) -> Result<Recorded, BringUpError> {
-        let host = Arc::clone(&self.course.host);
-        let record = Record {
-            format: 1,
-            id: self.course.spec.id.clone(),
-            generation: self.course.spec.generation,
-            instance: host.instance.clone(),
-        };
-        // Not a cancellable step: the directory is made by a thread that cannot be called back.
-        let made = self
-            .course
-            .timer
-            .time("record", blocking(move || SandboxDir::create(&host.sandboxes_dir, &record)))
-            .await;
-        Ok(Recorded { course: self.course, dir: made.map_err(BringUpError::Record)? })
-    }
-}
-
-impl Recorded {
-    async fn clone_disk(mut self, layer: &DiskSpec, size: DiskMib) -> Result<WithDisk, BringUpError> {
-        let host = Arc::clone(&self.course.host);
-        let target = self.dir.path().join("disk");
-        let base = layer.clone();
-        // A clone of a file without shared blocks may be a long copy.
-        let made = self
-            .course
-            .step("disk", DISK_BOUND, async {
-                blocking(move || host.disks.clone_disk(&base, &target, size))
-                    .await
-                    .map_err(BringUpError::Disk)
-            })
-            .await;
-        match made {
-            Ok(disk) => Ok(WithDisk { before: self, disk }),
-            Err(error) => {
-                self.undo().await;
-                Err(error)
-            }
-        }
-    }
-
-    async fn undo(self) {
-        let id = self.course.spec.id.clone();
-        if let Err(error) = blocking(move || self.dir.remove()).await {
-            tracing::warn!(%id, error = &error as &dyn std::error::Error, "the sandbox's directory stays until the next start");
-        }
-    }
+    let mut course = Course { host, timer: Timer::new(), cancel };
+    let outline = recording.outline();
+    let source = Source::find(&mut course, from, &outline).await?;
+    let with_disk = WithDisk::make(course, source).await?;
+    let with_slot = with_disk.take_slot(&outline.network).await?;
+    let recorded = with_slot.record(recording).await?;
+    let restored = recorded.restore().await?;
+    restored.identify(&persona).await
 }
 
 impl WithDisk {
-    async fn take_slot(mut self) -> Result<WithSlot, BringUpError> {
-        let host = Arc::clone(&self.before.course.host);
-        let policy = Policy {
-            internet: self.before.course.spec.allow_internet_access,
-            dns_servers: host.dns_servers.clone(),
+    async fn make(mut course: Course, source: Source) -> Result<Self, BringUpError> {
+        let host = Arc::clone(&course.host);
+        let layer = LayerId::random();
+        let (bottom, target, size) = (source.bottom.clone(), host.snapshots.layer_path(&layer), source.disk);
+        // A clone of a file without shared blocks may be a long copy.
+        let disk = course
+            .step("disk", DISK_BOUND, async {
+                blocking(move || host.disks.clone_disk(&bottom, &target, size))
+                    .await
+                    .map_err(BringUpError::Disk)
+            })
+            .await?;
+        Ok(Self { course, source, layer, disk })
+    }
+
+    async fn take_slot(mut self, network: &NetworkPolicy) -> Result<WithSlot, BringUpError> {
+        let host = Arc::clone(&self.course.host);
+        let policy = Policy::resolve(network, &host.dns_servers);
+        let policy = match policy.map_err(BringUpError::PolicyRefused) {
+            Ok(policy) => policy,
+            Err(error) => return Err(self.undo(error).await),
         };
         let taken = self
-            .before
             .course
             .step("slot", SLOT_BOUND, async { host.slots.take().await.map_err(BringUpError::Slot) })
             .await;
         let mut slot = match taken {
             Ok(slot) => slot,
-            Err(error) => {
-                self.undo().await;
-                return Err(error);
-            }
+            Err(error) => return Err(self.undo(error).await),
         };
         let applied = self
-            .before
             .course
             .step("policy", SLOT_BOUND, async { slot.apply(&policy).await.map_err(BringUpError::Policy) })
             .await;
-        let with_slot = WithSlot { before: self, slot };
+        let with_slot = WithSlot { before: self, slot, policy };
         match applied {
             Ok(()) => Ok(with_slot),
-            Err(error) => {
-                with_slot.undo().await;
-                Err(error)
-            }
+            Err(error) => Err(with_slot.undo(error).await),
         }
     }
 
-    async fn undo(self) {
-        let host = Arc::clone(&self.before.course.host);
-        let id = self.before.course.spec.id.clone();
-        let disk = self.disk;
-        if let Err(error) = blocking(move || host.disks.remove(&disk.path)).await {
-            tracing::warn!(%id, error = &error as &dyn std::error::Error, "the root disk goes with its directory");
+    async fn undo(self, error: BringUpError) -> BringUpError {
+        let host = Arc::clone(&self.course.host);
+        let path = self.disk.path;
+        if let Err(error) = blocking(move || host.disks.remove(&path)).await {
+            tracing::warn!(layer = %self.layer, error = &error as &dyn std::error::Error, "the layer stays until the next collection");
         }
-        self.before.undo().await;
+        error
     }
 }
 
 impl WithSlot {
-    fn course(&mut self) -> &mut Course {
-        &mut self.before.before.course
+    async fn record(mut self, recording: Recording) -> Result<Recorded, BringUpError> {
+        let machine =
+            MachineRecord { name: self.before.layer.clone(), slot: self.slot.number().get(), up: false };
+        let mut layers = vec![self.before.layer.clone()];
+        layers.extend(self.before.source.below.iter().cloned());
+        let source = &self.before.source;
+        let base = source.base.key.clone();
+        let host = Arc::clone(&self.before.course.host);
+        // Not a cancellable step: the file is written by a thread that cannot be called back.
+        let made = match recording {
+            Recording::New(spec) => {
+                let record = Record {
+                    format: FORMAT,
+                    id: spec.id,
+                    generation: spec.generation,
+                    instance: host.instance.clone(),
+                    template: spec.template,
+                    shape: spec.shape,
+                    disk: spec.disk,
+                    access_token: spec.access_token,
+                    environment: source.environment.clone(),
+                    default_user: source.default_user.clone(),
+                    default_workdir: source.default_workdir.clone(),
+                    settings: spec.settings,
+                    started_at: Some(jiff::Timestamp::now()),
+                    base,
+                    layers,
+                    machine: Some(machine),
+                    paused: None,
+                    capture: None,
+                };
+                let make = blocking(move || {
+                    SandboxDir::create(&host.sandboxes_dir, &record)
+                        .map(|dir| (Arc::new(Ledger::new(dir, record)), None))
+                });
+                self.before.course.timer.time("record", make).await
+            }
+            Recording::Change(ledger) => {
+                let former = ledger.record();
+                let change = ledger.change(|record| {
+                    record.machine = Some(machine);
+                    record.layers = layers;
+                    record.base = base;
+                });
+                let changed = self.before.course.timer.time("record", change).await;
+                changed.map(|()| (ledger, Some(former)))
+            }
+        };
+        match made {
+            Ok((ledger, former)) => Ok(Recorded { before: self, ledger, former }),
+            Err(error) => Err(self.undo(BringUpError::Record(error)).await),
+        }
     }
 
-    async fn restore(
-        mut self,
-        guest: &GuestBundle,
-        files: &wrenn_vmm::SnapshotFiles,
-    ) -> Result<Restored, BringUpError> {
-        let host = Arc::clone(&self.course().host);
-        let spec = self.course().spec.clone();
-        let run_dir = host.machines_dir.join(spec.id.as_str());
-        let made = std::fs::create_dir(&run_dir);
-        let restored = match made {
-            Err(source) => Err(BringUpError::RunDir { path: run_dir.clone(), source }),
-            Ok(()) => match self.slot.lock() {
-                Err(error) => Err(BringUpError::Slot(error)),
-                Ok(lock) => {
-                    let machine = MachineSpec {
-                        name: format!("{}{}", Host::machine_mark(&host.instance), spec.id),
-                        run_dir: run_dir.clone(),
-                        shape: spec.shape,
-                        guest: guest.clone(),
-                        disk: Some(self.before.disk.clone()),
-                        network: Some(NetworkSpec {
-                            namespace: self.slot.netns_path().to_owned(),
-                            tap: self.slot.tap().to_owned(),
-                        }),
-                        kernel_arguments: Vec::new(),
-                        keep_open: vec![lock],
-                    };
-                    self.course()
-                        .step("restore", RESTORE_BOUND, async {
-                            host.vmm.restore(machine, files).await.map_err(BringUpError::Restore)
-                        })
-                        .await
-                }
-            },
+    async fn undo(self, error: BringUpError) -> BringUpError {
+        let host = Arc::clone(&self.before.course.host);
+        host.slots.release(self.slot).await;
+        self.before.undo(error).await
+    }
+}
+
+impl Recorded {
+    async fn restore(mut self) -> Result<Restored, BringUpError> {
+        let course = &mut self.before.before.course;
+        let host = Arc::clone(&course.host);
+        let record = self.ledger.record();
+        let run_dir = host.run_dir(&self.before.before.layer);
+        let restored = match (std::fs::create_dir(&run_dir), self.before.slot.lock()) {
+            (Err(source), _) => Err(BringUpError::RunDir { path: run_dir.clone(), source }),
+            (Ok(()), Err(error)) => Err(BringUpError::Slot(error)),
+            (Ok(()), Ok(lock)) => {
+                let machine = MachineSpec {
+                    name: host.machine_name(&record.id, &self.before.before.layer),
+                    run_dir: run_dir.clone(),
+                    shape: record.shape,
+                    guest: host.images.guest().bundle.clone(),
+                    disk: Some(self.before.before.disk.clone()),
+                    network: Some(NetworkSpec {
+                        namespace: self.before.slot.netns_path().to_owned(),
+                        tap: self.before.slot.tap().to_owned(),
+                    }),
+                    kernel_arguments: Vec::new(),
+                    keep_open: vec![lock],
+                };
+                let files = self.before.before.source.files.clone();
+                course
+                    .step("restore", RESTORE_BOUND, async {
+                        host.vmm.restore(machine, &files).await.map_err(BringUpError::Restore)
+                    })
+                    .await
+            }
         };
         match restored {
             Ok(vm) => Ok(Restored { before: self, run_dir, vm }),
             Err(error) => {
                 remove_run_dir(&run_dir);
-                self.undo().await;
-                Err(error)
+                Err(self.undo(error).await)
             }
         }
     }
 
-    async fn undo(self) {
-        let host = Arc::clone(&self.before.before.course.host);
-        host.slots.release(self.slot).await;
-        self.before.undo().await;
-    }
-}
-
-fn remove_run_dir(path: &Utf8PathBuf) {
-    if let Err(error) = std::fs::remove_dir_all(path)
-        && error.kind() != io::ErrorKind::NotFound
-    {
-        tracing::warn!(%path, error = &error as &dyn std::error::Error, "the machine's directory stays until the next start");
+    async fn undo(self, error: BringUpError) -> BringUpError {
+        let error = self.before.undo(error).await;
+        let put_back = match self.former {
+            None => self.ledger.remove().await,
+            Some(former) => self.ledger.change(|record| *record = former).await,
+        };
+        if let Err(error) = put_back {
+            let id = self.ledger.record().id;
+            tracing::warn!(%id, error = &error as &dyn std::error::Error, "the record is put right at the next start");
+        }
+        error
     }
 }
 
 impl Restored {
-    async fn identify(
-        mut self,
-        user: &str,
-        workdir: &str,
-        disk_grows: Option<DiskMib>,
-    ) -> Result<Up, BringUpError> {
-        let spec = self.before.course().spec.clone();
-        let host = Arc::clone(&self.before.course().host);
-        let connector = self.before.slot.connector();
-        let Self { before, vm, .. } = &mut self;
+    async fn identify(mut self, persona: &Persona) -> Result<Up, BringUpError> {
+        let record = self.before.ledger.record();
+        let WithSlot { before: WithDisk { course, source, .. }, slot, policy } = &mut self.before.before;
+        let connector = slot.connector();
+        let (vm, grows) = (&mut self.vm, source.grows);
         let mut exit = vm.exit();
-        let resumed = before
-            .course()
+        let resumed = course
             .step("resume", RESTORE_BOUND, async {
                 vm.resume().await.map_err(BringUpError::Restore)?;
-                if let Some(disk) = disk_grows {
+                if let Some(disk) = grows {
                     vm.resize_disk(disk.bytes()).await.map_err(BringUpError::Restore)?;
                 }
                 Ok(())
@@ -488,24 +510,16 @@ impl Restored {
         let outcome = match resumed {
             Err(error) => Err(error),
             Ok(()) => {
-                let identity = Identity {
-                    hostname: Some(spec.id.as_str()),
-                    timestamp: jiff::Timestamp::now().to_string(),
-                    entropy: Identity::fresh_entropy(),
-                    machine_id: Some(Identity::fresh_machine_id()),
-                    access_token: Some(spec.access_token.expose()),
-                    env_vars: &spec.environment,
-                    default_user: spec.default_user.as_deref().unwrap_or(user),
-                    default_workdir: spec.default_workdir.as_deref().unwrap_or(workdir),
-                    dns_servers: &host.dns_servers,
-                    disk_bytes: disk_grows.map(DiskMib::bytes),
-                };
-                before
-                    .course()
+                let mut identity = Identity::of(&record, policy.name_servers());
+                identity.access_token = Some(persona.access_token.expose());
+                identity.machine_id = persona.is_new.then(Identity::fresh_machine_id);
+                identity.disk_bytes = grows.map(DiskMib::bytes);
+                let token = source.guest_token.as_ref();
+                course
                     .step("identity", IDENTITY_BOUND + Duration::from_secs(1), async {
                         tokio::select! {
                             biased;
-                            outcome = guest::initialise(&connector, &identity, None, IDENTITY_BOUND) => {
+                            outcome = guest::initialise(&connector, &identity, token, IDENTITY_BOUND) => {
                                 outcome.map_err(BringUpError::Identity)
                             }
                             gone = gone(&mut exit) => Err(BringUpError::Exited(gone)),
@@ -515,69 +529,39 @@ impl Restored {
             }
         };
         match outcome {
-            Ok(idle) => Ok(Up { restored: self, idle }),
-            Err(error) => {
-                self.undo().await;
-                Err(error)
+            Ok(idle) => {
+                let Recorded { before: WithSlot { before, slot, .. }, ledger, .. } = self.before;
+                let machine = Machine {
+                    id: record.id,
+                    vm: self.vm,
+                    slot,
+                    run_dir: self.run_dir,
+                    base_memory: before.source.base.memory,
+                    base_disk: before.source.base.disk.path,
+                };
+                // Without it the next agent takes this machine for a half-made one; nothing worse.
+                if let Err(error) =
+                    ledger.note(|record| record.machine.iter_mut().for_each(|machine| machine.up = true))
+                {
+                    tracing::warn!(id = %machine.id, error = &error as &dyn std::error::Error, "the record does not say that the sandbox runs");
+                }
+                let phases = before.course.timer.phases;
+                Ok(Up { machine, ledger, phases, idle, stream_after: Instant::now() })
             }
+            Err(error) => Err(self.undo(error).await),
         }
     }
 
-    async fn undo(mut self) {
-        let id = self.before.course().spec.id.clone();
-        if let Err(error) = self.vm.stop().await {
+    async fn undo(mut self, error: BringUpError) -> BringUpError {
+        if let Err(stuck) = self.vm.stop().await {
             // The slot's lock is held by the process that did not end; releasing the rest would pull the
             // disk and the namespace from under it. The next start collects it.
-            tracing::error!(%id, error = &error as &dyn std::error::Error, "the machine did not stop; it is left to be collected");
-            return;
+            let id = self.before.ledger.record().id;
+            tracing::error!(%id, error = &stuck as &dyn std::error::Error, "the machine did not stop; it is left to be collected");
+            return error;
         }
         drop(self.vm);
         remove_run_dir(&self.run_dir);
-        self.before.undo().await;
-    }
-}
-
-/// Waits until a machine is gone, and answers why.
-pub async fn gone(exit: &mut tokio::sync::watch::Receiver<Option<ExitReason>>) -> ExitReason {
-    match exit.wait_for(Option::is_some).await {
-        Ok(reason) => reason.clone().unwrap_or(ExitReason::Stopped),
-        // The driver dropped the channel with no reason: its process cannot be there any more.
-        Err(_) => ExitReason::Stopped,
-    }
-}
-
-impl Up {
-    /// The steps of the bring-up.
-    #[must_use]
-    pub fn phases(&self) -> &[Phase] {
-        self.restored.before.before.before.course.timer.phases()
-    }
-
-    /// The connection on which the guest became itself, for the first request of a user. Given once.
-    pub fn take_idle_connection(&mut self) -> Option<IdleConnection> {
-        self.idle.take()
-    }
-
-    /// How connections to the guest are made.
-    #[must_use]
-    pub fn connector(&self) -> GuestConnector {
-        self.restored.before.slot.connector()
-    }
-
-    /// Where the root disk is.
-    #[must_use]
-    pub fn disk(&self) -> &DiskSpec {
-        &self.restored.before.before.disk
-    }
-
-    /// The machine's end, to be waited for with [`gone`].
-    #[must_use]
-    pub fn exit(&self) -> tokio::sync::watch::Receiver<Option<ExitReason>> {
-        self.restored.vm.exit()
-    }
-
-    /// Takes everything down, in the reverse of the order in which it was made.
-    pub async fn tear_down(self) {
-        self.restored.undo().await;
+        self.before.undo(error).await
     }
 }

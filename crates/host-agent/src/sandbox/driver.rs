@@ -1,36 +1,81 @@
 //! The driver: the one task that owns a sandbox from its first file to its last.
 //!
-//! It runs the bring-up, then waits for the first of three things: the machine's end, a request, the
-//! inactivity clock. The machine's end comes first when several are true at once, because a sandbox that
-//! is gone must not be reported as destroyed by request. Whatever comes, it takes everything down and
-//! publishes the end after nothing is left.
+//! It begins with a bring-up, or with what an earlier agent left. Then it waits for the first of: the machine's
+//! end, a request, one of the two clocks. The machine's end comes first when several are true at once, because a
+//! sandbox that is gone must not be reported as destroyed by request. Each is worked off before the next is looked
+//! at; only a destroy is seen while something is under way, and breaks a bring-up off.
+//!
+//! What cannot be done leaves the sandbox as it was. Whatever ends it, everything is taken down, and the end is
+//! published after nothing is left.
+
+mod error;
+mod verbs;
 
 use std::{
-    sync::{Arc, OnceLock},
-    time::SystemTime,
+    future::pending,
+    sync::Arc,
+    time::{Duration, SystemTime},
 };
 
-use tokio::sync::{Notify, watch};
-use tokio_util::{sync::CancellationToken, task::TaskTracker};
-use wrenn_types::EndReason;
-use wrenn_vmm::ExitReason;
+pub use error::OperationError;
+use jiff::Timestamp;
+use tokio::{
+    sync::{Notify, watch},
+    time::{Instant, sleep},
+};
+use tokio_util::task::TaskTracker;
+use wrenn_types::{EndReason, SnapshotId, TimeoutAction};
+use wrenn_vmm::{ExitReason, VmmError};
 
 use super::{
-    End, Handle, SandboxSpec, Shared, Stage, Status,
+    Deadline, End, Guest, Handle, Outcome, PausedStatus, SandboxSpec, Shared, Stage, Status,
     activity::Activity,
-    bring_up::{self, BringUpError, Host, Up},
-    queue::RequestQueue,
+    bring_up::{self, BringUpError, Cancel, Persona, Recording, Up},
+    host::Host,
+    machine::gone,
+    queue::{Next, RequestQueue, Verb},
+    record::Ledger,
+    source::From,
 };
+use crate::{snapshots::Kept, warm::blocking};
 
-/// Starts the driver of a new sandbox. `published` is called after every publication, by the driver.
+/// How long after a clock's action failed it is tried again.
+const RETRY: Duration = Duration::from_secs(30);
+/// Wall clocks are set: a deadline is looked at anew at least this often.
+const DEADLINE_LOOK: Duration = Duration::from_secs(30);
+/// How many layers a disk may have before they are streamed into one while the machine runs.
+const LAYERS: usize = 8;
+
+/// What a driver begins with.
+#[derive(Debug)]
+pub enum Beginning {
+    /// Nothing: it is to be made.
+    Create,
+    /// A machine that an earlier agent started.
+    Adopted(Box<Up>),
+    /// A sandbox that is saved.
+    Paused(Arc<Ledger>, Box<Kept>),
+}
+
+/// Starts the driver of a sandbox. `published` is called after every publication, by the driver.
 pub fn start(
     host: Arc<Host>,
     spec: SandboxSpec,
+    beginning: Beginning,
     tracker: &TaskTracker,
     published: impl Fn(&Handle) + Send + Sync + 'static,
 ) -> Handle {
-    let (sender, receiver) =
-        watch::channel(Status { stage: Stage::Starting, started_at: None, phases: Vec::new(), end: None });
+    let (sender, receiver) = watch::channel(Status {
+        stage: Stage::Starting,
+        generation: spec.generation,
+        started_at: None,
+        phases: Vec::new(),
+        incarnation: 0,
+        settings: spec.settings.clone(),
+        paused: None,
+        last_failure: None,
+        end: None,
+    });
     let handle = Handle {
         inner: Arc::new(Shared {
             requests: std::sync::Mutex::new(RequestQueue::new(spec.generation)),
@@ -38,13 +83,38 @@ pub fn start(
             requested: Notify::new(),
             status: receiver,
             activity: Activity::new(),
-            connector: OnceLock::new(),
-            idle: std::sync::Mutex::new(None),
+            guest: std::sync::Mutex::new(None),
         }),
     };
     let driver = Driver { host, handle: handle.clone(), status: sender, published: Box::new(published) };
-    tracker.spawn(driver.drive());
+    tracker.spawn(driver.drive(beginning));
     handle
+}
+
+/// What there is of a sandbox between two operations.
+#[derive(Debug)]
+enum Residence {
+    /// A machine that runs.
+    Up(Box<Up>),
+    /// What was saved.
+    Paused(Paused),
+}
+
+#[derive(Debug)]
+struct Paused {
+    ledger: Arc<Ledger>,
+    snapshot: SnapshotId,
+}
+
+/// What the driver waits for.
+#[derive(Debug)]
+enum Event {
+    Exited(ExitReason),
+    Asked(Next),
+    Idle,
+    Deadline(TimeoutAction),
+    /// The layers of the disk are one, or could not be made one.
+    Streamed(Result<(), VmmError>),
 }
 
 struct Driver {
@@ -56,17 +126,35 @@ struct Driver {
 
 impl Driver {
     fn publish(&self, change: impl FnOnce(&mut Status)) {
-        self.status.send_modify(change);
+        let generation = self.handle.generation();
+        self.status.send_modify(|status| {
+            status.generation = generation;
+            change(status);
+        });
         (self.published)(&self.handle);
     }
 
-    async fn drive(self) {
+    async fn drive(self, beginning: Beginning) {
         (self.published)(&self.handle);
-        let end = match self.bring_up().await {
-            Ok(up) => self.run(up).await,
-            Err(error) => self.failed(error),
+        let end = match beginning {
+            Beginning::Create => match self.create().await {
+                Ok(up) => self.live(Residence::Up(Box::new(up))).await,
+                Err(error) => Some(self.failed(error)),
+            },
+            Beginning::Adopted(mut up) => {
+                self.enter(&mut up);
+                self.live(Residence::Up(up)).await
+            }
+            Beginning::Paused(ledger, kept) => {
+                let record = ledger.record();
+                let since = record.paused.map_or_else(SystemTime::now, |paused| paused.at.into());
+                self.rest(&kept, since);
+                self.live(Residence::Paused(Paused { ledger, snapshot: kept.id })).await
+            }
         };
         let id = &self.handle.spec().id;
+        // Of one that goes on, nothing is published any more.
+        let Some(end) = end else { return tracing::info!(%id, "sandbox left as it is") };
         tracing::info!(%id, reason = ?end.reason, message = end.message, "sandbox stopped");
         self.publish(|status| {
             status.stage = Stage::Stopped;
@@ -74,87 +162,277 @@ impl Driver {
         });
     }
 
-    async fn bring_up(&self) -> Result<Up, BringUpError> {
-        let cancel = CancellationToken::new();
-        let cancelled_by = Arc::new(OnceLock::new());
-        let bring_up = bring_up::bring_up(
-            Arc::clone(&self.host),
-            self.handle.spec().clone(),
-            cancel.clone(),
-            Arc::clone(&cancelled_by),
-        );
-        tokio::pin!(bring_up);
+    async fn create(&self) -> Result<Up, BringUpError> {
+        let spec = self.handle.spec();
+        let (user, workdir) = (spec.default_user.clone(), spec.default_workdir.clone());
+        let from = match &spec.snapshot {
+            Some(id) => From::Snapshot { id: id.clone(), user, workdir },
+            None => From::Template { name: spec.template.clone(), user, workdir },
+        };
+        let persona = Persona { access_token: spec.access_token.clone(), is_new: true };
+        let mut up = self.bring_up(Recording::New(Box::new(spec.clone())), persona, from).await?;
+        let phases = std::mem::take(&mut up.phases);
+        tracing::info!(id = %spec.id, phases = ?PhaseList(&phases), "sandbox running");
+        let now = SystemTime::now();
+        self.status.send_modify(|status| {
+            status.phases = phases;
+            status.started_at = Some(now);
+        });
+        self.enter(&mut up);
+        Ok(up)
+    }
+
+    /// A bring-up that a destroy breaks off.
+    async fn bring_up(&self, recording: Recording, persona: Persona, from: From) -> Result<Up, BringUpError> {
+        let cancel = Cancel::default();
+        let host = Arc::clone(&self.host);
+        // Boxed: it is large, and would make the future of every sandbox as large for all of its life.
+        let mut bring_up = Box::pin(bring_up::bring_up(host, recording, persona, cancel.clone(), from));
         loop {
             tokio::select! {
                 biased;
                 outcome = &mut bring_up => return outcome,
-                reason = self.next_request(), if !cancel.is_cancelled() => {
-                    // Set before the cancellation, so that whoever sees the one finds the other.
-                    let _ = cancelled_by.set(reason);
-                    cancel.cancel();
-                }
+                reason = self.end_wanted(), if !cancel.is_cancelled() => cancel.cancel(reason),
             }
         }
     }
 
-    /// The next request. Cancel-safe: a request is taken out only when it is answered.
-    async fn next_request(&self) -> EndReason {
+    /// Opens the way to a machine's guest, and publishes that it runs.
+    fn enter(&self, up: &mut Up) {
+        let shared = &self.handle.inner;
+        *shared.guest() = Some(Guest { connector: up.machine.connector(), idle: up.idle.take() });
+        shared.activity.touch();
+        let started = up.ledger.record().started_at;
+        self.publish(|status| {
+            status.stage = Stage::Running;
+            status.started_at = status.started_at.or_else(|| started.map(Into::into));
+            status.incarnation += 1;
+            status.paused = None;
+        });
+    }
+
+    /// Publishes that it is saved.
+    fn rest(&self, kept: &Kept, since: SystemTime) {
+        let bytes = self.host.snapshots.own_bytes(kept).unwrap_or_default();
+        self.publish(|status| {
+            status.stage = Stage::Paused;
+            status.paused = Some(PausedStatus { snapshot: kept.id.clone(), at: since, bytes });
+        });
+    }
+
+    /// The end that is asked for. Cancel-safe: it stays asked for.
+    async fn end_wanted(&self) -> EndReason {
         loop {
             // `notify_one` keeps a permit when nobody waits, so a request put between the look and the
-            // wait is not lost.
-            let taken =
-                self.handle.inner.requests.lock().unwrap_or_else(std::sync::PoisonError::into_inner).take();
-            if let Some(reason) = taken {
+            // wait is not lost. The permit of another request is not either: its taker looks before it waits.
+            if let Some(reason) = self.handle.inner.requests().end_wanted() {
                 return reason;
             }
             self.handle.inner.requested.notified().await;
         }
     }
 
-    async fn run(&self, mut up: Up) -> End {
-        let shared = &self.handle.inner;
-        let _ = shared.connector.set(up.connector());
-        shared.set_idle(up.take_idle_connection());
-        shared.activity.touch();
-        self.publish(|status| {
-            status.stage = Stage::Running;
-            status.started_at = Some(SystemTime::now());
-            status.phases = up.phases().to_vec();
-        });
-        let id = &self.handle.spec().id;
-        tracing::info!(%id, phases = ?PhaseList(up.phases()), "sandbox running");
-
-        let mut exit = up.exit();
-        let end = tokio::select! {
-            biased;
-            reason = bring_up::gone(&mut exit) => exited(&reason),
-            reason = self.next_request() => End { reason, message: reason.to_string(), error: None },
-            () = shared.activity.expired(self.handle.spec().timeout.duration()) => {
-                let reason = EndReason::Inactivity;
-                End { reason, message: reason.to_string(), error: None }
+    /// The next request. Cancel-safe: a request is taken out only when it is answered.
+    async fn next_request(&self) -> Next {
+        loop {
+            let taken = self.handle.inner.requests().take();
+            if let Some(next) = taken {
+                return next;
             }
-        };
-        shared.requests.lock().unwrap_or_else(std::sync::PoisonError::into_inner).ended();
+            self.handle.inner.requested.notified().await;
+        }
+    }
+
+    /// Waits until its deadline has passed; for ever when there is none.
+    async fn deadline(deadline: Option<Deadline>) -> TimeoutAction {
+        let Some(Deadline { at, action }) = deadline else { return pending().await };
+        loop {
+            match Duration::try_from(at.duration_since(Timestamp::now())) {
+                Ok(left) if !left.is_zero() => sleep(left.min(DEADLINE_LOOK)).await,
+                _ => return action,
+            }
+        }
+    }
+
+    async fn next_event(&self, residence: &mut Residence) -> Event {
+        let settings = self.status.borrow().settings.clone();
+        match residence {
+            Residence::Up(up) => {
+                let stream_after = up.stream_after;
+                let Up { machine, ledger, .. } = up.as_mut();
+                let mut exit = machine.vm.exit();
+                let base = machine.base_disk.clone();
+                let too_deep = ledger.record().layers.len() > LAYERS && Instant::now() >= stream_after;
+                tokio::select! {
+                    biased;
+                    reason = gone(&mut exit) => Event::Exited(reason),
+                    next = self.next_request() => Event::Asked(next),
+                    () = self.handle.inner.activity.expired(settings.timeout.duration()) => Event::Idle,
+                    action = Self::deadline(settings.deadline) => Event::Deadline(action),
+                    done = machine.vm.stream_disk(&base), if too_deep => Event::Streamed(done),
+                }
+            }
+            Residence::Paused(_) => {
+                // To pause what is paused is nothing to wait for.
+                let kill = settings.deadline.filter(|deadline| deadline.action == TimeoutAction::Kill);
+                tokio::select! {
+                    biased;
+                    next = self.next_request() => Event::Asked(next),
+                    action = Self::deadline(kill) => Event::Deadline(action),
+                }
+            }
+        }
+    }
+
+    /// None when the sandbox goes on without this agent.
+    async fn live(&self, mut residence: Residence) -> Option<End> {
+        loop {
+            let (next, reply) = match self.next_event(&mut residence).await {
+                Event::Exited(reason) => return Some(self.take_down(residence, exited(&reason)).await),
+                // What is saved outlives its agent.
+                Event::Asked(Next::End(EndReason::AgentStopped))
+                    if matches!(residence, Residence::Paused(_)) =>
+                {
+                    return None;
+                }
+                Event::Asked(Next::Leave) => {
+                    if let Residence::Up(up) = residence {
+                        *self.handle.inner.guest() = None;
+                        up.machine.release().await;
+                    }
+                    return None;
+                }
+                Event::Asked(Next::End(reason)) => {
+                    return Some(self.take_down(residence, ended(reason)).await);
+                }
+                Event::Idle => {
+                    if self.status.borrow().settings.on_timeout == TimeoutAction::Kill {
+                        return Some(self.take_down(residence, ended(EndReason::Inactivity)).await);
+                    }
+                    self.by_itself(residence, false).await
+                }
+                Event::Deadline(TimeoutAction::Kill) => {
+                    return Some(self.take_down(residence, ended(EndReason::Deadline)).await);
+                }
+                Event::Deadline(TimeoutAction::Pause) => self.by_itself(residence, true).await,
+                Event::Streamed(done) => {
+                    if let Residence::Up(up) = &mut residence {
+                        self.merged(up, done).await;
+                    }
+                    (residence, None)
+                }
+                Event::Asked(Next::Do(verb)) => {
+                    let (next, outcome) = self.perform(residence, verb).await;
+                    (next, Some(outcome))
+                }
+            };
+            residence = next;
+            if let Some(outcome) = reply {
+                let outcome = outcome.map_err(Arc::new);
+                if let Err(error) = &outcome {
+                    let id = &self.handle.spec().id;
+                    tracing::warn!(%id, error = error.as_ref() as &dyn std::error::Error, "not done");
+                }
+                for reply in self.handle.inner.requests().done() {
+                    // Whoever asked may be gone.
+                    let _ = reply.send(outcome.clone());
+                }
+            }
+        }
+    }
+
+    /// A pause that one of the clocks asks for. One that fails leaves the sandbox running, and is tried again.
+    async fn by_itself(
+        &self,
+        residence: Residence,
+        deadline: bool,
+    ) -> (Residence, Option<Result<Outcome, OperationError>>) {
+        let (next, outcome) = self.perform(residence, Verb::Pause).await;
+        let failure = outcome.err().map(|error| chain(&error));
+        if let Some(failure) = &failure {
+            tracing::warn!(id = %self.handle.spec().id, failure, "a pause that a clock asked for failed; the sandbox runs");
+            self.handle.activity().touch();
+        }
+        self.publish(|status| {
+            status.last_failure.clone_from(&failure);
+            if deadline {
+                // One that was met is over: it must not pause the sandbox again at its resume.
+                let again = Timestamp::now() + RETRY;
+                let action = TimeoutAction::Pause;
+                status.settings.deadline = failure.is_some().then_some(Deadline { at: again, action });
+            }
+        });
+        if deadline && failure.is_none() {
+            let ledger = match &next {
+                Residence::Up(up) => &up.ledger,
+                Residence::Paused(paused) => &paused.ledger,
+            };
+            if let Err(error) = ledger.change(|record| record.settings.deadline = None).await {
+                tracing::warn!(id = %self.handle.spec().id, error = &error as &dyn std::error::Error, "the record still tells of a deadline that was met");
+            }
+        }
+        (next, None)
+    }
+
+    async fn forget_snapshot(&self, snapshot: SnapshotId) {
+        let (snapshots, id) = (self.host.snapshots.clone(), snapshot.clone());
+        if let Err(error) = blocking(move || snapshots.delete(&id)).await {
+            tracing::warn!(%snapshot, error = &error as &dyn std::error::Error, "a snapshot that is not needed stays until the next start");
+        }
+    }
+
+    /// Takes everything of a sandbox down: the machine, the way to it, what it was saved as, its layers, its record.
+    async fn take_down(&self, residence: Residence, end: End) -> End {
+        let moot = self.handle.inner.requests().ended();
+        drop(moot);
         self.publish(|status| {
             status.stage = Stage::Stopping;
             status.end = Some(end.clone());
         });
-        // A socket that is left keeps the namespace that it was made in.
-        shared.set_idle(None);
-        up.tear_down().await;
+        let (ledger, own_top) = match residence {
+            Residence::Up(up) => {
+                let Up { machine, ledger, .. } = *up;
+                self.leave(machine).await;
+                // The top of a machine that runs was never frozen, so nobody else stands on it.
+                let top = ledger.record().layers.into_iter().next();
+                (ledger, top)
+            }
+            Residence::Paused(paused) => {
+                self.forget_snapshot(paused.snapshot).await;
+                (paused.ledger, None)
+            }
+        };
+        let id = &self.handle.spec().id;
+        if let Err(error) = ledger.remove().await {
+            tracing::warn!(%id, error = &error as &dyn std::error::Error, "the record stays until the next start");
+        }
+        if let Some(top) = own_top {
+            let (disks, path) = (Arc::clone(&self.host.disks), self.host.snapshots.layer_path(&top));
+            if let Err(error) = blocking(move || disks.remove(&path)).await {
+                tracing::warn!(%id, error = &error as &dyn std::error::Error, "a layer stays until the next collection");
+            }
+        }
+        // What lies below may be somebody else's too.
+        if ledger.record().layers.len() > 1 {
+            self.host.collect_soon();
+        }
         end
     }
 
     fn failed(&self, error: BringUpError) -> End {
-        self.handle.inner.requests.lock().unwrap_or_else(std::sync::PoisonError::into_inner).ended();
+        drop(self.handle.inner.requests().ended());
         if let BringUpError::Cancelled(reason) = error {
-            return End { reason, message: reason.to_string(), error: None };
+            return ended(reason);
         }
         let id = &self.handle.spec().id;
         tracing::warn!(%id, error = &error as &dyn std::error::Error, "sandbox did not come up");
         let message = chain(&error);
         End { reason: EndReason::StartFailed, message, error: Some(Arc::new(error)) }
     }
+}
+
+fn ended(reason: EndReason) -> End {
+    End { reason, message: reason.to_string(), error: None }
 }
 
 /// An error and its sources as one sentence.

@@ -1,30 +1,54 @@
 //! One sandbox.
 //!
 //! ```text
-//!              create                                     destroy (cancels the bring-up)
-//!  (nothing) ─────────► starting ─────────────────────────────────────────┐
-//!                          │  bring-up: disk, slot, machine, identity      │
-//!                          ▼                                               ▼
-//!                       running ── destroy · inactivity · VM exit ──► stopping ──► stopped
+//!              create                       pause                        resume
+//!  (nothing) ─────────► starting ─► running ─────► pausing ─► paused ─────────► resuming ─► running
+//!                          │         │  ▲  snapshot  │          ▲                  │
+//!                          │         ▼  │            └─ fails ─► running           │
+//!                          │     snapshotting                   └────── fails ─────┘
+//!                          ▼
+//!                       stopping ─► stopped     destroy, a clock that ran out, the machine's own end: from anywhere
 //! ```
 //!
 //! One task, the *driver* ([`driver`]), owns the sandbox and is the only one that changes it. Others hold a
 //! [`Handle`]: they put requests into its queue ([`queue`], a pure policy), read its published [`Status`],
 //! open connections to its guest and move its inactivity clock ([`activity`]). A stopped sandbox stays
 //! known for a while, so that whoever asks late learns why it ended.
+//!
+//! What the driver does is made of two things: [`bring_up`] makes a machine from a template or a snapshot,
+//! [`capture`] makes a snapshot of a machine. Every other verb is an order of these. What a new agent needs to
+//! take the sandbox over is in its [`record`].
 
 pub mod activity;
 pub mod bring_up;
+pub mod capture;
 pub mod driver;
+pub mod host;
+pub mod machine;
 pub mod queue;
 pub mod record;
+pub mod source;
 
-use std::{collections::BTreeMap, io, sync::Arc, time::SystemTime};
+use std::{
+    collections::BTreeMap,
+    io,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::SystemTime,
+};
 
-use tokio::sync::{Notify, watch};
-use wrenn_types::{AccessToken, DiskMib, EndReason, InactivityTimeout, SandboxId, Shape, TemplateName};
+use serde::{Deserialize, Serialize};
+use tokio::sync::{Notify, oneshot, watch};
+use wrenn_types::{
+    AccessToken, DiskMib, EndReason, InactivityTimeout, NetworkPolicy, SandboxId, Shape, SnapshotId,
+    TemplateName, TimeoutAction,
+};
 
-use self::{activity::Activity, bring_up::BringUpError, queue::RequestQueue};
+use self::{
+    activity::Activity,
+    bring_up::BringUpError,
+    driver::OperationError,
+    queue::{Denied, RequestQueue, Verb},
+};
 use crate::{
     guest::{
         ENVD_PORT, IdleConnection,
@@ -46,18 +70,66 @@ pub struct SandboxSpec {
     pub shape: Shape,
     /// Size of the root disk.
     pub disk: DiskMib,
-    /// How long it may be idle.
-    pub timeout: InactivityTimeout,
     /// What its guest asks of every caller.
     pub access_token: AccessToken,
     /// Environment of every process in it.
     pub environment: BTreeMap<String, String>,
-    /// Whether it may reach the internet.
-    pub allow_internet_access: bool,
     /// Instead of the template's default user.
     pub default_user: Option<String>,
     /// Instead of the template's default directory.
     pub default_workdir: Option<String>,
+    /// What it starts from instead of the template: then template and shape are those of this.
+    pub snapshot: Option<SnapshotId>,
+    /// What can be changed later.
+    pub settings: Settings,
+}
+
+/// What of a sandbox can be changed while it is there.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Settings {
+    /// How long it may be idle.
+    pub timeout: InactivityTimeout,
+    /// What becomes of it then.
+    pub on_timeout: TimeoutAction,
+    /// A moment that activity does not move.
+    pub deadline: Option<Deadline>,
+    /// What it may reach.
+    pub network: NetworkPolicy,
+}
+
+/// A moment, and what becomes of a sandbox then.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Deadline {
+    /// When.
+    pub at: jiff::Timestamp,
+    /// What.
+    pub action: TimeoutAction,
+}
+
+/// A change of [`Settings`]; what is none stays.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Update {
+    /// How long it may be idle.
+    pub timeout: Option<InactivityTimeout>,
+    /// What becomes of it then.
+    pub on_timeout: Option<TimeoutAction>,
+    /// The deadline, or that there is none.
+    pub deadline: Option<Option<Deadline>>,
+    /// What it may reach.
+    pub network: Option<NetworkPolicy>,
+}
+
+impl Settings {
+    /// These settings with a change.
+    #[must_use]
+    pub fn with(&self, update: &Update) -> Self {
+        Self {
+            timeout: update.timeout.unwrap_or(self.timeout),
+            on_timeout: update.on_timeout.unwrap_or(self.on_timeout),
+            deadline: update.deadline.unwrap_or(self.deadline),
+            network: update.network.clone().unwrap_or_else(|| self.network.clone()),
+        }
+    }
 }
 
 /// Where it is in its life.
@@ -67,10 +139,47 @@ pub enum Stage {
     Starting,
     /// Its guest has taken its identity and answers.
     Running,
+    /// Being saved; its machine ends after that.
+    Pausing,
+    /// Saved, with no machine.
+    Paused,
+    /// Being brought back from what was saved.
+    Resuming,
+    /// Being saved; it goes on after that.
+    Snapshotting,
     /// Being taken down.
     Stopping,
     /// Gone, with everything that was made for it.
     Stopped,
+}
+
+impl Stage {
+    /// Whether it is in a state in which it stays until somebody asks for another.
+    #[must_use]
+    pub fn is_settled(self) -> bool {
+        matches!(self, Self::Running | Self::Paused | Self::Stopped)
+    }
+
+    /// Whether there is a machine whose guest can be spoken to, now or in a moment.
+    #[must_use]
+    pub fn has_guest(self) -> bool {
+        matches!(self, Self::Running | Self::Snapshotting | Self::Pausing)
+    }
+
+    /// The public word.
+    #[must_use]
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::Starting => "starting",
+            Self::Running => "running",
+            Self::Pausing => "pausing",
+            Self::Paused => "paused",
+            Self::Resuming => "resuming",
+            Self::Snapshotting => "snapshotting",
+            Self::Stopping => "stopping",
+            Self::Stopped => "stopped",
+        }
+    }
 }
 
 /// Why and how a sandbox ended.
@@ -100,12 +209,61 @@ pub struct Phase {
 pub struct Status {
     /// The stage, true when it is published.
     pub stage: Stage,
-    /// When it began to run.
+    /// The newest generation that was accepted when this was published.
+    pub generation: u64,
+    /// When it first began to run.
     pub started_at: Option<SystemTime>,
-    /// The steps of its bring-up so far.
+    /// The steps of its last bring-up.
     pub phases: Vec<Phase>,
+    /// Which machine of its life this is: it goes up whenever another one takes its place.
+    pub incarnation: u64,
+    /// What holds now.
+    pub settings: Settings,
+    /// Set while it is paused.
+    pub paused: Option<PausedStatus>,
+    /// Why the last thing that its own clocks asked for failed.
+    pub last_failure: Option<String>,
     /// Set with [`Stage::Stopping`] and kept.
     pub end: Option<End>,
+}
+
+/// What is published of a paused sandbox.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PausedStatus {
+    /// What it is saved as.
+    pub snapshot: SnapshotId,
+    /// Since when.
+    pub at: SystemTime,
+    /// What it takes of the host's disk.
+    pub bytes: u64,
+}
+
+/// What an operation answers with.
+#[derive(Debug, Clone)]
+pub enum Outcome {
+    /// It is so now.
+    Done,
+    /// It was saved, and stood still for so long.
+    Saved {
+        /// What was saved.
+        snapshot: Box<crate::snapshots::Kept>,
+        /// How long no process of it ran; nothing for one that was paused.
+        stopped: std::time::Duration,
+    },
+}
+
+/// Where the answer to a request goes.
+pub type Reply = oneshot::Sender<Result<Outcome, Arc<OperationError>>>;
+
+/// Why a request has no outcome.
+#[derive(Debug, thiserror::Error)]
+pub enum RequestError {
+    /// The queue denied it.
+    #[error(transparent)]
+    Denied(Denied),
+    /// It was tried, and failed.
+    #[error(transparent)]
+    Failed(Arc<OperationError>),
 }
 
 /// What everyone but the driver has of a sandbox. Cheap to clone.
@@ -118,20 +276,30 @@ pub struct Handle {
 struct Shared {
     spec: SandboxSpec,
     /// Owned by whoever holds the lock for the length of one call; the driver takes requests out.
-    requests: std::sync::Mutex<RequestQueue>,
+    requests: Mutex<RequestQueue<Reply>>,
     /// Told after every change of `requests`.
     requested: Notify,
     status: watch::Receiver<Status>,
     activity: Activity,
-    /// Set by the driver once the slot is there.
-    connector: std::sync::OnceLock<GuestConnector>,
-    /// Put there and removed by the driver, taken by the first who connects to the guest's agent.
-    idle: std::sync::Mutex<Option<IdleConnection>>,
+    /// Put there and removed by the driver, with the machine that it leads to.
+    guest: Mutex<Option<Guest>>,
+}
+
+/// The way into the machine that there is now.
+#[derive(Debug)]
+struct Guest {
+    connector: GuestConnector,
+    /// Taken by the first who connects to the guest's agent.
+    idle: Option<IdleConnection>,
 }
 
 impl Shared {
-    fn set_idle(&self, idle: Option<IdleConnection>) {
-        *self.idle.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = idle;
+    fn requests(&self) -> MutexGuard<'_, RequestQueue<Reply>> {
+        self.requests.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn guest(&self) -> MutexGuard<'_, Option<Guest>> {
+        self.guest.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -154,26 +322,38 @@ impl Handle {
         self.inner.status.borrow().clone()
     }
 
+    /// The stage that is published now.
+    #[must_use]
+    pub fn stage(&self) -> Stage {
+        self.inner.status.borrow().stage
+    }
+
     /// The publication itself, to wait for changes.
     #[must_use]
     pub fn watch(&self) -> watch::Receiver<Status> {
         self.inner.status.clone()
     }
 
-    /// How connections to its guest are made, once it is running.
+    /// The newest generation that was accepted.
     #[must_use]
-    pub fn connector(&self) -> Option<&GuestConnector> {
-        (self.inner.status.borrow().stage == Stage::Running).then(|| self.inner.connector.get()).flatten()
+    pub fn generation(&self) -> u64 {
+        self.inner.requests().generation()
     }
 
-    /// A connection to a port of its guest, once it is running: to the guest's agent the one on which it became
+    /// How connections to its guest are made, while it has one.
+    #[must_use]
+    pub fn connector(&self) -> Option<GuestConnector> {
+        self.inner.guest().as_ref().map(|guest| guest.connector.clone())
+    }
+
+    /// A connection to a port of its guest, while it has one: to the guest's agent the one on which it became
     /// itself, if nobody has had that yet.
     ///
     /// # Errors
     /// As [`loopback::connect`].
     pub async fn connect(&self, connector: &GuestConnector, port: u16) -> io::Result<GuestStream> {
         if port == ENVD_PORT {
-            let idle = self.inner.idle.lock().unwrap_or_else(std::sync::PoisonError::into_inner).take();
+            let idle = self.inner.guest().as_mut().and_then(|guest| guest.idle.take());
             if let Some(stream) = idle.and_then(IdleConnection::into_usable) {
                 return Ok(stream.into());
             }
@@ -181,20 +361,43 @@ impl Handle {
         loopback::connect(connector, port).await
     }
 
-    /// Puts a request into the queue.
+    /// Asks for something and waits for its outcome. It goes on if nobody waits any more.
     ///
     /// # Errors
-    /// The reason why the queue denies it.
-    pub fn request(&self, request: queue::Request) -> Result<queue::Queued, queue::Denied> {
-        let verdict =
-            self.inner.requests.lock().unwrap_or_else(std::sync::PoisonError::into_inner).put(request);
+    /// The reason why the queue denies it, or what failed; the sandbox is then what it was before.
+    pub async fn request(&self, verb: Verb, generation: Option<u64>) -> Result<Outcome, RequestError> {
+        let (reply, outcome) = oneshot::channel();
+        let verdict = self.inner.requests().put(verb, generation, reply);
+        verdict.map_err(|(denied, _)| RequestError::Denied(denied))?;
         self.inner.requested.notify_one();
-        verdict
+        match outcome.await {
+            Ok(outcome) => outcome.map_err(RequestError::Failed),
+            // The driver drops what it can not answer any more: that of a sandbox that ends.
+            Err(_) => Err(RequestError::Denied(Denied::Ended)),
+        }
+    }
+
+    /// Asks for the end; it overtakes everything. Wait for [`Self::stopped`].
+    ///
+    /// # Errors
+    /// When the asker's generation is older.
+    pub fn destroy(&self, reason: EndReason, generation: Option<u64>) -> Result<(), Denied> {
+        // Whoever waits for what is moot now is told so by the drop.
+        let moot = self.inner.requests().destroy(reason, generation)?;
+        drop(moot);
+        self.inner.requested.notify_one();
+        Ok(())
+    }
+
+    /// Asks its driver to let go of it as it is, once what is under way is done: the agent is about to end.
+    pub fn leave(&self) {
+        drop(self.inner.requests().leave());
+        self.inner.requested.notify_one();
     }
 
     /// Waits until the sandbox has come up or is gone, and answers what it then is.
     pub async fn settled(&self) -> Status {
-        self.wait_for(|status| matches!(status.stage, Stage::Running | Stage::Stopped)).await
+        self.wait_for(|status| status.stage.is_settled()).await
     }
 
     /// Waits until the sandbox and everything that was made for it is gone.

@@ -1,24 +1,50 @@
 //! What may be asked of a sandbox, and when: a pure policy without any synchronisation of its own.
 //!
-//! A request is *enqueued*, *ignored* because it asks for what is already under way, or *denied* with a
+//! A request is *enqueued*, *joined* to one that asks for the same and is not done yet, or *denied* with a
 //! reason that a person can read. [`admit`] does the same for a create of an id that may exist.
 //!
-//! The driver takes requests out one at a time and tells the queue what became true.
+//! ```text
+//!  put ──► waiting … waiting ──take──► under way ──done──► its replies
+//!   │                  ▲                   │ same request again: joins
+//!   └── destroy ───────┴─ overtakes all; what waits is moot, what is under way is told to stop
+//! ```
+//!
+//! The queue does not judge whether a request makes sense in the state in which it will be taken: that is not
+//! known before. The driver does, when it takes it: a pause of what is paused is done at once.
+//!
+//! `R` is whatever an answer is given to; the queue only keeps it.
 
-use wrenn_types::EndReason;
+use std::collections::VecDeque;
 
-use super::Stage;
+use wrenn_types::{EndReason, InactivityTimeout, SnapshotId};
 
-/// What can be asked of a sandbox that exists.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Request {
-    /// Take it down. A bring-up that is under way is cancelled.
-    Destroy {
-        /// Why.
-        reason: EndReason,
-        /// The generation of the asker; none for the agent itself.
-        generation: Option<u64>,
+use super::{Stage, Update};
+
+/// How many requests may wait. People and programs that ask for more at once have lost count.
+pub const WAITING_LIMIT: usize = 16;
+
+/// What can be asked of a sandbox that exists, but its end.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Verb {
+    /// Save it and end its machine.
+    Pause,
+    /// Bring it back.
+    Resume {
+        /// A new bound of its inactivity, if any.
+        timeout: Option<InactivityTimeout>,
     },
+    /// Save it, and let it go on.
+    Snapshot {
+        /// The name of what is saved.
+        into: SnapshotId,
+    },
+    /// Put it back to what was saved.
+    Rollback {
+        /// The name of what was saved.
+        to: SnapshotId,
+    },
+    /// Change what it is allowed or when it ends.
+    Update(Box<Update>),
 }
 
 /// What became of a request that was not denied.
@@ -26,8 +52,8 @@ pub enum Request {
 pub enum Queued {
     /// The driver will do it.
     Enqueued,
-    /// It is already being done, or is done.
-    Ignored,
+    /// It is answered with one that was asked for before.
+    Joined,
 }
 
 /// Why a request was denied.
@@ -41,54 +67,156 @@ pub enum Denied {
         /// The generation that the agent knows.
         current: u64,
     },
-    /// The id is taken by a sandbox that has ended.
-    #[error("a sandbox of this id has already ended")]
+    /// The sandbox has ended, or is about to.
+    #[error("the sandbox has ended")]
     Ended,
+    /// Too much waits already.
+    #[error("{WAITING_LIMIT} requests wait already; ask again when they are done")]
+    Busy,
 }
 
-/// The requests of one sandbox. At most one is ever waiting: the only request ends the sandbox.
+/// What the driver is to do next.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Next {
+    /// Take it down.
+    End(EndReason),
+    /// Let go of it as it is: the next agent takes it over.
+    Leave,
+    /// Do this, and say [`RequestQueue::done`].
+    Do(Verb),
+}
+
 #[derive(Debug)]
-pub struct RequestQueue {
+struct Operation<R> {
+    verb: Verb,
+    replies: Vec<R>,
+}
+
+/// The requests of one sandbox.
+#[derive(Debug)]
+pub struct RequestQueue<R> {
     generation: u64,
     ending: bool,
-    waiting: Option<EndReason>,
+    end: Option<EndReason>,
+    leaving: bool,
+    waiting: VecDeque<Operation<R>>,
+    under_way: Option<Operation<R>>,
 }
 
-impl RequestQueue {
-    /// The queue of a sandbox that is being brought up.
+impl<R> RequestQueue<R> {
+    /// The queue of a sandbox of this generation.
     #[must_use]
     pub fn new(generation: u64) -> Self {
-        Self { generation, ending: false, waiting: None }
+        Self {
+            generation,
+            ending: false,
+            end: None,
+            leaving: false,
+            waiting: VecDeque::new(),
+            under_way: None,
+        }
     }
 
-    /// Decides about a request.
+    /// The newest generation that was accepted.
+    #[must_use]
+    pub fn generation(&self) -> u64 {
+        self.generation
+    }
+
+    fn accept(&mut self, asked: Option<u64>) -> Result<(), Denied> {
+        match asked {
+            Some(asked) if asked < self.generation => Err(Denied::Stale { asked, current: self.generation }),
+            Some(asked) => {
+                self.generation = asked;
+                Ok(())
+            }
+            None => Ok(()),
+        }
+    }
+
+    /// Decides about a request; `generation` is none for the agent's own. The reply comes back with a denial.
     ///
     /// # Errors
     /// [`Denied::Stale`] when the asker's generation is older than the sandbox's.
-    pub fn put(&mut self, request: Request) -> Result<Queued, Denied> {
-        let Request::Destroy { reason, generation } = request;
-        if let Some(asked) = generation
-            && asked < self.generation
-        {
-            return Err(Denied::Stale { asked, current: self.generation });
-        }
+    pub fn put(&mut self, verb: Verb, generation: Option<u64>, reply: R) -> Result<Queued, (Denied, R)> {
         if self.ending {
-            return Ok(Queued::Ignored);
+            return Err((Denied::Ended, reply));
         }
-        self.ending = true;
-        self.waiting = Some(reason);
+        if let Err(denied) = self.accept(generation) {
+            return Err((denied, reply));
+        }
+        // Only the last one may be joined: what comes after another would happen before it.
+        let last = self.waiting.back_mut().or(self.under_way.as_mut());
+        if let Some(last) = last
+            && last.verb == verb
+        {
+            last.replies.push(reply);
+            return Ok(Queued::Joined);
+        }
+        if self.waiting.len() >= WAITING_LIMIT {
+            return Err((Denied::Busy, reply));
+        }
+        self.waiting.push_back(Operation { verb, replies: vec![reply] });
         Ok(Queued::Enqueued)
     }
 
-    /// The next request for the driver.
-    pub fn take(&mut self) -> Option<EndReason> {
-        self.waiting.take()
+    /// Asks for the end. What waits is moot: its replies come back.
+    ///
+    /// # Errors
+    /// [`Denied::Stale`] when the asker's generation is older than the sandbox's.
+    pub fn destroy(&mut self, reason: EndReason, generation: Option<u64>) -> Result<Vec<R>, Denied> {
+        self.accept(generation)?;
+        if !self.ending {
+            self.ending = true;
+            self.end = Some(reason);
+        }
+        Ok(self.waiting.drain(..).flat_map(|operation| operation.replies).collect())
     }
 
-    /// The sandbox is ending by itself: whatever waits is moot, and what comes is ignored.
-    pub fn ended(&mut self) {
+    /// The agent is about to end, and the sandbox is not: what is under way is done, and nothing after it. What
+    /// waits is moot: its replies come back.
+    pub fn leave(&mut self) -> Vec<R> {
+        self.leaving = true;
         self.ending = true;
-        self.waiting = None;
+        self.waiting.drain(..).flat_map(|operation| operation.replies).collect()
+    }
+
+    /// The end that was asked for and has not been taken yet.
+    #[must_use]
+    pub fn end_wanted(&self) -> Option<EndReason> {
+        self.end
+    }
+
+    /// The next thing for the driver. Nothing is taken while something is under way, but the end.
+    pub fn take(&mut self) -> Option<Next> {
+        if let Some(reason) = self.end.take() {
+            return Some(Next::End(reason));
+        }
+        if self.under_way.is_some() {
+            return None;
+        }
+        if self.leaving {
+            return Some(Next::Leave);
+        }
+        let operation = self.waiting.pop_front()?;
+        let verb = operation.verb.clone();
+        self.under_way = Some(operation);
+        Some(Next::Do(verb))
+    }
+
+    /// What was under way is over: those who wait for its outcome.
+    pub fn done(&mut self) -> Vec<R> {
+        self.under_way.take().map(|operation| operation.replies).unwrap_or_default()
+    }
+
+    /// The sandbox is ending by itself: whatever waits is moot, and nothing more is accepted. All replies come
+    /// back.
+    pub fn ended(&mut self) -> Vec<R> {
+        self.ending = true;
+        self.end = None;
+        let mut replies = self.done();
+        replies.extend(self.waiting.drain(..).flat_map(|operation| operation.replies));
+        replies
     }
 }
 
@@ -124,85 +252,150 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    fn destroy(generation: u64) -> Request {
-        Request::Destroy { reason: EndReason::Requested, generation: Some(generation) }
+    #[test]
+    fn a_destroy_is_done_once_and_overtakes() {
+        let mut queue = RequestQueue::new(1);
+        assert_eq!(queue.put(Verb::Pause, Some(1), 'a'), Ok(Queued::Enqueued));
+        assert_eq!(queue.take(), Some(Next::Do(Verb::Pause)));
+        assert_eq!(queue.put(Verb::Resume { timeout: None }, Some(2), 'b'), Ok(Queued::Enqueued));
+        assert_eq!(queue.destroy(EndReason::Requested, Some(3)), Ok(vec!['b']));
+        assert_eq!(queue.destroy(EndReason::Requested, Some(3)), Ok(vec![]));
+        assert_eq!(queue.end_wanted(), Some(EndReason::Requested));
+        assert_eq!(queue.take(), Some(Next::End(EndReason::Requested)));
+        assert_eq!(queue.take(), None);
+        assert_eq!(queue.put(Verb::Pause, Some(4), 'c'), Err((Denied::Ended, 'c')));
+        assert_eq!(queue.done(), vec!['a']);
     }
 
     #[test]
-    fn a_destroy_is_done_once() {
+    fn the_same_again_is_joined_but_never_past_another() {
         let mut queue = RequestQueue::new(1);
-        assert_eq!(queue.put(destroy(1)), Ok(Queued::Enqueued));
-        assert_eq!(queue.put(destroy(1)), Ok(Queued::Ignored));
-        assert_eq!(queue.take(), Some(EndReason::Requested));
+        assert_eq!(queue.put(Verb::Pause, None, 1), Ok(Queued::Enqueued));
+        assert_eq!(queue.take(), Some(Next::Do(Verb::Pause)));
+        assert_eq!(queue.put(Verb::Pause, None, 2), Ok(Queued::Joined));
+        assert_eq!(queue.put(Verb::Resume { timeout: None }, None, 3), Ok(Queued::Enqueued));
+        assert_eq!(queue.put(Verb::Pause, None, 4), Ok(Queued::Enqueued));
+        assert_eq!(queue.take(), None, "one at a time");
+        assert_eq!(queue.done(), vec![1, 2]);
+    }
+
+    #[test]
+    fn what_is_under_way_is_done_before_the_agent_leaves() {
+        let mut queue = RequestQueue::new(1);
+        assert_eq!(queue.put(Verb::Pause, None, 1), Ok(Queued::Enqueued));
+        assert_eq!(queue.take(), Some(Next::Do(Verb::Pause)));
+        assert_eq!(queue.leave(), Vec::<i32>::new());
+        assert_eq!(queue.put(Verb::Resume { timeout: None }, None, 2), Err((Denied::Ended, 2)));
         assert_eq!(queue.take(), None);
-        assert_eq!(queue.put(destroy(2)), Ok(Queued::Ignored));
+        assert_eq!(queue.done(), vec![1]);
+        assert_eq!(queue.take(), Some(Next::Leave));
     }
 
     #[test]
     fn an_older_generation_is_refused() {
         let mut queue = RequestQueue::new(5);
-        assert_eq!(queue.put(destroy(4)), Err(Denied::Stale { asked: 4, current: 5 }));
-        assert_eq!(queue.take(), None);
+        let stale = Denied::Stale { asked: 4, current: 5 };
+        assert_eq!(queue.put(Verb::Pause, Some(4), ()), Err((stale, ())));
+        assert_eq!(queue.destroy(EndReason::Requested, Some(4)), Err(stale));
+        assert_eq!(queue.put(Verb::Pause, Some(7), ()), Ok(Queued::Enqueued));
+        assert_eq!(queue.generation(), 7);
+    }
+
+    #[test]
+    fn only_so_many_wait() {
+        let mut queue = RequestQueue::new(1);
+        for number in 0..WAITING_LIMIT {
+            let verb = Verb::Snapshot { into: SnapshotId::random() };
+            assert_eq!(queue.put(verb, None, number), Ok(Queued::Enqueued));
+        }
+        assert_eq!(queue.put(Verb::Pause, None, 99), Err((Denied::Busy, 99)));
+        assert_eq!(queue.ended(), (0..WAITING_LIMIT).collect::<Vec<_>>());
     }
 
     #[test]
     fn creates() {
         assert_eq!(admit(None, 1), Ok(Admission::Start));
         assert_eq!(admit(Some((1, Stage::Starting)), 1), Ok(Admission::Join));
-        assert_eq!(admit(Some((1, Stage::Running)), 1), Ok(Admission::Join));
+        assert_eq!(admit(Some((1, Stage::Paused)), 1), Ok(Admission::Join));
         assert_eq!(admit(Some((1, Stage::Stopped)), 1), Err(Denied::Ended));
         assert_eq!(admit(Some((1, Stage::Stopped)), 2), Ok(Admission::Replace));
         assert_eq!(admit(Some((2, Stage::Stopped)), 1), Err(Denied::Stale { asked: 1, current: 2 }));
         assert_eq!(admit(Some((1, Stage::Running)), 2), Err(Denied::Stale { asked: 2, current: 1 }));
     }
 
-    #[derive(Debug, Clone, Copy)]
+    #[derive(Debug, Clone)]
     enum Step {
-        Put(Option<u64>),
+        Put(Verb, Option<u64>),
+        Destroy(Option<u64>),
         Take,
+        Done,
         Ended,
     }
 
     fn steps() -> impl Strategy<Value = Vec<Step>> {
+        let verb = prop_oneof![Just(Verb::Pause), Just(Verb::Resume { timeout: None })];
+        let generation = proptest::option::of(0_u64..4);
         let step = prop_oneof![
-            proptest::option::of(0_u64..4).prop_map(Step::Put),
-            Just(Step::Take),
-            Just(Step::Ended),
+            6 => (verb, generation.clone()).prop_map(|(verb, generation)| Step::Put(verb, generation)),
+            1 => generation.prop_map(Step::Destroy),
+            4 => Just(Step::Take),
+            4 => Just(Step::Done),
+            1 => Just(Step::Ended),
         ];
-        proptest::collection::vec(step, 0..40)
+        proptest::collection::vec(step, 0..60)
     }
 
     proptest! {
-        /// Against the smallest model there is: at most one request is ever handed to the driver, it is one
-        /// that was enqueued, and nothing is handed out after the end.
+        /// Every reply that was accepted comes back exactly once, verbs are done in the order in which they were
+        /// enqueued, one at a time, and nothing is handed out after the end.
         #[test]
-        fn at_most_one_request_reaches_the_driver(steps in steps()) {
+        fn every_request_is_answered_once(steps in steps()) {
             let mut queue = RequestQueue::new(2);
-            let (mut enqueued, mut taken, mut ended) = (0, 0, false);
-            for step in steps {
+            let (mut given, mut back) = (Vec::new(), Vec::new());
+            let (mut enqueued, mut taken) = (Vec::new(), Vec::new());
+            let (mut under_way, mut over) = (false, false);
+            for (number, step) in steps.into_iter().enumerate() {
                 match step {
-                    Step::Put(generation) => {
-                        let verdict = queue.put(Request::Destroy { reason: EndReason::Requested, generation });
-                        let stale = generation.is_some_and(|generation| generation < 2);
-                        prop_assert_eq!(verdict.is_err(), stale);
-                        if verdict == Ok(Queued::Enqueued) {
-                            prop_assert!(!ended && enqueued == 0);
-                            enqueued += 1;
+                    Step::Put(verb, generation) => match queue.put(verb.clone(), generation, number) {
+                        Ok(queued) => {
+                            prop_assert!(!over);
+                            given.push(number);
+                            if queued == Queued::Enqueued {
+                                enqueued.push(verb);
+                            }
                         }
-                    }
-                    Step::Take => {
-                        if queue.take().is_some() {
-                            prop_assert!(!ended);
-                            taken += 1;
+                        Err((denied, reply)) => {
+                            prop_assert_eq!(reply, number);
+                            prop_assert!(over || denied != Denied::Ended);
                         }
+                    },
+                    Step::Destroy(generation) => if let Ok(moot) = queue.destroy(EndReason::Requested, generation) {
+                        over = true;
+                        back.extend(moot);
+                    },
+                    Step::Take => match queue.take() {
+                        Some(Next::Do(verb)) => {
+                            prop_assert!(!under_way && !over);
+                            under_way = true;
+                            taken.push(verb);
+                        }
+                        Some(Next::End(_) | Next::Leave) => prop_assert!(over),
+                        None => {}
+                    },
+                    Step::Done => {
+                        back.extend(queue.done());
+                        under_way = false;
                     }
                     Step::Ended => {
-                        queue.ended();
-                        ended = true;
+                        back.extend(queue.ended());
+                        (over, under_way) = (true, false);
                     }
                 }
-                prop_assert!(taken <= enqueued && enqueued <= 1);
             }
+            back.extend(queue.ended());
+            back.sort_unstable();
+            prop_assert_eq!(back, given);
+            prop_assert!(enqueued.starts_with(&taken));
         }
     }
 }

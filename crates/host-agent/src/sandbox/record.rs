@@ -1,18 +1,39 @@
-//! The record of a sandbox on disk: written before anything is made for it, removed after everything is
-//! gone. It holds what is needed to collect the sandbox when the agent did not live to do so.
+//! The record of a sandbox on disk: what a new agent needs to take it over, or to collect it.
+//!
+//! It is there before the machine is started and goes after everything else is gone. A change replaces the
+//! whole file, durably, before what it announces is done:
+//!
+//! ```text
+//!  before …                          the record says                    found by a new agent
+//!  the machine is started            machine, layers                    lives: adopted; else collected
+//!  a capture begins                  capture: snapshot, next layer      no such snapshot: goes on as it was
+//!  a pause's machine is ended        paused                             paused; a machine that lives is ended
+//!  a resumed machine is started      paused, machine, new top layer     paused: the machine is ended, the layer goes
+//!  a resumed machine is answered for machine                            adopted
+//! ```
 
 use std::{
+    collections::BTreeMap,
     fs::{self, File, OpenOptions},
     io::{self, Write as _},
     os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _},
+    sync::{Arc, Mutex, PoisonError},
 };
 
 use camino::{Utf8Path, Utf8PathBuf};
+use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
-use wrenn_types::{InstanceId, SandboxId};
+use wrenn_types::{AccessToken, DiskMib, InstanceId, LayerId, SandboxId, Shape, SnapshotId, TemplateName};
+
+use super::Settings;
+use crate::{snapshots::BaseKey, warm::blocking};
 
 /// The name of the file in the sandbox's directory.
 const FILE: &str = "record.json";
+/// Under which it is written before it replaces the former one.
+const FRESH: &str = "record.json.new";
+/// The format that this program writes and reads.
+pub const FORMAT: u32 = 2;
 
 /// What is on disk of a sandbox.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -21,10 +42,77 @@ pub struct Record {
     pub format: u32,
     /// The sandbox.
     pub id: SandboxId,
-    /// The control plane's generation of it.
+    /// The newest generation of the control plane's.
     pub generation: u64,
     /// The stack that it belongs to.
     pub instance: InstanceId,
+    /// The template that it began from, by the name that was asked for.
+    pub template: TemplateName,
+    /// CPUs and memory.
+    pub shape: Shape,
+    /// Size of the root disk.
+    pub disk: DiskMib,
+    /// What its guest asks of every caller.
+    #[serde(with = "wrenn_types::secret::stored")]
+    pub access_token: AccessToken,
+    /// Environment of every process in it.
+    pub environment: BTreeMap<String, String>,
+    /// Who runs what has no user of its own.
+    pub default_user: String,
+    /// Where.
+    pub default_workdir: String,
+    /// What can be changed.
+    pub settings: Settings,
+    /// When it first ran.
+    pub started_at: Option<Timestamp>,
+    /// What its memory differs from.
+    pub base: BaseKey,
+    /// Its disk above the base's, top first.
+    pub layers: Vec<LayerId>,
+    /// The machine, from before it is started until after it has ended.
+    pub machine: Option<MachineRecord>,
+    /// What it is saved as. While this is here, it is the sandbox, whatever machine there is.
+    pub paused: Option<PausedRecord>,
+    /// A capture that is under way.
+    pub capture: Option<CaptureRecord>,
+}
+
+/// How the machine of a sandbox is found again.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MachineRecord {
+    /// The layer on which it was started: with the sandbox's id it names the process, and its directory.
+    pub name: LayerId,
+    /// The number of its network slot.
+    pub slot: u16,
+    /// Whether its guest has become itself; one that has not is half-made.
+    pub up: bool,
+}
+
+/// What a paused sandbox is saved as.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PausedRecord {
+    /// The snapshot.
+    pub snapshot: SnapshotId,
+    /// Since when.
+    pub at: Timestamp,
+}
+
+/// A capture that is under way.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CaptureRecord {
+    /// What it becomes.
+    pub snapshot: SnapshotId,
+    /// Whether the machine ends after it.
+    pub pause: bool,
+    /// The layer on which the machine goes on, if it does.
+    pub next_layer: Option<LayerId>,
+}
+
+impl Record {
+    /// Every layer that may be in use: those of the disk, and the one that is to come.
+    pub fn layers_in_use(&self) -> impl Iterator<Item = &LayerId> {
+        self.layers.iter().chain(self.capture.iter().filter_map(|capture| capture.next_layer.as_ref()))
+    }
 }
 
 /// A record could not be kept.
@@ -73,19 +161,36 @@ impl SandboxDir {
         Ok(dir)
     }
 
-    fn write(&self, record: &Record) -> Result<(), RecordError> {
-        let path = self.path.join(FILE);
+    /// Puts a record in the place of the former one, durably.
+    ///
+    /// # Errors
+    /// The step that failed; the former one is there then.
+    pub fn write(&self, record: &Record) -> Result<(), RecordError> {
+        self.replace(record, true)
+    }
+
+    fn replace(&self, record: &Record, durably: bool) -> Result<(), RecordError> {
+        let (path, fresh) = (self.path.join(FILE), self.path.join(FRESH));
         let text = serde_json::to_vec(record).map_err(io::Error::other).map_err(failed("write", &path))?;
-        let mut file = OpenOptions::new()
-            .write(true)
-            .create_new(true)
-            .mode(0o600)
-            .open(&path)
-            .map_err(failed("make", &path))?;
-        file.write_all(&text).map_err(failed("write", &path))?;
+        let mut options = OpenOptions::new();
+        options.write(true).create(true).truncate(true).mode(0o600);
+        let mut file = options.open(&fresh).map_err(failed("make", &fresh))?;
+        file.write_all(&text).map_err(failed("write", &fresh))?;
         // Without this a power cut could leave a machine's files with no record of them. Processes do not
         // survive one, so the directory's own entry may follow later.
-        file.sync_data().map_err(failed("sync", &path))
+        if durably {
+            file.sync_data().map_err(failed("sync", &fresh))?;
+        }
+        fs::rename(&fresh, &path).map_err(failed("put into place", &path))
+    }
+
+    /// The directory of a sandbox that an earlier agent made, if its name and its record agree.
+    fn found(path: Utf8PathBuf) -> Left {
+        let record: Option<Record> =
+            File::open(path.join(FILE)).ok().and_then(|file| serde_json::from_reader(file).ok());
+        let record =
+            record.filter(|record| record.format == FORMAT && path.file_name() == Some(record.id.as_str()));
+        Left { dir: Self { path }, record }
     }
 
     /// Where it is.
@@ -98,8 +203,72 @@ impl SandboxDir {
     ///
     /// # Errors
     /// Why something is still there.
-    pub fn remove(self) -> Result<(), RecordError> {
+    pub fn remove(&self) -> Result<(), RecordError> {
         fs::remove_dir_all(&self.path).map_err(failed("remove", &self.path))
+    }
+}
+
+/// The record of a sandbox that is there, on disk and in memory. Changed by its driver only, one change at a time.
+#[derive(Debug)]
+pub struct Ledger {
+    dir: SandboxDir,
+    record: Mutex<Record>,
+}
+
+impl Ledger {
+    /// The record that is on disk in `dir`.
+    #[must_use]
+    pub fn new(dir: SandboxDir, record: Record) -> Self {
+        Self { dir, record: Mutex::new(record) }
+    }
+
+    /// What it says now.
+    #[must_use]
+    pub fn record(&self) -> Record {
+        self.record.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Puts another record in the place of the present one, durably. Blocks on the disk.
+    ///
+    /// # Errors
+    /// The former one is there then.
+    pub fn put(&self, record: Record) -> Result<(), RecordError> {
+        self.dir.write(&record)?;
+        *self.record.lock().unwrap_or_else(PoisonError::into_inner) = record;
+        Ok(())
+    }
+
+    /// Changes the record, durably. It is not broken off by a drop of the future: the thread goes on.
+    ///
+    /// # Errors
+    /// The former one is there then.
+    pub async fn change(self: &Arc<Self>, change: impl FnOnce(&mut Record)) -> Result<(), RecordError> {
+        let mut record = self.record();
+        change(&mut record);
+        let ledger = Arc::clone(self);
+        blocking(move || ledger.put(record)).await
+    }
+
+    /// Changes the record for an agent that is started after this one, but not for a host that is: machines do not
+    /// survive that. It waits for no disk.
+    ///
+    /// # Errors
+    /// The former one is there then.
+    pub fn note(&self, change: impl FnOnce(&mut Record)) -> Result<(), RecordError> {
+        let mut record = self.record();
+        change(&mut record);
+        self.dir.replace(&record, false)?;
+        *self.record.lock().unwrap_or_else(PoisonError::into_inner) = record;
+        Ok(())
+    }
+
+    /// Removes the directory with the record, and all that is in it.
+    ///
+    /// # Errors
+    /// Why something is still there.
+    pub async fn remove(self: &Arc<Self>) -> Result<(), RecordError> {
+        let ledger = Arc::clone(self);
+        blocking(move || ledger.dir.remove()).await
     }
 }
 
@@ -110,6 +279,12 @@ pub struct Left {
     pub dir: SandboxDir,
     /// Its record, unless it was not yet whole.
     pub record: Option<Record>,
+}
+
+/// The record of a sandbox that is there.
+#[must_use]
+pub fn read(parent: &Utf8Path, id: &SandboxId) -> Option<Record> {
+    SandboxDir::found(parent.join(id.as_str())).record
 }
 
 /// The directories of sandboxes below `parent`. A name that is no id is none of ours and is left alone.
@@ -123,9 +298,7 @@ pub fn left_behind(parent: &Utf8Path) -> Result<Vec<Left>, RecordError> {
         if entry.file_name().parse::<SandboxId>().is_err() {
             continue;
         }
-        let record =
-            File::open(entry.path().join(FILE)).ok().and_then(|file| serde_json::from_reader(file).ok());
-        found.push(Left { dir: SandboxDir { path: entry.path().to_owned() }, record });
+        found.push(SandboxDir::found(entry.path().to_owned()));
     }
     Ok(found)
 }
@@ -135,7 +308,31 @@ mod tests {
     use super::*;
 
     fn record() -> Record {
-        Record { format: 1, id: SandboxId::random(), generation: 3, instance: InstanceId::random() }
+        Record {
+            format: FORMAT,
+            id: SandboxId::random(),
+            generation: 3,
+            instance: InstanceId::random(),
+            template: "base".parse().unwrap(),
+            shape: Shape { vcpus: Default::default(), memory: Default::default() },
+            disk: DiskMib::default(),
+            access_token: AccessToken::random(),
+            environment: BTreeMap::from([("A".to_owned(), "b".to_owned())]),
+            default_user: "user".to_owned(),
+            default_workdir: "/home/user".to_owned(),
+            settings: Settings {
+                timeout: Default::default(),
+                on_timeout: Default::default(),
+                deadline: None,
+                network: wrenn_types::NetworkPolicy::simple(true),
+            },
+            started_at: Some(Timestamp::UNIX_EPOCH),
+            base: format!("{}.{}", "0".repeat(32), "1".repeat(16)).parse().unwrap(),
+            layers: vec![LayerId::random()],
+            machine: Some(MachineRecord { name: LayerId::random(), slot: 7, up: true }),
+            paused: None,
+            capture: None,
+        }
     }
 
     #[test]
@@ -160,6 +357,19 @@ mod tests {
         let _dir = SandboxDir::create(parent, &record).unwrap();
         assert!(SandboxDir::create(parent, &record).is_err());
         assert_eq!(left_behind(parent).unwrap()[0].record.as_ref(), Some(&record));
+    }
+
+    #[test]
+    fn a_change_replaces_the_whole_record() {
+        let parent = tempfile::tempdir().unwrap();
+        let parent = Utf8Path::from_path(parent.path()).unwrap();
+        let mut record = record();
+        let dir = SandboxDir::create(parent, &record).unwrap();
+        record.paused = Some(PausedRecord { snapshot: SnapshotId::random(), at: Timestamp::UNIX_EPOCH });
+        record.environment.clear();
+        dir.write(&record).unwrap();
+        assert_eq!(left_behind(parent).unwrap()[0].record.as_ref(), Some(&record));
+        assert!(!format!("{record:?}").contains(record.access_token.expose()));
     }
 
     #[test]

@@ -1,24 +1,22 @@
 //! A snapshot in the making, and how it becomes one: wholly or not at all.
 
 use std::{
-    fs::{self, DirBuilder, File},
-    io::{self, Write},
+    fs::{self, DirBuilder},
+    io,
     os::unix::fs::DirBuilderExt,
     time::Duration,
 };
 
 use camino::{Utf8Path, Utf8PathBuf};
-use rustix::{
-    fs::{CWD, RenameFlags},
-    io::Errno,
-};
+use rustix::{fs::RenameFlags, io::Errno};
 use wrenn_vmm::SnapshotFiles;
 
 use super::{
     Damage, FileRecord, Layout, Manifest, SnapshotKey, SnapshotStore, SnapshotStoreError,
     SnapshotStoreResult, Subject, WarmSnapshot, digest,
+    files::{length, remove_directory, rename, sync, write_durably},
     lock::{self, Lock},
-    manifest, verified,
+    manifest,
 };
 
 /// What a guest that boots writes to its memory, at most: it does not use what it does not need.
@@ -31,7 +29,7 @@ const LOCK: &str = ".lock-";
 #[derive(Debug)]
 pub enum Begin {
     /// Someone else made it meanwhile.
-    Ready(WarmSnapshot),
+    Ready(Box<WarmSnapshot>),
     /// It is ours to make.
     Building(Building),
 }
@@ -77,7 +75,7 @@ impl SnapshotStore {
             .ok_or_else(|| SnapshotStoreError::Busy { key: key.clone(), bound })?;
         match self.open(subject) {
             Ok(None) => {}
-            Ok(Some(snapshot)) => return Ok(Begin::Ready(snapshot)),
+            Ok(Some(snapshot)) => return Ok(Begin::Ready(Box::new(snapshot))),
             Err(error) if error.is_unusable() => {
                 tracing::warn!(error = &error as &dyn std::error::Error, "a warm snapshot is made anew");
             }
@@ -141,7 +139,7 @@ impl Building {
     #[must_use]
     pub fn files(&self) -> SnapshotFiles {
         let Layout { memory, state, .. } = Layout::of(&self.dir);
-        SnapshotFiles { memory, state }
+        SnapshotFiles { memory, state, pages: None }
     }
 
     /// Where the frozen disk is to be put.
@@ -164,8 +162,7 @@ impl Building {
         done(Step::FilesAreDurable);
 
         let half = self.dir.join("manifest.json.new");
-        write_durably(&half, &manifest.to_json())
-            .map_err(|source| SnapshotStoreError::file("write", &half, source))?;
+        write_durably(&half, &manifest.to_json(), 0o644)?;
         done(Step::ManifestIsWritten);
         fs::rename(&half, self.dir.join(manifest::FILE_NAME))
             .map_err(|source| SnapshotStoreError::file("rename", &half, source))?;
@@ -185,7 +182,7 @@ impl Building {
             path: place.join(manifest::FILE_NAME),
             damage: Damage::Missing,
         })?;
-        verified::remember(&self.store.inner.verified, &snapshot)?;
+        self.store.remember_contents(&snapshot)?;
         Ok(snapshot)
     }
 
@@ -242,37 +239,6 @@ impl Drop for Building {
     }
 }
 
-fn rename(from: &Utf8Path, to: &Utf8Path, flags: RenameFlags) -> Result<(), Errno> {
-    rustix::fs::renameat_with(CWD, from.as_str(), CWD, to.as_str(), flags)
-}
-
 fn record_large(path: &Utf8Path) -> SnapshotStoreResult<FileRecord> {
     Ok(FileRecord { bytes: length(path)?, digest: digest::of_large_file(path)? })
-}
-
-fn length(path: &Utf8Path) -> SnapshotStoreResult<u64> {
-    fs::metadata(path).map(|it| it.len()).map_err(|source| SnapshotStoreError::file("examine", path, source))
-}
-
-fn write_durably(path: &Utf8Path, bytes: &[u8]) -> io::Result<()> {
-    let mut file = File::create(path)?;
-    file.write_all(bytes)?;
-    file.sync_all()
-}
-
-/// Makes a file, or the names in a directory, durable.
-fn sync(path: &Utf8Path) -> SnapshotStoreResult<()> {
-    File::open(path)
-        .and_then(|file| file.sync_all())
-        .map_err(|source| SnapshotStoreError::file("write to disk", path, source))
-}
-
-/// Removes a directory with all that is in it. Idempotent.
-pub(super) fn remove_directory(path: &Utf8Path) -> SnapshotStoreResult<()> {
-    match fs::remove_dir_all(path) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => {
-            Err(SnapshotStoreError::file("remove", path, error))
-        }
-        _ => Ok(()),
-    }
 }

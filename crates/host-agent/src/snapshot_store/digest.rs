@@ -40,7 +40,7 @@ impl Digest {
     }
 
     /// Of a few bytes in memory.
-    pub(super) fn of_bytes(bytes: &[u8]) -> Self {
+    pub(crate) fn of_bytes(bytes: &[u8]) -> Self {
         Self::of(Sha256::new_with_prefix(bytes))
     }
 
@@ -76,7 +76,7 @@ impl fmt::Debug for Digest {
 }
 
 /// The SHA-256 of a file that is read whole; of one that is longer than `bound`, of its first bytes.
-pub(super) fn of_small_file(path: &Utf8Path, bound: u64) -> SnapshotStoreResult<Digest> {
+pub(crate) fn of_small_file(path: &Utf8Path, bound: u64) -> SnapshotStoreResult<Digest> {
     let mut bytes = Vec::new();
     File::open(path)
         .and_then(|file| file.take(bound).read_to_end(&mut bytes))
@@ -84,8 +84,26 @@ pub(super) fn of_small_file(path: &Utf8Path, bound: u64) -> SnapshotStoreResult<
     Ok(Digest::of_bytes(&bytes))
 }
 
+/// The SHA-256 of a file of any length, in pieces.
+pub(crate) fn of_file(path: &Utf8Path) -> SnapshotStoreResult<Digest> {
+    let digest = || {
+        let mut file = File::open(path)?;
+        let mut buffer = vec![0_u8; 4 * BLOCK];
+        let mut hasher = Sha256::new();
+        loop {
+            match file.read(&mut buffer) {
+                Ok(0) => return Ok(Digest::of(hasher)),
+                Ok(read) => hasher.update(&buffer[..read]),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+    };
+    digest().map_err(|source| SnapshotStoreError::file("read", path, source))
+}
+
 /// The digest of a file's blocks that are not zero.
-pub(super) fn of_large_file(path: &Utf8Path) -> SnapshotStoreResult<Digest> {
+pub(crate) fn of_large_file(path: &Utf8Path) -> SnapshotStoreResult<Digest> {
     File::open(path)
         .and_then(|file| digest_blocks(&file))
         .map_err(|source| SnapshotStoreError::file("read", path, source))
@@ -184,5 +202,16 @@ mod tests {
             Digest::of_bytes(b"abc").as_str(),
             "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
         );
+    }
+
+    #[test]
+    fn a_file_that_is_read_in_pieces_has_the_same_digest() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = Utf8Path::from_path(directory.path()).unwrap().join("file");
+        for length in [0, 1, 4 * BLOCK - 1, 4 * BLOCK, 4 * BLOCK + 1, 11 * BLOCK] {
+            let bytes: Vec<u8> = (0..length).map(|at| u8::try_from(at % 251).unwrap()).collect();
+            std::fs::write(&path, &bytes).unwrap();
+            assert_eq!(of_file(&path).unwrap(), Digest::of_bytes(&bytes), "{length} bytes");
+        }
     }
 }

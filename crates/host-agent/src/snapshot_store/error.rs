@@ -1,4 +1,4 @@
-//! What can go wrong with a warm snapshot.
+//! What can go wrong with a warm snapshot, or with a snapshot of a sandbox.
 
 use std::{io, time::Duration};
 
@@ -25,7 +25,7 @@ pub enum Damage {
     Content,
 }
 
-/// An operation on a warm snapshot that failed.
+/// An operation on a snapshot that failed.
 #[derive(Debug, thiserror::Error)]
 pub enum SnapshotStoreError {
     /// The filesystem of the snapshots has no room.
@@ -49,6 +49,12 @@ pub enum SnapshotStoreError {
         /// Why.
         #[source]
         source: io::Error,
+    },
+    /// There is something where a new one should be.
+    #[error("{path} exists already")]
+    Exists {
+        /// The file or directory.
+        path: Utf8PathBuf,
     },
     /// The manifest is of a format that this program does not read.
     #[error("the format of {path} is {found}, and this program reads format {known}")]
@@ -109,7 +115,7 @@ pub enum SnapshotStoreError {
 
 impl SnapshotStoreError {
     /// Names a failed operation, and a full disk as such.
-    pub(super) fn file(operation: &'static str, path: &Utf8Path, source: io::Error) -> Self {
+    pub(crate) fn file(operation: &'static str, path: &Utf8Path, source: io::Error) -> Self {
         let path = path.to_owned();
         match source.kind() {
             io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {

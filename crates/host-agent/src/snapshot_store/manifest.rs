@@ -15,7 +15,7 @@ const FORMAT: u32 = 2;
 /// How many hexadecimal digits a key has: 128 bits.
 const KEY_DIGITS: usize = 32;
 /// The manifest's name in the directory of its snapshot.
-pub(super) const FILE_NAME: &str = "manifest.json";
+pub(crate) const FILE_NAME: &str = "manifest.json";
 
 /// Everything that a warm snapshot depends on.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -76,7 +76,7 @@ impl SnapshotKey {
     }
 
     /// The key in the name of a file of the store, if it is one.
-    pub(super) fn from_name(digits: &str) -> Option<Self> {
+    pub(crate) fn from_name(digits: &str) -> Option<Self> {
         let is_key =
             digits.len() == KEY_DIGITS && digits.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'));
         is_key.then(|| Self(digits.to_owned()))
@@ -99,11 +99,11 @@ impl Subject {
 }
 
 impl Manifest {
-    pub(super) fn new(subject: Subject, memory: FileRecord, state: FileRecord, disk: FileRecord) -> Self {
+    pub(crate) fn new(subject: Subject, memory: FileRecord, state: FileRecord, disk: FileRecord) -> Self {
         Self { format: FORMAT, key: subject.key(), subject, memory, state, disk }
     }
 
-    pub(super) fn to_json(&self) -> Vec<u8> {
+    pub(crate) fn to_json(&self) -> Vec<u8> {
         let mut text = serde_json::to_vec_pretty(self).expect("plain data is always JSON");
         text.push(b'\n');
         text
@@ -127,26 +127,55 @@ impl Manifest {
     /// Refuses a snapshot of something else, by the name of what differs.
     pub(super) fn check(&self, wanted: &Subject, path: &Utf8Path) -> SnapshotStoreResult<()> {
         let (recorded, memory_bytes) = (&self.subject, wanted.shape.memory.bytes());
-        let pairs: [(&'static str, String, String); 13] = [
-            ("guest bundle", recorded.guest.clone(), wanted.guest.clone()),
-            ("image", recorded.image.clone(), wanted.image.clone()),
-            ("VMM", recorded.vmm.name.clone(), wanted.vmm.name.clone()),
-            ("VMM version", recorded.vmm.version.clone(), wanted.vmm.version.clone()),
-            ("machine", recorded.vmm.machine.clone(), wanted.vmm.machine.clone()),
-            ("CPU model", recorded.vmm.cpu_model.clone(), wanted.vmm.cpu_model.clone()),
-            ("accelerator", text(recorded.vmm.accelerator), text(wanted.vmm.accelerator)),
-            ("number of CPUs", recorded.shape.vcpus.get().to_string(), wanted.shape.vcpus.get().to_string()),
-            ("size of memory", recorded.shape.memory.bytes().to_string(), memory_bytes.to_string()),
-            ("size of the memory file", self.memory.bytes.to_string(), memory_bytes.to_string()),
-            ("size of disk", recorded.disk.get().to_string(), wanted.disk.get().to_string()),
-            ("format of disk", text(recorded.disk_format), text(wanted.disk_format)),
-            ("key", self.key.to_string(), wanted.key().to_string()),
-        ];
-        match pairs.into_iter().find(|(_, recorded, wanted)| recorded != wanted) {
-            None => Ok(()),
-            Some((field, recorded, wanted)) => {
-                Err(SnapshotStoreError::Mismatch { path: path.to_owned(), field, recorded, wanted })
-            }
+        refuse_other_program((&recorded.vmm, &recorded.guest), (&wanted.vmm, &wanted.guest), path)?;
+        refuse_difference(
+            path,
+            [
+                ("image", recorded.image.clone(), wanted.image.clone()),
+                (
+                    "number of CPUs",
+                    recorded.shape.vcpus.get().to_string(),
+                    wanted.shape.vcpus.get().to_string(),
+                ),
+                ("size of memory", recorded.shape.memory.bytes().to_string(), memory_bytes.to_string()),
+                ("size of the memory file", self.memory.bytes.to_string(), memory_bytes.to_string()),
+                ("size of disk", recorded.disk.get().to_string(), wanted.disk.get().to_string()),
+                ("format of disk", text(recorded.disk_format), text(wanted.disk_format)),
+                ("key", self.key.to_string(), wanted.key().to_string()),
+            ],
+        )
+    }
+}
+
+/// Refuses what another VMM, or another one of its versions, machines, CPU models or accelerators, or another
+/// guest bundle was saved with, by the name of what differs. `path` is only named.
+pub(crate) fn refuse_other_program(
+    (recorded, recorded_guest): (&VmmIdentity, &str),
+    (wanted, wanted_guest): (&VmmIdentity, &str),
+    path: &Utf8Path,
+) -> SnapshotStoreResult<()> {
+    refuse_difference(
+        path,
+        [
+            ("guest bundle", recorded_guest.to_owned(), wanted_guest.to_owned()),
+            ("VMM", recorded.name.clone(), wanted.name.clone()),
+            ("VMM version", recorded.version.clone(), wanted.version.clone()),
+            ("machine", recorded.machine.clone(), wanted.machine.clone()),
+            ("CPU model", recorded.cpu_model.clone(), wanted.cpu_model.clone()),
+            ("accelerator", text(recorded.accelerator), text(wanted.accelerator)),
+        ],
+    )
+}
+
+/// Of fields with what is recorded and what is wanted, names the first that differs.
+pub(crate) fn refuse_difference<const N: usize>(
+    path: &Utf8Path,
+    fields: [(&'static str, String, String); N],
+) -> SnapshotStoreResult<()> {
+    match fields.into_iter().find(|(_, recorded, wanted)| recorded != wanted) {
+        None => Ok(()),
+        Some((field, recorded, wanted)) => {
+            Err(SnapshotStoreError::Mismatch { path: path.to_owned(), field, recorded, wanted })
         }
     }
 }

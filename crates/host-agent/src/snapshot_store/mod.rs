@@ -34,15 +34,16 @@
 //! A snapshot that cannot be used is replaced, never repaired. Machines that run on the old one keep its
 //! files open and do not notice; a disk that is to be opened anew later must not name a base by a path
 //! that was replaced since, so whatever keeps a disk for longer than its machine (a pause) has to hold on
-//! to the layer as well.
+//! to the layer as well: [`crate::snapshots::Snapshots::hold`].
 
 mod building;
-mod digest;
+pub(crate) mod digest;
 mod error;
+pub(crate) mod files;
 mod lock;
-mod manifest;
+pub(crate) mod manifest;
 mod unused;
-mod verified;
+pub(crate) mod verified;
 
 #[cfg(test)]
 mod tests;
@@ -62,12 +63,13 @@ pub use digest::{Digest, ParseDigestError};
 pub use error::{Damage, SnapshotStoreError};
 pub use manifest::{FileRecord, Manifest, SnapshotKey, Subject};
 pub use verified::Verification;
+use verified::{Content, Form};
 
 /// A shorthand for this module.
 pub type SnapshotStoreResult<T> = Result<T, SnapshotStoreError>;
 
 /// No device state is larger: what is larger is not one.
-const LARGEST_STATE: u64 = 64 << 20;
+pub(crate) const LARGEST_STATE: u64 = 64 << 20;
 
 /// The warm snapshots of a host. Clones are the same store.
 #[derive(Debug, Clone)]
@@ -147,7 +149,7 @@ impl SnapshotStore {
         let state = digest::of_small_file(&at.state, LARGEST_STATE)?;
         check_digest(&at.state, &manifest.state.digest, &state)?;
         Ok(Some(WarmSnapshot {
-            files: SnapshotFiles { memory: at.memory, state: at.state },
+            files: SnapshotFiles { memory: at.memory, state: at.state, pages: None },
             disk: DiskSpec { path: at.disk, format: subject.disk_format },
             dir,
             manifest,
@@ -163,13 +165,24 @@ impl SnapshotStore {
     /// # Errors
     /// [`SnapshotStoreError::Damaged`] names the file.
     pub fn verify_contents_once(&self, snapshot: &WarmSnapshot) -> SnapshotStoreResult<Verification> {
-        // A panic while it was held left nothing half done: the record is written last.
-        let _one = self.inner.verifying.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-        let verified = verified::verify_once(&self.inner.verified, snapshot);
+        let verified = verified::verify_once(
+            &self.verified_record(snapshot),
+            &self.inner.verifying,
+            &contents_of(snapshot),
+        );
         if matches!(verified, Err(SnapshotStoreError::Damaged { .. })) {
             self.condemn(snapshot);
         }
         verified
+    }
+
+    /// Remembers a snapshot whose digests were just taken from its files.
+    fn remember_contents(&self, snapshot: &WarmSnapshot) -> SnapshotStoreResult<()> {
+        verified::remember(&self.verified_record(snapshot), &contents_of(snapshot))
+    }
+
+    fn verified_record(&self, snapshot: &WarmSnapshot) -> Utf8PathBuf {
+        self.inner.verified.join(snapshot.manifest.key.as_str())
     }
 
     /// Takes the manifest away. The files stay for the machines that run on them.
@@ -179,6 +192,15 @@ impl SnapshotStore {
             tracing::error!(path = %manifest, %error, "a damaged snapshot could not be set aside");
         }
     }
+}
+
+/// The large files, which are read once per boot.
+fn contents_of(snapshot: &WarmSnapshot) -> [Content<'_>; 2] {
+    let WarmSnapshot { files, disk, manifest, .. } = snapshot;
+    [
+        Content { path: &files.memory, recorded: &manifest.memory, form: Form::Blocks },
+        Content { path: &disk.path, recorded: &manifest.disk, form: Form::Blocks },
+    ]
 }
 
 /// Where the files of a snapshot are.
@@ -195,7 +217,7 @@ impl Layout {
     }
 }
 
-fn check_size(path: &Utf8Path, recorded: u64) -> SnapshotStoreResult<()> {
+pub(crate) fn check_size(path: &Utf8Path, recorded: u64) -> SnapshotStoreResult<()> {
     let damage = match fs::metadata(path) {
         Ok(metadata) if metadata.len() == recorded => return Ok(()),
         Ok(metadata) => Damage::Size { recorded, found: metadata.len() },
@@ -205,7 +227,7 @@ fn check_size(path: &Utf8Path, recorded: u64) -> SnapshotStoreResult<()> {
     Err(SnapshotStoreError::Damaged { path: path.to_owned(), damage })
 }
 
-fn check_digest(path: &Utf8Path, recorded: &Digest, found: &Digest) -> SnapshotStoreResult<()> {
+pub(crate) fn check_digest(path: &Utf8Path, recorded: &Digest, found: &Digest) -> SnapshotStoreResult<()> {
     if recorded == found {
         Ok(())
     } else {

@@ -152,7 +152,7 @@ async fn two_stacks_make_it_once() {
     fill(&building, 1);
     let made = building.commit().unwrap();
     match waiting.await.unwrap().unwrap() {
-        Begin::Ready(found) => assert_eq!(found, made),
+        Begin::Ready(found) => assert_eq!(*found, made),
         Begin::Building(building) => panic!("{building:?} makes it again"),
     }
 }
@@ -235,6 +235,17 @@ async fn contents_are_read_once_per_boot_and_again_when_they_change() {
     let text = fs::read_to_string(&record).unwrap();
     let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap();
     fs::write(&record, text.replace(boot.trim(), "another")).unwrap();
+    assert_eq!(store.verify_contents_once(&made).unwrap(), Verification::Read);
+    // Another name of a file, given or taken, changes none of its bytes.
+    let name = place.at.join("another-name");
+    fs::hard_link(&made.files.memory, &name).unwrap();
+    assert_eq!(store.verify_contents_once(&made).unwrap(), Verification::Remembered);
+    fs::remove_file(&name).unwrap();
+    assert_eq!(store.verify_contents_once(&made).unwrap(), Verification::Remembered);
+    // It hides no write.
+    fs::hard_link(&made.files.memory, &name).unwrap();
+    flip(&name, 0);
+    flip(&name, 0);
     assert_eq!(store.verify_contents_once(&made).unwrap(), Verification::Read);
     // A file that was written to is read again, though its bytes are the same.
     flip(&made.files.memory, 0);

@@ -12,7 +12,7 @@ use std::{
 
 use camino::Utf8Path;
 
-use super::{SnapshotKey, SnapshotStore, SnapshotStoreError, SnapshotStoreResult, building, lock, manifest};
+use super::{SnapshotKey, SnapshotStore, SnapshotStoreError, SnapshotStoreResult, files, lock, manifest};
 
 const DAY: Duration = Duration::from_secs(24 * 60 * 60);
 /// How long a snapshot is kept after its last use.
@@ -47,7 +47,7 @@ impl SnapshotStore {
                 .map_err(|source| SnapshotStoreError::file("lock", &path, source))?;
             // Looked at again under the lock: somebody may have made it anew since.
             if lock.is_some() && is_unused(entry.path()) {
-                building::remove_directory(entry.path())?;
+                files::remove_directory(entry.path())?;
                 tracing::info!(path = %entry.path(), "removed a snapshot that was not used for a month");
             }
         }

@@ -1,14 +1,17 @@
 //! Which contents were read and found whole since the host booted.
 //!
-//! Remembered in one small file per snapshot, by what a file cannot keep when it is changed: inode, size
-//! and time of change. A boot of the host makes all of it void, whatever became of the file.
+//! Remembered in one small file for each set of files, by what a file cannot keep when it is changed: inode,
+//! size, and time of change. A boot of the host makes all of it void, whatever became of the file.
+//!
+//! A name that is given to a file, or taken from it, moves its time of change and leaves its bytes alone. So
+//! where the number of names is another one, the time of the last write decides.
 
-use std::{fs, io, os::unix::fs::MetadataExt};
+use std::{fs, io, os::unix::fs::MetadataExt, sync::Mutex};
 
-use camino::{Utf8Path, Utf8PathBuf};
+use camino::Utf8Path;
 use serde::{Deserialize, Serialize};
 
-use super::{SnapshotStoreError, SnapshotStoreResult, WarmSnapshot, check_digest, check_size, digest};
+use super::{FileRecord, SnapshotStoreError, SnapshotStoreResult, check_digest, check_size, digest};
 
 /// Whether the contents had to be read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -19,98 +22,159 @@ pub enum Verification {
     Remembered,
 }
 
-/// What is remembered of one snapshot.
+/// How the digest of a file is taken.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Form {
+    /// Of all bytes: [`digest::of_file`].
+    Plain,
+    /// Of the blocks that are not zero: [`digest::of_large_file`].
+    Blocks,
+}
+
+/// A file, and what it must be.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Content<'a> {
+    /// Where it is.
+    pub(crate) path: &'a Utf8Path,
+    /// What its manifest says of it.
+    pub(crate) recorded: &'a FileRecord,
+    /// In which form the digest is.
+    pub(crate) form: Form,
+}
+
+impl Content<'_> {
+    fn check(&self) -> SnapshotStoreResult<()> {
+        let found = match self.form {
+            Form::Plain => digest::of_file(self.path)?,
+            Form::Blocks => digest::of_large_file(self.path)?,
+        };
+        check_digest(self.path, &self.recorded.digest, &found)
+    }
+}
+
+/// What is remembered of one set of files.
 #[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Record {
     boot: String,
-    memory: FileMark,
-    disk: FileMark,
+    files: Vec<FileMark>,
 }
 
 /// A file as it was when it was read, and the digest that it had.
-#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct FileMark {
     device: u64,
     inode: u64,
     bytes: u64,
-    changed_seconds: i64,
-    changed_nanoseconds: i64,
+    modified: (i64, i64),
     digest: digest::Digest,
+    changed: (i64, i64),
+    names: u64,
 }
 
 impl FileMark {
-    fn of(path: &Utf8Path, digest: &digest::Digest) -> SnapshotStoreResult<Self> {
-        let metadata =
-            fs::metadata(path).map_err(|source| SnapshotStoreError::file("examine", path, source))?;
+    fn of(content: &Content<'_>) -> SnapshotStoreResult<Self> {
+        let metadata = fs::metadata(content.path)
+            .map_err(|source| SnapshotStoreError::file("examine", content.path, source))?;
         Ok(Self {
             device: metadata.dev(),
             inode: metadata.ino(),
             bytes: metadata.len(),
-            changed_seconds: metadata.ctime(),
-            changed_nanoseconds: metadata.ctime_nsec(),
-            digest: digest.clone(),
+            modified: (metadata.mtime(), metadata.mtime_nsec()),
+            digest: content.recorded.digest.clone(),
+            changed: (metadata.ctime(), metadata.ctime_nsec()),
+            names: metadata.nlink(),
         })
+    }
+
+    /// Whether the bytes are still those that this mark was made of.
+    fn still_holds(&self, now: &Self) -> bool {
+        let renamed = Self { changed: now.changed, names: now.names, ..self.clone() };
+        self == now || (self.names != now.names && renamed == *now)
     }
 }
 
 impl Record {
     /// What would be remembered of the files as they are now.
-    fn now(snapshot: &WarmSnapshot) -> SnapshotStoreResult<Self> {
+    fn now(contents: &[Content<'_>]) -> SnapshotStoreResult<Self> {
         let boot_id = Utf8Path::new("/proc/sys/kernel/random/boot_id");
         let boot = fs::read_to_string(boot_id)
             .map_err(|source| SnapshotStoreError::file("read", boot_id, source))?;
-        Ok(Self {
-            boot: boot.trim().to_owned(),
-            memory: FileMark::of(&snapshot.files.memory, &snapshot.manifest.memory.digest)?,
-            disk: FileMark::of(&snapshot.disk.path, &snapshot.manifest.disk.digest)?,
-        })
+        let files = contents.iter().map(FileMark::of).collect::<SnapshotStoreResult<_>>()?;
+        Ok(Self { boot: boot.trim().to_owned(), files })
+    }
+
+    fn still_holds(&self, now: &Self) -> bool {
+        self.boot == now.boot
+            && self.files.len() == now.files.len()
+            && self.files.iter().zip(&now.files).all(|(then, now)| then.still_holds(now))
     }
 }
 
-fn record_path(directory: &Utf8Path, snapshot: &WarmSnapshot) -> Utf8PathBuf {
-    directory.join(snapshot.manifest.key.as_str())
-}
-
-/// See [`super::SnapshotStore::verify_contents_once`].
-pub(super) fn verify_once(
-    directory: &Utf8Path,
-    snapshot: &WarmSnapshot,
+/// Reads `contents` against what is recorded of them, unless `record` says that it was done since the host
+/// booted and the files are the same since. Of those that have to read, one at a time does: the second finds
+/// what the first remembers.
+///
+/// # Errors
+/// [`SnapshotStoreError::Damaged`] names the file.
+pub(crate) fn verify_once(
+    record: &Utf8Path,
+    one_at_a_time: &Mutex<()>,
+    contents: &[Content<'_>],
 ) -> SnapshotStoreResult<Verification> {
-    let path = record_path(directory, snapshot);
-    let contents =
-        [(&snapshot.files.memory, &snapshot.manifest.memory), (&snapshot.disk.path, &snapshot.manifest.disk)];
-    for (file, recorded) in contents {
-        check_size(file, recorded.bytes)?;
+    for content in contents {
+        check_size(content.path, content.recorded.bytes)?;
     }
-    // Taken before the files are read, so that a change while they are read is not taken for verified.
-    let now = Record::now(snapshot)?;
-    if remembered(&path).is_some_and(|record| record == now) {
+    if is_remembered(record, &Record::now(contents)?) {
         return Ok(Verification::Remembered);
     }
-    for (file, recorded) in contents {
-        check_digest(file, &recorded.digest, &digest::of_large_file(file)?)?;
+    // A panic while it was held left nothing half done: the record is written last.
+    let _one = one_at_a_time.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+    // Taken before the files are read, so that a change while they are read is not taken for verified.
+    let now = Record::now(contents)?;
+    if is_remembered(record, &now) {
+        return Ok(Verification::Remembered);
     }
-    write(&path, &now)?;
+    contents.iter().try_for_each(Content::check)?;
+    write(record, &now);
     Ok(Verification::Read)
 }
 
-/// Remembers a snapshot whose digests were just taken from its files.
-pub(super) fn remember(directory: &Utf8Path, snapshot: &WarmSnapshot) -> SnapshotStoreResult<()> {
-    write(&record_path(directory, snapshot), &Record::now(snapshot)?)
+/// Remembers files whose digests were just taken, or which are the same files as others that were verified.
+pub(crate) fn remember(record: &Utf8Path, contents: &[Content<'_>]) -> SnapshotStoreResult<()> {
+    let now = Record::now(contents)?;
+    if !is_remembered(record, &now) {
+        write(record, &now);
+    }
+    Ok(())
 }
 
-/// What is remembered; a record that cannot be read remembers nothing.
-fn remembered(path: &Utf8Path) -> Option<Record> {
-    serde_json::from_slice(&fs::read(path).ok()?).ok()
+/// Whether the files were verified as they are; a record that cannot be read remembers nothing.
+fn is_remembered(path: &Utf8Path, now: &Record) -> bool {
+    let Some(record) = fs::read(path).ok().and_then(|text| serde_json::from_slice::<Record>(&text).ok())
+    else {
+        return false;
+    };
+    let holds = record.still_holds(now);
+    if holds && record != *now {
+        // The names have changed: from now on it is this number of them that counts.
+        write(path, now);
+    }
+    holds
 }
 
-/// Not made durable: it says nothing after a boot.
-fn write(path: &Utf8Path, record: &Record) -> SnapshotStoreResult<()> {
+/// Not made durable: it says nothing after a boot. What cannot be remembered, on a disk that is full, is
+/// read again the next time.
+fn write(path: &Utf8Path, record: &Record) {
     // Several stacks may share the directory.
     let half = path.with_extension(format!("new-{}", std::process::id()));
-    let text = serde_json::to_vec(record).expect("plain data is always JSON");
-    let written: io::Result<()> = fs::write(&half, text).and_then(|()| fs::rename(&half, path));
-    written.map_err(|source| SnapshotStoreError::file("write", path, source))
+    let written: io::Result<()> = serde_json::to_vec(record)
+        .map_err(io::Error::other)
+        .and_then(|text| fs::write(&half, text))
+        .and_then(|()| fs::rename(&half, path));
+    if let Err(error) = written {
+        tracing::warn!(%path, %error, "could not remember what was verified");
+        let _ = fs::remove_file(&half);
+    }
 }

@@ -27,23 +27,32 @@ pub fn find_by_argument(mark: &str) -> io::Result<Vec<Found>> {
         let name = entry?.file_name();
         let Some(pid) = name.to_str().and_then(|name| name.parse::<u32>().ok()) else { continue };
         let Ok(command_line) = fs::read(format!("/proc/{pid}/cmdline")) else { continue };
-        if argument_with(&command_line, mark).is_none() {
-            continue;
-        }
-        // Hold the process first and read again: what is read while the held one lives is its own.
-        let process = match Process::open(pid) {
-            Ok(process) => process,
-            Err(error) if error.raw_os_error() == Some(rustix::io::Errno::SRCH.raw_os_error()) => continue,
-            Err(error) => return Err(error),
-        };
-        let Ok(command_line) = fs::read(format!("/proc/{pid}/cmdline")) else { continue };
-        if let Some(argument) = argument_with(&command_line, mark)
-            && process.is_alive()?
-        {
-            found.push(Found { process, argument });
+        if argument_with(&command_line, mark).is_some() {
+            found.extend(argument_of(pid, mark)?);
         }
     }
     Ok(found)
+}
+
+/// The process that has this number now, if it has an argument that begins with `mark`: as
+/// [`find_by_argument`], for who knows where to look.
+///
+/// # Errors
+/// No pidfd can be had for a process that is there.
+pub fn argument_of(pid: u32, mark: &str) -> io::Result<Option<Found>> {
+    // Hold the process first and read then: what is read while the held one lives is its own.
+    let process = match Process::open(pid) {
+        Ok(process) => process,
+        Err(error) if error.raw_os_error() == Some(rustix::io::Errno::SRCH.raw_os_error()) => {
+            return Ok(None);
+        }
+        Err(error) => return Err(error),
+    };
+    let Ok(command_line) = fs::read(format!("/proc/{pid}/cmdline")) else { return Ok(None) };
+    match argument_with(&command_line, mark) {
+        Some(argument) if process.is_alive()? => Ok(Some(Found { process, argument })),
+        _ => Ok(None),
+    }
 }
 
 /// The first argument after the program's name that begins with `mark`, in the form of `/proc/PID/cmdline`.

@@ -205,9 +205,13 @@ async fn strays_are_found_by_their_mark_and_killed() {
     assert_eq!(found.len(), 1);
     assert_eq!(found[0].argument, format!("{mark}inner"));
     assert_ne!(found[0].process.pid(), child.pid());
+    let pid = found[0].process.pid();
+    assert_eq!(argument_of(pid, &mark).unwrap().unwrap().argument, found[0].argument);
+    assert!(argument_of(child.pid(), &mark).unwrap().is_none());
     found[0].process.kill_and_wait().await.unwrap();
     assert_eq!(child.wait().await.unwrap(), Exit::Code(0));
     assert!(find_by_argument(&mark).unwrap().is_empty());
+    assert!(argument_of(pid, &mark).unwrap().is_none(), "nobody has the number now, or somebody else");
     drop(write);
 }
 

@@ -19,7 +19,11 @@ use crate::{
 pub(crate) fn cases() -> Vec<OwnCase> {
     vec![
         own_case("faults::an_interrupt_destroys_the_sandboxes_and_ends_well", interrupt),
-        own_case("faults::after_kill_9_of_everything_the_next_start_collects_its_own", kill_everything),
+        own_case(
+            "faults::after_kill_9_of_everything_the_next_start_collects_its_own_and_keeps_what_is_saved",
+            kill_everything,
+        ),
+        own_case("faults::a_killed_agent_is_followed_by_one_that_goes_on", killed_agent),
         own_case("faults::two_stacks_do_not_see_each_other", two_stacks),
         own_case("faults::postgres_gone_for_ten_seconds_is_survived", postgres_gone),
         own_case("faults::a_full_disk_is_named_and_leaves_nothing", full_disk),
@@ -92,6 +96,10 @@ async fn kill_everything() -> Result<()> {
     let bystander = Stack::start(StackOptions::default()).await?;
     let mut other = Sandbox::create(bystander.client()).await?;
     let lost = Sandbox::create(first.client()).await?;
+    let mut resting = Sandbox::create(first.client()).await?;
+    resting.output("echo resting > /tmp/state").await?;
+    let path = resting.path("/pause");
+    resting.client.post(&path, &json!({})).await?.expect(200)?;
     let records = dir.path().join("agent/sandboxes");
     ensure!(records.join(&lost.id).exists(), "there is a record");
 
@@ -113,6 +121,11 @@ async fn kill_everything() -> Result<()> {
     // and the control plane gives its host a while before it says so.
     crate::lifecycle::wait_for_status(&mut client, &lost.id, "stopped|error", Duration::from_secs(60))
         .await?;
+    crate::lifecycle::wait_for_status(&mut client, &resting.id, "paused", Duration::from_secs(60)).await?;
+    let mut resting = Sandbox { id: resting.id, client: second.client() };
+    let path = resting.path("/resume");
+    resting.client.post(&path, &json!({})).await?.expect(200)?;
+    ensure!(resting.output("cat /tmp/state").await?.trim() == "resting", "what was saved is not lost");
     let mut fresh = Sandbox::create(second.client()).await?;
     ensure!(fresh.output("echo works").await?.trim() == "works", "a new one works");
     ensure!(other.output("echo unharmed").await?.trim() == "unharmed", "the bystander's does too");
@@ -120,6 +133,53 @@ async fn kill_everything() -> Result<()> {
     let left = left_of(&instance)?;
     ensure!(left.is_empty(), "left: {left:?}");
     bystander.stop().await
+}
+
+/// The process id of the host agent of a stack.
+fn agent_of(stack: &Stack) -> Result<Pid> {
+    let pids = descendants(stack.pid().context("it runs")?);
+    let is_agent = |pid: &u32| {
+        let line = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        line.split(|byte| *byte == 0).nth(1) == Some(b"agent")
+    };
+    let pid = pids.into_iter().find(is_agent).context("there is an agent")?;
+    Ok(Pid::from_raw(i32::try_from(pid)?))
+}
+
+async fn killed_agent() -> Result<()> {
+    let running = Stack::start(StackOptions::default()).await?;
+    let mut sandbox = Sandbox::create(running.client()).await?;
+    let mut resting = Sandbox::create(running.client()).await?;
+    let path = resting.path("/pause");
+    resting.client.post(&path, &json!({})).await?.expect(200)?;
+    let boot = sandbox.output("cat /proc/sys/kernel/random/boot_id; echo here > /tmp/state").await?;
+    for round in 0..3 {
+        let agent = agent_of(&running)?;
+        kill(agent, Signal::SIGKILL)?;
+        // The answer comes from the next agent, from the machine that went on meanwhile.
+        let end = tokio::time::Instant::now() + Duration::from_secs(60);
+        loop {
+            let path = sandbox.path("/exec");
+            let body = json!({ "cmd": "cat", "args": ["/proc/sys/kernel/random/boot_id", "/tmp/state"] });
+            let answer = sandbox.client.post(&path, &body).await?;
+            if answer.status == 200 {
+                ensure!(answer.json()["stdout"] == format!("{boot}here\n"), "{}", answer.text());
+                break;
+            }
+            ensure!(tokio::time::Instant::now() < end, "round {round}: {}", answer.text());
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        ensure!(agent_of(&running)? != agent, "it is another agent");
+        let path = if round % 2 == 0 { resting.path("/resume") } else { resting.path("/pause") };
+        resting.client.post(&path, &json!({})).await?.expect(200)?;
+    }
+    sandbox.destroy().await?;
+    resting.destroy().await?;
+    let instance = running.instance()?;
+    running.stop().await?;
+    let left = left_of(&instance)?;
+    ensure!(left.is_empty(), "left: {left:?}");
+    Ok(())
 }
 
 async fn two_stacks() -> Result<()> {

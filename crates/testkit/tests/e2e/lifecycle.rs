@@ -124,7 +124,7 @@ async fn resources(context: Arc<Context>) -> Result<()> {
 }
 
 async fn inactivity(context: Arc<Context>) -> Result<()> {
-    let body = json!({ "timeout_sec": 4 });
+    let body = json!({ "timeout_sec": 4, "on_timeout": "kill" });
     let idle = Sandbox::create_with(context.client(), &body).await?;
     let mut busy = Sandbox::create_with(context.client(), &body).await?;
     let result = busy.exec(&json!({ "cmd": "sleep", "args": ["9"] })).await?;

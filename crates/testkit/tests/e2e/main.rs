@@ -14,6 +14,7 @@ mod files;
 mod identity;
 mod isolation;
 mod lifecycle;
+mod persistence;
 mod streams;
 
 use std::{process::ExitCode, sync::Arc};
@@ -27,6 +28,7 @@ fn main() -> ExitCode {
     let arguments = Arguments::from_args();
     let shared: Vec<Case> = [
         lifecycle::cases(),
+        persistence::cases(),
         exec::cases(),
         files::cases(),
         streams::cases(),

@@ -5,13 +5,18 @@
 //!
 //! ```text
 //! wrenn-guest ready          once, after a boot
-//! tick TOKEN N               again and again; TOKEN is new at each boot, N goes up by one
+//! tick TOKEN N ok            again and again; TOKEN is new at each boot, N goes up by one; BAD instead of ok
+//!                            when its memory is not what it had written there
 //! ```
 //!
-//! and with `conformance=poweroff`, `reboot` or `panic` among its kernel arguments it does that instead of
-//! counting. So a restored guest is known from a booted one, and where it goes on is known too.
+//! At each tick it writes some pages anew, and makes others zero that were not; and if it has a disk, it writes
+//! there too, and reads what it wrote before. With `conformance=poweroff`,
+//! `reboot` or `panic` among its kernel arguments it does that instead of counting. So a restored guest is known from a booted one, and where it goes on is known too.
 #![allow(clippy::unwrap_used)]
 
+mod adoption;
+mod diffs;
+mod disks;
 mod lifecycle;
 mod refusals;
 mod snapshots;
@@ -24,7 +29,7 @@ use tokio::time::{Instant, timeout};
 use wrenn_host_linux::process::find_by_argument;
 use wrenn_types::{MemoryMib, Shape, Vcpus};
 
-use crate::{ExitReason, GuestBundle, MachineSpec, SnapshotFiles, Vm, Vmm};
+use crate::{AdoptedMachine, ExitReason, GuestBundle, MachineSpec, SnapshotFiles, Vm, Vmm};
 
 /// How long a guest may take to come up, translated, on a machine with other work to do.
 const BOOT_BOUND: Duration = Duration::from_secs(120);
@@ -47,6 +52,9 @@ pub trait Subject: Send + Sync {
 
     /// Ends a machine from outside, as `kill -9` of its process would.
     async fn kill(&self, vm: &dyn Vm, name: &str);
+
+    /// Does so with a machine that nobody owns, and waits until it is gone.
+    async fn kill_by_name(&self, name: &str);
 }
 
 /// Runs every case, one after the other, and says which one is running.
@@ -82,6 +90,16 @@ pub async fn run(subject: &dyn Subject) {
         lifecycle::a_guest_that_panics_is_known,
         snapshots::a_restored_guest_goes_on_where_it_was,
         snapshots::damaged_snapshots_are_refused,
+        diffs::a_restored_guest_is_saved_and_goes_on,
+        diffs::ten_generations_keep_what_each_has_written,
+        diffs::what_cannot_be_saved_is_refused,
+        diffs::damaged_pages_are_refused,
+        disks::a_disk_goes_on_on_an_overlay,
+        disks::overlays_that_do_not_fit_are_refused,
+        disks::a_chain_is_copied_into_its_top,
+        adoption::a_released_machine_goes_on_and_is_adopted,
+        adoption::an_adopted_machine_is_saved_and_has_its_disk,
+        adoption::the_end_of_an_adopted_machine_is_noticed,
     ];
 }
 
@@ -131,7 +149,51 @@ impl<'a> Bench<'a> {
     }
 
     fn snapshot_files(&self) -> SnapshotFiles {
-        SnapshotFiles { memory: self.path("memory"), state: self.path("state") }
+        SnapshotFiles { memory: self.path("memory"), state: self.path("state"), pages: None }
+    }
+
+    /// Where a snapshot of a restored machine goes.
+    fn diff_files(&self, name: &str) -> SnapshotFiles {
+        SnapshotFiles {
+            memory: self.template_files().memory,
+            state: self.path(&format!("state-{name}")),
+            pages: Some(self.path(&format!("pages-{name}"))),
+        }
+    }
+
+    fn template_files(&self) -> SnapshotFiles {
+        let directory = self.subject.directory().join("template");
+        SnapshotFiles { memory: directory.join("memory"), state: directory.join("state"), pages: None }
+    }
+
+    /// A template of a guest that counts, saved and stopped: made by the first case that wants it.
+    async fn template(&self) -> SnapshotFiles {
+        let files = self.template_files();
+        if files.state.exists() {
+            return files;
+        }
+        std::fs::create_dir(files.state.parent().unwrap()).unwrap();
+        let mut vm = bounded(self.vmm().boot(self.spec("template"), Some(&files.memory))).await.unwrap();
+        counts(vm.as_mut(), 3, BOOT_BOUND).await;
+        bounded(vm.pause()).await.unwrap();
+        bounded(vm.snapshot(&files)).await.unwrap();
+        bounded(vm.stop()).await.unwrap();
+        files
+    }
+
+    async fn restore(&self, name: &str, files: &SnapshotFiles) -> Box<dyn Vm> {
+        bounded(self.vmm().restore(self.spec(name), files)).await.unwrap()
+    }
+
+    /// What is known of a machine of this bench when its owner is gone.
+    fn adopted(&self, name: &str) -> AdoptedMachine {
+        AdoptedMachine {
+            name: self.full_name(name),
+            run_dir: self.path(name),
+            has_disk: false,
+            memory: None,
+            pid_hint: None,
+        }
     }
 
     async fn boot(&self, name: &str) -> Box<dyn Vm> {
@@ -151,11 +213,11 @@ impl<'a> Bench<'a> {
             || find_by_argument(&mark).unwrap().into_iter().map(|found| found.argument).collect::<Vec<_>>();
         // A machine that was dropped is killed, and then takes a moment to be gone.
         until(|| left().is_empty()).await;
-        // Its socket goes with the task that saw its end, a moment after the process.
+        // And whoever reaps it takes its socket away a moment later.
         until(|| {
             use std::os::unix::fs::FileTypeExt;
-            let is_socket = |entry| {
-                std::fs::symlink_metadata::<&Utf8PathBuf>(entry).is_ok_and(|it| it.file_type().is_socket())
+            let is_socket = |entry: &Utf8PathBuf| {
+                std::fs::symlink_metadata(entry).is_ok_and(|entry| entry.file_type().is_socket())
             };
             !walk(&self.root).iter().any(is_socket)
         })
@@ -220,10 +282,9 @@ fn counted(console: &str) -> Option<Counted> {
     // The last line may not be complete.
     let complete = &console[..console.rfind('\n').map_or(0, |end| end + 1)];
     for line in complete.lines() {
-        let Some((token, tick)) = line.trim().strip_prefix("tick ").and_then(|rest| rest.split_once(' '))
-        else {
-            continue;
-        };
+        let words: Vec<&str> = line.split_whitespace().collect();
+        let ["tick", token, tick, memory] = words[..] else { continue };
+        assert_eq!(memory, "ok", "the memory holds what the guest has written: {line}");
         let tick = tick.parse().unwrap();
         let counted = found.get_or_insert_with(|| Counted { token: token.to_owned(), ticks: Vec::new() });
         assert_eq!(counted.token, token, "one machine has one guest");

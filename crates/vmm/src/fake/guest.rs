@@ -2,6 +2,7 @@
 
 use std::{
     fmt::Write as _,
+    hash::{DefaultHasher, Hash, Hasher},
     sync::atomic::{AtomicU64, Ordering},
     time::Duration,
 };
@@ -10,8 +11,11 @@ use serde::{Deserialize, Serialize};
 use tokio::time::Instant;
 use wrenn_types::Shape;
 
+use super::memory::{Memory, Word};
 use crate::ExitReason;
 
+/// The pages in which it keeps what it looks after.
+pub(super) const GUEST_PAGES: [u64; 2] = [1, 2];
 const TICK: Duration = Duration::from_millis(10);
 /// How many lines of the console are kept.
 const LINES: u64 = 500;
@@ -34,6 +38,8 @@ pub(super) struct Guest {
     /// The first tick that this machine's console shows.
     first_tick: u64,
     announces: bool,
+    /// Whether its memory held what it had written there whenever it looked.
+    intact: bool,
 }
 
 impl Guest {
@@ -46,22 +52,40 @@ impl Guest {
             running_since: Some(Instant::now()),
             first_tick: 1,
             announces: true,
+            intact: true,
         }
     }
 
-    pub(super) fn restored(saved: &Saved) -> Self {
-        Self {
+    /// It looks at once whether its memory is what it was when it was saved.
+    pub(super) fn restored(saved: &Saved, memory: &Memory) -> Self {
+        let mut guest = Self {
             token: saved.token.clone(),
             ticks: saved.ticks,
             running_since: None,
             first_tick: saved.ticks + 1,
             announces: false,
+            intact: true,
+        };
+        guest.intact = guest.held().iter().all(|(page, word)| memory.read(*page) == *word);
+        guest
+    }
+
+    /// Stops it, with all in memory that it has written.
+    pub(super) fn pause(&mut self, memory: &mut Memory) {
+        if self.running_since.is_some() {
+            self.ticks = self.now();
+            self.running_since = None;
+            self.held().iter().for_each(|(page, word)| memory.write(*page, *word));
         }
     }
 
-    pub(super) fn pause(&mut self) {
-        self.ticks = self.now();
-        self.running_since = None;
+    /// What it has in memory: at each tick one of its two pages is new, and the other one becomes zero.
+    fn held(&self) -> [(u64, Word); 2] {
+        let mut hash = DefaultHasher::new();
+        (&self.token, self.ticks).hash(&mut hash);
+        let word = hash.finish() | 1;
+        let [first, second] = GUEST_PAGES;
+        if self.ticks.is_multiple_of(2) { [(first, word), (second, 0)] } else { [(first, 0), (second, word)] }
     }
 
     pub(super) fn resume(&mut self) {
@@ -89,7 +113,7 @@ impl Guest {
         let now = self.now();
         for tick in self.first_tick.max(now.saturating_sub(LINES))..=now {
             // Writing into a string does not fail.
-            let _ = writeln!(text, "tick {} {tick}", self.token);
+            let _ = writeln!(text, "tick {} {tick} {}", self.token, if self.intact { "ok" } else { "BAD" });
         }
         text
     }

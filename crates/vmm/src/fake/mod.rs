@@ -4,27 +4,35 @@
 //! ([`Fake::fail_next`], [`Fake::delay`], [`Fake::crash_after`], [`Fake::end`]), and of scale, because a
 //! machine costs a few hundred bytes. It passes the same conformance cases as the real drivers.
 //!
-//! Its guest counts: it prints `tick TOKEN N` for every 10 ms that it was not paused, with a token that is
-//! new at each boot and the same after a restore. `conformance=poweroff`, `reboot` or `panic` among its
-//! kernel arguments makes it do that at once.
+//! Its guest counts: it prints `tick TOKEN N ok` for every 10 ms that it was not paused, with a token that is
+//! new at each boot and the same after a restore, and `BAD` instead of `ok` from the restore on after which its
+//! memory was not what it had been. `conformance=poweroff`, `reboot` or `panic` among its kernel arguments makes
+//! it do that at once.
+//!
+//! Its memory is the few pages that were written ([`Fake::write_page`]), its disk is the files and what their
+//! headers say, and its snapshots are files that only it can restore. A machine is there until it ends, like
+//! a process, and can be released and adopted; [`Fake::lose_owners`] does what the death of their owners'
+//! process would.
 
+mod disk;
 mod guest;
 mod machine;
+mod memory;
 
 use std::{
     collections::{BTreeMap, HashMap},
+    io,
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
 
 use async_trait::async_trait;
 use camino::Utf8Path;
-use tokio::sync::watch;
 
-use self::machine::FakeMachine;
+use self::machine::{FakeMachine, Inside, Process};
 use crate::{
-    Accelerator, Capabilities, ExitReason, MachineSpec, SnapshotFiles, Vm, Vmm, VmmError, VmmIdentity,
-    VmmResult, validate,
+    Accelerator, AdoptedMachine, Capabilities, ExitReason, MachineSpec, SnapshotFiles, Vm, Vmm, VmmError,
+    VmmIdentity, VmmResult, validate,
 };
 
 /// What a test can make fail, take long, or end a machine.
@@ -34,6 +42,8 @@ pub enum Step {
     Boot,
     /// [`Vmm::restore`].
     Restore,
+    /// [`Vmm::adopt`].
+    Adopt,
     /// [`Vm::pause`].
     Pause,
     /// [`Vm::resume`].
@@ -42,6 +52,12 @@ pub enum Step {
     Snapshot,
     /// [`Vm::resize_disk`].
     ResizeDisk,
+    /// [`Vm::pivot_disk`].
+    PivotDisk,
+    /// [`Vm::disk_chain`].
+    DiskChain,
+    /// [`Vm::stream_disk`].
+    StreamDisk,
     /// [`Vm::stop`].
     Stop,
 }
@@ -51,10 +67,14 @@ impl Step {
         match self {
             Self::Boot => "boot",
             Self::Restore => "restore",
+            Self::Adopt => "adopt",
             Self::Pause => "pause",
             Self::Resume => "resume",
             Self::Snapshot => "snapshot",
             Self::ResizeDisk => "resize_disk",
+            Self::PivotDisk => "pivot_disk",
+            Self::DiskChain => "disk_chain",
+            Self::StreamDisk => "stream_disk",
             Self::Stop => "stop",
         }
     }
@@ -108,9 +128,41 @@ impl Fake {
         self.plan.change(|faults| faults.machines.keys().cloned().collect())
     }
 
-    /// Ends a machine; says whether there was one.
+    /// Ends a machine; says whether there was one. What its guest does while it has no owner is told to the
+    /// next one.
     pub fn end(&self, name: &str, reason: ExitReason) -> bool {
         self.plan.end(name, reason)
+    }
+
+    /// Makes all machines be without an owner, as the death of the process does that owns them: what holds
+    /// one now cannot reach it any more, and does not end it when it is dropped.
+    pub fn lose_owners(&self) {
+        self.plan.change(|faults| faults.machines.values_mut().for_each(|process| process.owner = None));
+    }
+
+    /// Fills a page of a machine's memory with a number, as its guest would; says whether there is such
+    /// a page. Page size is 4 KiB; pages 1 and 2 are the guest's own.
+    pub fn write_page(&self, name: &str, page: u64, number: u64) -> bool {
+        self.inside(name, |inside| {
+            let has = inside.memory.has(page);
+            if has {
+                inside.memory.write(page, number);
+            }
+            has
+        })
+        .unwrap_or(false)
+    }
+
+    /// What fills a page of a machine's memory; none when there is no such page.
+    #[must_use]
+    pub fn read_page(&self, name: &str, page: u64) -> Option<u64> {
+        self.inside(name, |inside| inside.memory.has(page).then(|| inside.memory.read(page))).flatten()
+    }
+
+    fn inside<T>(&self, name: &str, work: impl FnOnce(&mut Inside) -> T) -> Option<T> {
+        let inside = self.plan.change(|faults| Some(Arc::clone(&faults.machines.get(name)?.inside)))?;
+        let mut inside = inside.lock().unwrap_or_else(PoisonError::into_inner);
+        Some(work(&mut inside))
     }
 }
 
@@ -123,7 +175,8 @@ struct Faults {
     fail: Vec<Step>,
     crash: Vec<Step>,
     delay: HashMap<Step, Duration>,
-    machines: BTreeMap<String, watch::Sender<Option<ExitReason>>>,
+    machines: BTreeMap<String, Process>,
+    last_owner: u64,
 }
 
 impl Plan {
@@ -132,13 +185,32 @@ impl Plan {
     }
 
     fn end(&self, name: &str, reason: ExitReason) -> bool {
-        match self.change(|faults| faults.machines.remove(name)) {
-            Some(exit) => {
-                exit.send_replace(Some(reason));
+        let ended = self.change(|faults| {
+            let process = faults.machines.get_mut(name)?;
+            let by_guest = matches!(reason, ExitReason::GuestShutdown | ExitReason::GuestPanic);
+            if by_guest && process.owner.is_none() {
+                process.unseen = Some(reason);
+                return Some(None);
+            }
+            let is_known = by_guest || !process.is_adopted || reason == ExitReason::Stopped;
+            let reason = if is_known { reason } else { ExitReason::of_unknown_cause() };
+            faults.machines.remove(name).map(|process| Some((process, reason)))
+        });
+        match ended {
+            Some(Some((process, reason))) => {
+                process.exit.send_replace(Some(reason));
                 true
             }
+            Some(None) => true,
             None => false,
         }
+    }
+
+    fn new_owner(&self) -> u64 {
+        self.change(|faults| {
+            faults.last_owner += 1;
+            faults.last_owner
+        })
     }
 
     /// Takes the time and the failure that were asked for.
@@ -174,14 +246,16 @@ impl Vmm for Fake {
     }
 
     fn capabilities(&self) -> Capabilities {
-        Capabilities { supports_uffd: false, supports_diff: false }
+        Capabilities { supports_uffd: false, supports_diff: true }
     }
 
     async fn boot(&self, spec: MachineSpec, memory_file: Option<&Utf8Path>) -> VmmResult<Box<dyn Vm>> {
         validate::machine(&spec)?;
         self.plan.enter(Step::Boot).await?;
-        let machine = FakeMachine::boot(self.plan.clone(), spec, memory_file)?;
-        self.plan.leave(Step::Boot, machine.name());
+        let (name, arguments) = (spec.name.clone(), spec.kernel_arguments.clone());
+        let process = Process::boot(spec, memory_file)?;
+        let machine = FakeMachine::start(self.plan.clone(), name.clone(), process, &arguments);
+        self.plan.leave(Step::Boot, &name);
         Ok(Box::new(machine))
     }
 
@@ -189,10 +263,25 @@ impl Vmm for Fake {
         validate::machine(&spec)?;
         validate::snapshot_memory(&from.memory, spec.shape)?;
         self.plan.enter(Step::Restore).await?;
-        let machine = FakeMachine::restore(self.plan.clone(), spec, from)?;
-        self.plan.leave(Step::Restore, machine.name());
+        let name = spec.name.clone();
+        let process = Process::restore(spec, from)?;
+        let machine = FakeMachine::start(self.plan.clone(), name.clone(), process, &[]);
+        self.plan.leave(Step::Restore, &name);
         Ok(Box::new(machine))
     }
+
+    async fn adopt(&self, machine: AdoptedMachine) -> VmmResult<Box<dyn Vm>> {
+        validate::adopted(&machine)?;
+        self.plan.enter(Step::Adopt).await?;
+        let adopted = FakeMachine::adopt(self.plan.clone(), machine.name.clone())?;
+        self.plan.leave(Step::Adopt, &machine.name);
+        Ok(Box::new(adopted))
+    }
+}
+
+fn cannot(operation: &'static str, path: &Utf8Path) -> impl FnOnce(io::Error) -> VmmError {
+    let path = path.to_owned();
+    move |source| VmmError::File { operation, path, source }
 }
 
 #[cfg(test)]

@@ -2,7 +2,7 @@ use camino::Utf8PathBuf;
 use wrenn_types::{MemoryMib, Shape, Vcpus};
 
 use super::*;
-use crate::GuestBundle;
+use crate::{GuestBundle, SnapshotStatistics};
 
 fn spec(directory: &tempfile::TempDir, name: &str) -> MachineSpec {
     let root = Utf8PathBuf::from_path_buf(directory.path().to_owned()).unwrap();
@@ -67,4 +67,63 @@ async fn thousands_cost_little() {
     assert_eq!(fake.machines().len(), 2000);
     drop(machines);
     assert!(fake.machines().is_empty());
+}
+
+#[tokio::test]
+async fn snapshots_hold_what_was_written_and_what_became_zero() {
+    let directory = tempfile::tempdir().unwrap();
+    let fake = Fake::new();
+    let path = |name: &str| Utf8PathBuf::from_path_buf(directory.path().join(name)).unwrap();
+    let base = SnapshotFiles { memory: path("memory"), state: path("state"), pages: None };
+    let mut template = fake.boot(spec(&directory, "template"), Some(&base.memory)).await.unwrap();
+    assert!(fake.write_page("template", 7, 70) && fake.write_page("template", 8, 80));
+    assert!(!fake.write_page("template", 1 << 40, 1) && !fake.write_page("nobody", 7, 1));
+    template.pause().await.unwrap();
+    assert_eq!(template.snapshot(&base).await.unwrap(), SnapshotStatistics::default());
+    drop(template);
+
+    let mut clone = fake.restore(spec(&directory, "clone"), &base).await.unwrap();
+    assert_eq!((fake.read_page("clone", 7), fake.read_page("clone", 9)), (Some(70), Some(0)));
+    assert!(fake.write_page("clone", 7, 0) && fake.write_page("clone", 9, 90));
+    let diff = SnapshotFiles { pages: Some(path("pages")), state: path("diff-state"), ..base.clone() };
+    let statistics = clone.snapshot(&diff).await.unwrap();
+    assert_eq!((statistics.pages, statistics.zero_pages), (2, 1));
+    assert!(fake.write_page("clone", 8, 81));
+
+    let _again = fake.restore(spec(&directory, "again"), &diff).await.unwrap();
+    let pages = [7, 8, 9].map(|page| fake.read_page("again", page));
+    assert_eq!(pages, [Some(0), Some(80), Some(90)]);
+
+    let all = std::fs::read(path("pages")).unwrap();
+    std::fs::write(path("pages"), &all[..all.len() - 1]).unwrap();
+    let refused = fake.restore(spec(&directory, "cut"), &diff).await.map(drop);
+    assert!(matches!(refused, Err(VmmError::File { operation: "use", .. })), "{refused:?}");
+}
+
+#[tokio::test]
+async fn a_machine_outlives_the_process_of_its_owner() {
+    let directory = tempfile::tempdir().unwrap();
+    let fake = Fake::new();
+    let mut lost = fake.boot(spec(&directory, "a"), None).await.unwrap();
+    let known = AdoptedMachine {
+        name: "a".to_owned(),
+        run_dir: "/run".into(),
+        has_disk: false,
+        memory: None,
+        pid_hint: None,
+    };
+    let held = fake.adopt(known.clone()).await.map(drop);
+    assert!(matches!(held, Err(VmmError::Timeout { operation: "adopt", .. })), "{held:?}");
+    fake.lose_owners();
+    assert!(matches!(lost.pause().await, Err(VmmError::Connection { .. })));
+    let mut adopted = fake.adopt(known.clone()).await.unwrap();
+    drop(lost);
+    assert_eq!(fake.machines(), ["a"], "who lost it does not end it");
+    adopted.pause().await.unwrap();
+    adopted.release().await;
+    assert_eq!(fake.machines(), ["a"]);
+    drop(fake.adopt(known.clone()).await.unwrap());
+    assert!(fake.machines().is_empty(), "who adopted it does");
+    let gone = fake.adopt(known).await.map(drop);
+    assert!(matches!(&gone, Err(VmmError::NotThere { name }) if name == "a"), "{gone:?}");
 }

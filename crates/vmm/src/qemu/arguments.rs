@@ -60,7 +60,17 @@ pub(super) enum Start<'a> {
     },
     /// From a saved state that it will be given, and stopped. A kernel is not loaded: it is in the
     /// memory already, and reading it again would cost a third of the restore and 20 MB of each clone.
-    Saved,
+    Saved(SavedState),
+}
+
+/// What the saved state is a stream of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum SavedState {
+    /// A whole migration: a section with the configuration, the devices, and a description of them all.
+    Migration,
+    /// `xen-save-devices-state`: the devices. QEMU has to be told, when it starts, that the other two are
+    /// not there: without the former it refuses the state, without the latter it prints a warning.
+    Devices,
 }
 
 /// Where the guest's console goes.
@@ -149,7 +159,14 @@ pub(super) fn arguments(launch: &Launch<'_>) -> VmmResult<Vec<String>> {
     option("-name", format!("guest={}", launch.name));
     // No merging of equal pages: it would tell one guest what is in the memory of another.
     let machine = machine_type(launch.accelerator);
-    option("-machine", format!("{machine},memory-backend=memory,dump-guest-core=off,mem-merge=off"));
+    let described = match launch.start {
+        Start::Saved(SavedState::Devices) => ",suppress-vmdesc=on",
+        _ => "",
+    };
+    option(
+        "-machine",
+        format!("{machine},memory-backend=memory,dump-guest-core=off,mem-merge=off{described}"),
+    );
     option(
         "-accel",
         match launch.accelerator {
@@ -192,7 +209,7 @@ pub(super) fn arguments(launch: &Launch<'_>) -> VmmResult<Vec<String>> {
     option("-serial", format!("chardev:{CONSOLE}"));
 
     if let Some(disk) = launch.disk {
-        option("-blockdev", block_device(disk).to_string());
+        option("-blockdev", block_device(disk, DISK).to_string());
         // An error of the host's disk is the guest's to see. The default would stop the guest when the
         // host's disk is full, and nobody would be told.
         option("-device", format!("virtio-blk-device,drive={DISK},werror=report,rerror=report"));
@@ -207,10 +224,14 @@ pub(super) fn arguments(launch: &Launch<'_>) -> VmmResult<Vec<String>> {
             option("-initrd", plain("initramfs", initramfs)?.to_owned());
             option("-append", command_line.to_owned());
         }
-        Start::Saved => option("-incoming", "defer".into()),
+        Start::Saved(SavedState::Migration) => option("-incoming", "defer".into()),
+        Start::Saved(SavedState::Devices) => {
+            option("-incoming", "defer".into());
+            option("-global", "migration.send-configuration=off".into());
+        }
     }
     words.extend(["-nodefaults".to_owned(), "-no-user-config".to_owned()]);
-    if launch.start == Start::Saved {
+    if let Start::Saved(_) = launch.start {
         // The saved state says whether the guest was running; this says that it is not to.
         words.push("-S".to_owned());
     }
@@ -224,15 +245,15 @@ fn memory_file(bytes: u64, path: &Utf8Path, share: bool) -> serde_json::Value {
     })
 }
 
-/// The root disk. The format is told and never guessed from the content, which the guest writes; what a
+/// A file of the root disk. The format is told and never guessed from the content, which the guest writes; what a
 /// qcow2 file builds on is named, with its format, in its header, which the guest cannot write.
-fn block_device(disk: &DiskSpec) -> serde_json::Value {
+pub(super) fn block_device(disk: &DiskSpec, node: &str) -> serde_json::Value {
     let driver = match disk.format {
         DiskFormat::Raw => "raw",
         DiskFormat::Qcow2 => "qcow2",
     };
     let file = json!({"driver": "file", "filename": disk.path, "discard": "unmap"});
-    json!({"driver": driver, "node-name": DISK, "discard": "unmap", "file": file})
+    json!({"driver": driver, "node-name": node, "discard": "unmap", "file": file})
 }
 
 #[cfg(test)]
@@ -287,12 +308,18 @@ mod tests {
 
     #[test]
     fn a_restore_is_private_stopped_and_without_a_kernel() {
-        let words = arguments(&launch(Memory::PrivateFile("/m".into()), Start::Saved)).unwrap();
+        let words = arguments(&launch(Memory::PrivateFile("/m".into()), Start::Saved(SavedState::Migration)))
+            .unwrap();
         let memory: serde_json::Value = serde_json::from_str(value(&words, "-object").unwrap()).unwrap();
         assert_eq!(memory["share"], json!(false));
         assert!(words.contains(&"-S".to_owned()));
         assert_eq!(value(&words, "-incoming"), Some("defer"));
         assert_eq!(value(&words, "-kernel"), None);
+        assert_eq!(value(&words, "-global"), None);
+        let devices = Start::Saved(SavedState::Devices);
+        let words = arguments(&launch(Memory::PrivateFile("/m".into()), devices)).unwrap();
+        assert_eq!(value(&words, "-global"), Some("migration.send-configuration=off"));
+        assert!(words.contains(&"-S".to_owned()));
     }
 
     #[test]
@@ -300,7 +327,7 @@ mod tests {
         let start = Start::Kernel { kernel: "/k,append=x".into(), initramfs: "/i".into(), command_line: "" };
         assert!(arguments(&launch(Memory::Anonymous, start)).is_err());
         let disk = DiskSpec { path: "/d\",x".into(), format: DiskFormat::Raw };
-        assert_eq!(block_device(&disk)["file"]["filename"], json!("/d\",x"));
-        assert_eq!(block_device(&disk)["driver"], json!("raw"));
+        assert_eq!(block_device(&disk, DISK)["file"]["filename"], json!("/d\",x"));
+        assert_eq!(block_device(&disk, DISK)["driver"], json!("raw"));
     }
 }

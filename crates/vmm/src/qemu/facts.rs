@@ -22,12 +22,16 @@ pub(super) enum Shutdown {
     Reset,
     /// Somebody on the host asked QEMU to end: by a command or by a signal.
     Host,
+    /// The guest did one of the former two while nobody listened.
+    Unseen,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub(super) struct Facts {
     pub(super) migration: Option<Migration>,
     pub(super) shutdown: Option<Shutdown>,
+    /// How often a job has come into another state.
+    pub(super) job_changes: u64,
     /// Nothing more will come: the connection is gone.
     pub(super) disconnected: bool,
 }
@@ -44,6 +48,7 @@ impl Facts {
                     _ => Migration::UnderWay,
                 });
             }
+            "JOB_STATUS_CHANGE" => self.job_changes += 1,
             // The first one counts: a machine that has shut down can still be told to quit.
             "SHUTDOWN" if self.shutdown.is_none() => {
                 self.shutdown = Some(match (data["guest"].as_bool(), data["reason"].as_str()) {
@@ -71,6 +76,7 @@ mod tests {
         assert!(!facts.take_in("MIGRATION", &json!({"status": "active"})));
         assert!(facts.take_in("MIGRATION", &json!({"status": "completed"})));
         assert_eq!(facts.migration, Some(Migration::Completed));
+        assert!(facts.take_in("JOB_STATUS_CHANGE", &json!({"id": "stream", "status": "running"})));
         assert!(facts.take_in("SHUTDOWN", &json!({"guest": true, "reason": "guest-reset"})));
         assert!(!facts.take_in("SHUTDOWN", &json!({"guest": false, "reason": "host-qmp-quit"})));
         assert_eq!(facts.shutdown, Some(Shutdown::Reset));

@@ -22,14 +22,14 @@ use super::{
     arguments::{Console, Launch, Memory, Start, arguments},
     cannot,
     machine::Machine,
-    monitor::{ConsoleTail, Leash, Monitor},
+    monitor::{ConsoleTail, Leash, Monitor, Watched},
     qmp::Qmp,
     readable,
 };
 use crate::{Accelerator, MachineSpec, VmmError, VmmResult};
 
 /// The control socket in the machine's directory. Its path is short: see `validate`.
-const CONTROL_SOCKET: &str = "control.sock";
+pub(super) const CONTROL_SOCKET: &str = "control.sock";
 /// When the host's memory is short, a guest goes before the agent does.
 const OOM_SCORE: i16 = 500;
 
@@ -88,15 +88,20 @@ pub(super) async fn start(
     let qmp = Arc::new(Qmp::over(control.stream).map_err(failed)?);
     let console = Arc::new(ConsoleTail::new(Arc::clone(&qmp), spec.run_dir));
     let (exit, exited) = watch::channel(None);
-    let monitor =
-        Monitor { qmp: Arc::clone(&qmp), console: Arc::clone(&console), errors, exit, _socket: control.file };
+    let monitor = Monitor {
+        qmp: Arc::clone(&qmp),
+        console: Arc::clone(&console),
+        errors: Some(errors),
+        exit,
+        socket: control.file,
+    };
     let runtime = Handle::current();
     let begin = move || -> Result<Leash, SpawnError> {
         let child = spawn.start()?;
-        let leash = Leash::new(child.process().clone());
+        let (leash, released) = Leash::new(child.process().clone());
         // Here, and not after the wait below: if nobody waits any more, the leash is dropped and kills, and
         // the monitor is there to reap.
-        runtime.spawn(monitor.run(child, leash.ending()));
+        runtime.spawn(monitor.run(Watched::Child(child), leash.ending(), released));
         Ok(leash)
     };
     let leash = match spawn_blocking(begin).await {
@@ -137,10 +142,24 @@ impl ControlSocket {
 #[derive(Debug)]
 pub(super) struct SocketFile(Utf8PathBuf);
 
+impl SocketFile {
+    /// One that is there already.
+    pub(super) fn at(path: Utf8PathBuf) -> Self {
+        Self(path)
+    }
+
+    /// Leaves it where it is.
+    pub(super) fn leave(mut self) {
+        self.0 = Utf8PathBuf::new();
+    }
+}
+
 impl Drop for SocketFile {
     fn drop(&mut self) {
-        // The owner of the directory may have been faster.
-        drop(fs::remove_file(&self.0));
+        if !self.0.as_str().is_empty() {
+            // The owner of the directory may have been faster.
+            drop(fs::remove_file(&self.0));
+        }
     }
 }
 

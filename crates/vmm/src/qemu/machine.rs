@@ -3,23 +3,30 @@
 use std::{
     fs::{File, OpenOptions},
     os::{fd::OwnedFd, unix::fs::OpenOptionsExt},
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
 use async_trait::async_trait;
-use camino::Utf8PathBuf;
+use camino::{Utf8Path, Utf8PathBuf};
 use serde_json::{Value, json};
-use tokio::{sync::watch, time::timeout};
+use tokio::{sync::watch, task::spawn_blocking, time::timeout};
 
 use super::{
-    arguments::DISK,
     cannot,
-    facts::Migration,
+    facts::{Facts, Migration},
+    failed_thread,
+    guest_memory::GuestMemory,
     monitor::{ConsoleTail, Leash, QUIT_BOUND},
     qmp::{COMMAND_BOUND, Qmp},
 };
-use crate::{ExitReason, SnapshotFiles, Vm, VmmError, VmmResult};
+use crate::{
+    DiskSpec, ExitReason, SnapshotFiles, SnapshotStatistics, Vm, VmmError, VmmResult, pages::SavedPages,
+    validate,
+};
 
 /// How long QEMU may take to start, on a machine that is busy with many others.
 const START_BOUND: Duration = Duration::from_secs(20);
@@ -30,6 +37,7 @@ const DEATH_BOUND: Duration = Duration::from_secs(2);
 /// How long a killed process may take to be gone.
 const KILL_BOUND: Duration = Duration::from_secs(10);
 
+const SNAPSHOT: &str = "snapshot";
 /// The name under which QEMU keeps a passed file.
 const STATE: &str = "state";
 
@@ -41,13 +49,22 @@ pub(super) struct Machine {
     console: Arc<ConsoleTail>,
     exit: watch::Receiver<Option<ExitReason>>,
     has_disk: bool,
-    /// The file that is this machine's memory.
-    memory: Option<Utf8PathBuf>,
+    backing: Backing,
     state: State,
 }
 
+/// What the guest's memory is to the host.
 #[derive(Debug, Clone, PartialEq, Eq)]
-enum State {
+pub(super) enum Backing {
+    Anonymous,
+    /// The file is the memory.
+    Shared(Utf8PathBuf),
+    /// The file is what the memory began as.
+    Private(Utf8PathBuf),
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum State {
     Running,
     Paused,
     /// Its memory is part of this snapshot, which must not change any more.
@@ -72,11 +89,20 @@ impl Machine {
         exit: watch::Receiver<Option<ExitReason>>,
         has_disk: bool,
     ) -> Self {
-        Self { leash, qmp, console, exit, has_disk, memory: None, state: State::Running }
+        Self { leash, qmp, console, exit, has_disk, backing: Backing::Anonymous, state: State::Running }
     }
 
-    pub(super) fn set_memory(&mut self, file: Utf8PathBuf) {
-        self.memory = Some(file);
+    pub(super) fn set_backing(&mut self, backing: Backing) {
+        self.backing = backing;
+    }
+
+    /// What a machine is that was adopted.
+    pub(super) fn found(&mut self, backing: Backing, state: State) {
+        (self.backing, self.state) = (backing, state);
+    }
+
+    pub(super) fn facts(&self) -> watch::Receiver<Facts> {
+        self.qmp.facts()
     }
 
     /// Waits until the guest's CPUs run.
@@ -87,23 +113,113 @@ impl Machine {
     }
 
     /// Gives a machine that was started for it the saved state, and waits until it has it.
-    pub(super) async fn load(&mut self, state: File) -> VmmResult<()> {
+    pub(super) async fn load(&mut self, state: File, pages: Option<SavedPages>) -> VmmResult<()> {
         self.state = State::Paused;
         let qmp = &self.qmp;
-        // All at once: QEMU takes them in order, and none of them depends on what another answers.
-        let commands = async {
+        let agree = async {
             tokio::try_join!(
                 qmp.execute("qmp_capabilities", Value::Null, START_BOUND),
                 qmp.execute("migrate-set-capabilities", migration_capabilities(), START_BOUND),
                 // A guest that wakes up would otherwise be made to tell its address to a network that knows it.
                 qmp.execute("migrate-set-parameters", json!({"announce-rounds": 0}), START_BOUND),
+            )
+        };
+        let load = async {
+            tokio::try_join!(
                 qmp.execute_with("getfd", json!({"fdname": STATE}), OwnedFd::from(state), START_BOUND),
                 qmp.execute("migrate-incoming", json!({"uri": format!("fd:{STATE}")}), START_BOUND),
             )
         };
-        let told = commands.await;
+        let told = match pages {
+            // All at once: QEMU takes them in order, and none of them depends on what another answers.
+            None => async { tokio::try_join!(agree, load).map(drop) }.await,
+            Some(pages) => match agree.await {
+                Ok(_) => {
+                    // It answers, so its memory is mapped. The devices look into it while they are loaded.
+                    self.write_pages(pages).await?;
+                    load.await.map(drop)
+                }
+                Err(error) => Err(error),
+            },
+        };
         self.explain("restore", told).await?;
         self.migrated("restore").await
+    }
+
+    async fn write_pages(&self, pages: SavedPages) -> VmmResult<()> {
+        let Backing::Private(base) = self.backing.clone() else { return Ok(()) };
+        let process = self.leash.process.clone();
+        let write = move |given_up: &AtomicBool| match GuestMemory::open(&process, &base)? {
+            Some(memory) => memory.load(&pages, given_up),
+            None => Err(not_mapped("restore")),
+        };
+        self.with_memory("restore", write).await
+    }
+
+    /// Reads or writes the guest's memory on a thread that may wait for the disk. It ends early when nobody
+    /// waits for it any more.
+    async fn with_memory<T: Send + 'static>(
+        &self,
+        operation: &'static str,
+        work: impl FnOnce(&AtomicBool) -> VmmResult<T> + Send + 'static,
+    ) -> VmmResult<T> {
+        let given_up = GivenUp::default();
+        let told = Arc::clone(&given_up.0);
+        let done = spawn_blocking(move || work(&told)).await;
+        match done.map_err(|error| failed_thread(operation, error))? {
+            Err(error @ VmmError::File { .. }) if !self.leash.process.is_alive().unwrap_or(true) => {
+                // There is no memory to be read of a process that is gone.
+                match self.gone_within(DEATH_BOUND).await {
+                    Some(reason) => Err(VmmError::Exited { operation, reason }),
+                    None => Err(error),
+                }
+            }
+            other => other,
+        }
+    }
+
+    /// Saves a machine whose memory is private, over `base`. It goes on as if nothing had happened.
+    async fn save_private(&self, base: &Utf8Path, into: &SnapshotFiles) -> VmmResult<SnapshotStatistics> {
+        validate::snapshot_files(into, true)?;
+        let Some(pages) = into.pages.clone() else { return Ok(SnapshotStatistics::default()) };
+        if !validate::same_file(base, &into.memory).map_err(cannot("open", &into.memory))? {
+            return Err(not_mapped(SNAPSHOT));
+        }
+        let (process, base) = (self.leash.process.clone(), base.to_owned());
+        let open = move |_: &AtomicBool| GuestMemory::open(&process, &base);
+        let memory = self.with_memory(SNAPSHOT, open).await?.ok_or_else(|| not_mapped(SNAPSHOT))?;
+        // QEMU opens it again, and would make it readable for others.
+        drop(create(&into.state)?);
+        let devices = json!({"filename": into.state, "live": false});
+        let saved = self.qmp.execute("xen-save-devices-state", devices, MIGRATION_BOUND).await;
+        self.explain(SNAPSHOT, saved).await?;
+        self.with_memory(SNAPSHOT, move |given_up| memory.save(&pages, given_up)).await
+    }
+
+    /// Saves the devices of a machine whose memory is in its file already.
+    async fn save_shared(&self, into: &SnapshotFiles) -> VmmResult<()> {
+        validate::snapshot_files(into, false)?;
+        let state = create(&into.state)?;
+        self.qmp.forget_migration();
+        self.command(SNAPSHOT, "migrate-set-capabilities", migration_capabilities()).await?;
+        let passed = json!({"fdname": STATE});
+        let passed = self.qmp.execute_with("getfd", passed, OwnedFd::from(state), COMMAND_BOUND).await;
+        self.explain(SNAPSHOT, passed).await?;
+        self.command(SNAPSHOT, "migrate", json!({"uri": format!("fd:{STATE}")})).await?;
+        self.migrated(SNAPSHOT).await
+    }
+
+    /// Fails unless something may be done with its disk now.
+    fn may_change_disk(&self, operation: &'static str) -> VmmResult<()> {
+        self.alive(operation)?;
+        if !self.has_disk {
+            let problem = "the machine has none".to_owned();
+            return Err(VmmError::Spec { field: "disk", problem });
+        }
+        if let State::Saved(_) = self.state {
+            return Err(VmmError::WrongState { operation, state: self.state.word() });
+        }
+        Ok(())
     }
 
     /// Waits until the migration that is under way has come to its end.
@@ -150,7 +266,7 @@ impl Machine {
         }
     }
 
-    async fn command(
+    pub(super) async fn command(
         &self,
         operation: &'static str,
         command: &'static str,
@@ -159,6 +275,28 @@ impl Machine {
         let answer = self.qmp.execute(command, arguments, COMMAND_BOUND).await;
         self.explain(operation, answer).await
     }
+}
+
+/// Tells a thread, when it is dropped, that nobody waits for it.
+#[derive(Debug, Default)]
+struct GivenUp(Arc<AtomicBool>);
+
+impl Drop for GivenUp {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+fn not_mapped(operation: &'static str) -> VmmError {
+    let problem = "it was not restored from the snapshot's memory";
+    VmmError::Unsupported { operation, problem }
+}
+
+/// A file for the state of the devices.
+fn create(state: &Utf8Path) -> VmmResult<File> {
+    let mut options = OpenOptions::new();
+    options.write(true).create(true).truncate(true).mode(0o600);
+    options.open(state).map_err(cannot("create", state))
 }
 
 /// What has to be agreed before a state is saved or loaded: memory that is a shared file stays out of it, and
@@ -196,52 +334,45 @@ impl Vm for Machine {
         }
     }
 
-    async fn snapshot(&mut self, into: &SnapshotFiles) -> VmmResult<()> {
-        const OPERATION: &str = "snapshot";
-        self.alive(OPERATION)?;
+    async fn snapshot(&mut self, into: &SnapshotFiles) -> VmmResult<SnapshotStatistics> {
+        self.alive(SNAPSHOT)?;
         match &self.state {
             State::Paused => {}
-            State::Saved(files) if files == into => return Ok(()),
-            other => return Err(VmmError::WrongState { operation: OPERATION, state: other.word() }),
+            State::Saved(files) if files == into => return Ok(SnapshotStatistics::default()),
+            other => return Err(VmmError::WrongState { operation: SNAPSHOT, state: other.word() }),
         }
-        if self.memory.as_ref() != Some(&into.memory) {
-            let problem = "it was not booted with its memory in the snapshot's file";
-            return Err(VmmError::Unsupported { operation: OPERATION, problem });
+        match &self.backing {
+            Backing::Private(base) => self.save_private(base, into).await,
+            Backing::Shared(file) if *file == into.memory => {
+                self.save_shared(into).await?;
+                self.state = State::Saved(into.clone());
+                Ok(SnapshotStatistics::default())
+            }
+            Backing::Shared(_) | Backing::Anonymous => {
+                let problem = "it was not booted with its memory in the snapshot's file";
+                Err(VmmError::Unsupported { operation: SNAPSHOT, problem })
+            }
         }
-        let mut options = OpenOptions::new();
-        options.write(true).create(true).truncate(true).mode(0o600);
-        let state = options.open(&into.state).map_err(cannot("create", &into.state))?;
-        self.qmp.forget_migration();
-        self.command(OPERATION, "migrate-set-capabilities", migration_capabilities()).await?;
-        let passed = json!({"fdname": STATE});
-        let passed = self.qmp.execute_with("getfd", passed, OwnedFd::from(state), COMMAND_BOUND).await;
-        self.explain(OPERATION, passed).await?;
-        self.command(OPERATION, "migrate", json!({"uri": format!("fd:{STATE}")})).await?;
-        self.migrated(OPERATION).await?;
-        self.state = State::Saved(into.clone());
-        Ok(())
     }
 
     async fn resize_disk(&mut self, bytes: u64) -> VmmResult<()> {
-        const OPERATION: &str = "resize_disk";
-        self.alive(OPERATION)?;
-        let refuse = |problem: String| Err(VmmError::Spec { field: "disk", problem });
-        if !self.has_disk {
-            return refuse("the machine has none".to_owned());
-        }
-        if let State::Saved(_) = self.state {
-            return Err(VmmError::WrongState { operation: OPERATION, state: self.state.word() });
-        }
-        let nodes = self.command(OPERATION, "query-named-block-nodes", json!({"flat": true})).await?;
-        let disk = nodes.as_array().into_iter().flatten().find(|node| node["node-name"] == DISK);
-        let present = disk.and_then(|node| node["image"]["virtual-size"].as_u64()).unwrap_or_default();
-        if bytes < present {
-            return refuse(format!("it has {present} bytes already, and {bytes} are fewer"));
-        }
-        if bytes > present {
-            self.command(OPERATION, "block_resize", json!({"node-name": DISK, "size": bytes})).await?;
-        }
-        Ok(())
+        self.may_change_disk("resize_disk")?;
+        self.resize(bytes).await
+    }
+
+    async fn pivot_disk(&mut self, overlay: &DiskSpec) -> VmmResult<()> {
+        self.may_change_disk("pivot_disk")?;
+        self.pivot(overlay).await
+    }
+
+    async fn disk_chain(&mut self) -> VmmResult<Vec<Utf8PathBuf>> {
+        self.alive("disk_chain")?;
+        if self.has_disk { self.chain().await } else { Ok(Vec::new()) }
+    }
+
+    async fn stream_disk(&mut self, base: &Utf8Path) -> VmmResult<()> {
+        self.may_change_disk("stream_disk")?;
+        self.stream(base).await
     }
 
     async fn console(&mut self) -> String {
@@ -273,5 +404,10 @@ impl Vm for Machine {
                 Err(source) => Err(VmmError::Connection { command: "kill".to_owned(), source }),
             },
         }
+    }
+
+    async fn release(mut self: Box<Self>) {
+        self.leash.let_go();
+        self.qmp.close();
     }
 }

@@ -6,6 +6,8 @@
 //!       └──────────────── stop(), a crash, a signal ─────────────────────────────┘
 //! ```
 //!
+//! A process that is let go is watched no more; one that was our child is still reaped, for as long as we live.
+//!
 //! QEMU is told to stand still when the guest powers off or resets (`shutdown=pause`), because a panic is
 //! known only from the last words on the console, which are gone with the process.
 
@@ -24,7 +26,7 @@ use serde_json::{Value, json};
 use tokio::{
     io::AsyncReadExt,
     net::unix::pipe,
-    sync::{Mutex, watch},
+    sync::{Mutex, oneshot, watch},
     task::JoinHandle,
     time::timeout,
 };
@@ -50,11 +52,13 @@ const ERRORS_LIMIT: usize = 4096;
 const PANIC: &str = "Kernel panic - not syncing";
 const RESTART: &str = "reboot: Restarting system";
 
-/// Kills the process when it is dropped; what a machine holds.
+/// Kills the process when it is dropped, unless it was let go; what a machine holds.
 #[derive(Debug)]
 pub(super) struct Leash {
     pub(super) process: Process,
     ending: Ending,
+    /// Tells the monitor that the process was let go; none once that was told.
+    release: Option<oneshot::Sender<()>>,
 }
 
 /// Whether the end of the process is our own wish.
@@ -72,8 +76,17 @@ impl Ending {
 }
 
 impl Leash {
-    pub(super) fn new(process: Process) -> Self {
-        Self { process, ending: Ending::default() }
+    /// A leash, and what its monitor waits for.
+    pub(super) fn new(process: Process) -> (Self, oneshot::Receiver<()>) {
+        let (release, released) = oneshot::channel();
+        (Self { process, ending: Ending::default(), release: Some(release) }, released)
+    }
+
+    pub(super) fn let_go(&mut self) {
+        if let Some(release) = self.release.take() {
+            // The monitor is gone when the process is.
+            let _ = release.send(());
+        }
     }
 
     pub(super) fn ending(&self) -> Ending {
@@ -83,6 +96,9 @@ impl Leash {
 
 impl Drop for Leash {
     fn drop(&mut self) {
+        if self.release.is_none() {
+            return;
+        }
         self.ending.wish();
         if let Err(error) = self.process.kill() {
             tracing::error!(pid = self.process.pid(), %error, "a QEMU cannot be killed");
@@ -101,6 +117,15 @@ pub(super) struct ConsoleTail {
 impl ConsoleTail {
     pub(super) fn new(qmp: Arc<Qmp>, run_dir: Utf8PathBuf) -> Self {
         Self { qmp, file: run_dir.join("console.log"), tail: Mutex::new(Tail::new(CONSOLE_BYTES)) }
+    }
+
+    /// That of a machine which had another owner, as far as they kept it.
+    pub(super) async fn continued(qmp: Arc<Qmp>, run_dir: Utf8PathBuf) -> Self {
+        let console = Self::new(qmp, run_dir);
+        if let Ok(kept) = tokio::fs::read(&console.file).await {
+            console.tail.lock().await.push(&kept);
+        }
+        console
     }
 
     /// Everything up to now, bounded. Reading takes it out of the ring, so it is kept here and in
@@ -126,29 +151,72 @@ impl ConsoleTail {
 pub(super) struct Monitor {
     pub(super) qmp: Arc<Qmp>,
     pub(super) console: Arc<ConsoleTail>,
-    pub(super) errors: pipe::Receiver,
+    /// What a child says on its standard error.
+    pub(super) errors: Option<pipe::Receiver>,
     pub(super) exit: watch::Sender<Option<ExitReason>>,
-    pub(super) _socket: SocketFile,
+    pub(super) socket: SocketFile,
+}
+
+/// The process of which the end is waited for.
+#[derive(Debug)]
+pub(super) enum Watched {
+    Child(Child),
+    /// Somebody else's child: that it ends is told, and not how.
+    Adopted(Process),
+}
+
+impl Watched {
+    async fn wait(&mut self) -> io::Result<Option<Exit>> {
+        match self {
+            Self::Child(child) => child.wait().await.map(Some),
+            Self::Adopted(process) => process.ended().await.map(|()| None),
+        }
+    }
+
+    fn process(&self) -> &Process {
+        match self {
+            Self::Child(child) => child.process(),
+            Self::Adopted(process) => process,
+        }
+    }
 }
 
 impl Monitor {
-    pub(super) async fn run(self, mut child: Child, ending: Ending) {
-        let errors = tokio::spawn(last_errors(self.errors));
+    pub(super) async fn run(self, mut process: Watched, ending: Ending, released: oneshot::Receiver<()>) {
+        let errors = self.errors.map(|errors| tokio::spawn(last_errors(errors)));
         let mut facts = self.qmp.facts();
+        let let_go = async {
+            // A leash that is dropped without it kills, and that is waited for otherwise.
+            if released.await.is_err() {
+                std::future::pending::<()>().await;
+            }
+        };
         let shutdown = tokio::select! {
+            // What is let go is not ended any more, whatever its guest did at the same moment.
+            biased;
             // Whether it could be waited for is seen below.
-            _ = child.wait() => None,
+            _ = process.wait() => None,
+            () = let_go => {
+                self.socket.leave();
+                drop((self.qmp, self.console));
+                if let Some(errors) = errors {
+                    errors.abort();
+                }
+                // Whoever asked this owner for the exit sees the channel close when the process is gone.
+                drop(process.wait().await);
+                return;
+            }
             shutdown = guest_shutdown(&mut facts) => Some(shutdown),
         };
         let by_guest = match shutdown {
             Some(shutdown) => {
                 let reason = verdict(shutdown, &self.console.read().await);
-                quit_or_kill(&self.qmp, &mut child).await;
+                quit_or_kill(&self.qmp, &mut process).await;
                 Some(reason)
             }
             None => None,
         };
-        let exit = child.wait().await;
+        let exit = process.wait().await;
         let reason = match by_guest {
             Some(reason) => reason,
             None if ending.is_wished() => ExitReason::Stopped,
@@ -157,7 +225,7 @@ impl Monitor {
                 unexpected(exit, shutdown, errors).await
             }
         };
-        tracing::debug!(pid = child.pid(), ?reason, "a QEMU is gone");
+        tracing::debug!(pid = process.process().pid(), ?reason, "a QEMU is gone");
         self.exit.send_replace(Some(reason));
     }
 }
@@ -167,20 +235,22 @@ async fn guest_shutdown(facts: &mut watch::Receiver<Facts>) -> Shutdown {
     loop {
         let found = facts.wait_for(|facts| facts.shutdown.is_some() || facts.disconnected).await;
         match found.map(|facts| facts.shutdown) {
-            Ok(Some(shutdown @ (Shutdown::PoweredOff | Shutdown::Reset))) => return shutdown,
+            Ok(Some(shutdown @ (Shutdown::PoweredOff | Shutdown::Reset | Shutdown::Unseen))) => {
+                return shutdown;
+            }
             _ => std::future::pending::<()>().await,
         }
     }
 }
 
-async fn quit_or_kill(qmp: &Qmp, child: &mut Child) {
+async fn quit_or_kill(qmp: &Qmp, process: &mut Watched) {
     let quit = async {
         // The answer may be lost with the process; its end is what counts.
         drop(qmp.execute("quit", Value::Null, QUIT_BOUND).await);
-        drop(child.wait().await);
+        drop(process.wait().await);
     };
     if timeout(QUIT_BOUND, quit).await.is_err() {
-        drop(child.kill());
+        drop(process.process().kill());
     }
 }
 
@@ -188,28 +258,34 @@ async fn quit_or_kill(qmp: &Qmp, child: &mut Child) {
 /// one that reboots prints that. A guest can pretend either, about itself.
 fn verdict(shutdown: Shutdown, console: &str) -> ExitReason {
     match shutdown {
-        Shutdown::Reset if console.rfind(PANIC) > console.rfind(RESTART) => ExitReason::GuestPanic,
+        Shutdown::Reset | Shutdown::Unseen if console.rfind(PANIC) > console.rfind(RESTART) => {
+            ExitReason::GuestPanic
+        }
         _ => ExitReason::GuestShutdown,
     }
 }
 
 /// Why a process ended that nobody of us ended.
 async fn unexpected(
-    exit: io::Result<Exit>,
+    exit: io::Result<Option<Exit>>,
     shutdown: Option<Shutdown>,
-    errors: JoinHandle<String>,
+    errors: Option<JoinHandle<String>>,
 ) -> ExitReason {
-    let stderr = match timeout(ERRORS_BOUND, errors).await {
-        Ok(Ok(stderr)) => stderr.trim_end().to_owned(),
-        _ => String::new(),
+    let stderr = match errors {
+        Some(errors) => match timeout(ERRORS_BOUND, errors).await {
+            Ok(Ok(stderr)) => stderr.trim_end().to_owned(),
+            _ => String::new(),
+        },
+        None => String::new(),
     };
     match exit {
-        Ok(Exit::Signal(signal)) => ExitReason::VmmKilled { signal },
+        Ok(Some(Exit::Signal(signal))) => ExitReason::VmmKilled { signal },
         // It was asked to end by a signal, and did so in good order.
-        Ok(Exit::Code(0)) if shutdown == Some(Shutdown::Host) => {
+        Ok(Some(Exit::Code(0)) | None) if shutdown == Some(Shutdown::Host) => {
             ExitReason::VmmKilled { signal: Signal::TERM.as_raw() }
         }
-        Ok(Exit::Code(code)) => ExitReason::VmmFailed { code, stderr },
+        Ok(Some(Exit::Code(code))) => ExitReason::VmmFailed { code, stderr },
+        Ok(None) => ExitReason::of_unknown_cause(),
         Err(error) => {
             ExitReason::VmmFailed { code: -1, stderr: format!("{stderr}\nnot waited for: {error}") }
         }
@@ -239,6 +315,8 @@ mod tests {
         assert_eq!(verdict(Shutdown::Reset, &reboot), ExitReason::GuestShutdown);
         assert_eq!(verdict(Shutdown::Reset, &format!("{panic}{reboot}")), ExitReason::GuestShutdown);
         assert_eq!(verdict(Shutdown::Reset, ""), ExitReason::GuestShutdown, "a triple fault says nothing");
+        assert_eq!(verdict(Shutdown::Unseen, &panic), ExitReason::GuestPanic);
+        assert_eq!(verdict(Shutdown::Unseen, &reboot), ExitReason::GuestShutdown);
         assert_eq!(verdict(Shutdown::PoweredOff, &panic), ExitReason::GuestShutdown);
     }
 }

@@ -94,7 +94,17 @@ impl Qmp {
 
     /// Forgets how an earlier migration went, before a new one is begun.
     pub(super) fn forget_migration(&self) {
-        self.facts.send_modify(|facts| facts.migration = None);
+        self.tell(|facts| facts.migration = None);
+    }
+
+    /// Changes what is known by other means than an event.
+    pub(super) fn tell(&self, change: impl FnOnce(&mut Facts)) {
+        self.facts.send_modify(change);
+    }
+
+    /// Ends the connection, whoever else holds it.
+    pub(super) fn close(&self) {
+        self.tasks.iter().for_each(AbortHandle::abort);
     }
 
     /// Executes a command and waits for its answer.
@@ -154,7 +164,7 @@ impl Qmp {
 
 impl Drop for Qmp {
     fn drop(&mut self) {
-        self.tasks.iter().for_each(AbortHandle::abort);
+        self.close();
     }
 }
 

@@ -7,9 +7,17 @@ use camino::{Utf8Path, Utf8PathBuf};
 use wrenn_vmm::GuestBundle;
 
 /// What the guest does: see `wrenn_vmm::conformance`. The command line decides how it ends.
+///
+/// Two files in its memory take turns: one gets new content, and the other one becomes zero in the same pages.
+/// On the disk, if it has one, each tick writes its number to a cluster of its own, and reads what was written
+/// three ticks ago, from the disk and not from the cache.
 const INIT: &str = r#"#!/bin/busybox sh
 /bin/busybox mount -t proc proc /proc
+/bin/busybox mount -t devtmpfs dev /dev
 exec > /dev/console 2>&1
+for module in virtio_ring virtio virtio_mmio virtio_blk; do
+    [ ! -e /modules/$module.ko ] || /bin/busybox insmod /modules/$module.ko
+done
 echo "wrenn-guest ready"
 case "$(/bin/busybox cat /proc/cmdline)" in
 *conformance=poweroff*) /bin/busybox poweroff -f ;;
@@ -17,11 +25,27 @@ case "$(/bin/busybox cat /proc/cmdline)" in
 *conformance=panic*) exit 1 ;;
 esac
 token=$(/bin/busybox od -An -N8 -tx8 /dev/urandom)
-n=0
+n=0 old=/new new=/old held= found= state=ok
 while true; do
     n=$((n + 1))
-    echo "tick" $token $n
-    /bin/busybox usleep 20000
+    [ "$held" = "$found" ] || state=BAD
+    echo "tick" $token $n $state
+    /bin/busybox dd if=/dev/urandom of=$new bs=64k count=1 conv=notrunc 2>/dev/null
+    /bin/busybox dd if=/dev/zero of=$old bs=64k count=1 conv=notrunc 2>/dev/null
+    held=$(/bin/busybox md5sum $new $old)
+    /bin/busybox usleep 10000
+    found=$(/bin/busybox md5sum $new $old)
+    swap=$new new=$old old=$swap
+    if [ -b /dev/vda ]; then
+        echo $n | /bin/busybox dd of=/dev/vda bs=512 seek=$((n % 64 * 128)) conv=notrunc,sync,fsync 2>/dev/null
+        echo 1 > /proc/sys/vm/drop_caches
+        was=$((n - 3))
+        if [ $was -gt 0 ]; then
+            read=$(/bin/busybox dd if=/dev/vda bs=512 skip=$((was % 64 * 128)) count=1 2>/dev/null \
+                | /bin/busybox head -n 1)
+            [ "$read" = $was ] || state=BAD
+        fi
+    fi
 done
 "#;
 
@@ -38,7 +62,10 @@ pub(crate) fn counting_guest(directory: &Utf8Path) -> Result<GuestBundle, String
         wrenn_host_linux::process::find_program("busybox").ok_or("no busybox: package busybox-static")?;
     let busybox = std::fs::read(&busybox).map_err(|error| format!("{}: {error}", busybox.display()))?;
     let initramfs = directory.join("initramfs");
-    let mut archive = Archive::default();
+    // An archive that follows another one adds to it: the product's has the modules of the same kernel.
+    let with_modules = std::fs::read(kernel.with_file_name("initramfs.img")).unwrap_or_default();
+    let mut archive = Archive { bytes: with_modules, entries: 1 << 20 };
+    archive.align();
     for name in ["bin", "dev", "proc"] {
         archive.entry(name, 0o040_755, (0, 0), b"");
     }
@@ -57,7 +84,6 @@ fn kernel() -> Option<Utf8PathBuf> {
 }
 
 /// The format of an initramfs: `cpio -H newc`.
-#[derive(Default)]
 struct Archive {
     bytes: Vec<u8>,
     entries: u32,

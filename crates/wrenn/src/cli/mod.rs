@@ -18,10 +18,12 @@ mod exec;
 mod failure;
 mod interrupts;
 mod output;
+mod persist;
 mod run;
 mod sandbox;
 mod services;
 mod shell;
+mod snapshot;
 mod stack;
 
 use std::process::ExitCode;
@@ -72,6 +74,9 @@ enum Command {
     /// Create, use and destroy sandboxes
     #[command(subcommand, visible_alias = "sb")]
     Sandbox(sandbox::Command),
+    /// Make, list and delete snapshots of sandboxes
+    #[command(subcommand)]
+    Snapshot(snapshot::Command),
     /// Run a whole stack in the foreground, until Ctrl-C
     Dev(stack::DevArguments),
     /// Start a stack in the background, unless it runs already
@@ -130,6 +135,7 @@ fn run_command(command: Command, output: Output) -> Result<u8, Failure> {
                 arguments.execute(client().map_err(Failure::of_command)?, output).await
             }
             Command::Sandbox(command) => command.execute(output).await,
+            Command::Snapshot(command) => command.execute(output).await,
             Command::Dev(arguments) => arguments.dev().await,
             Command::Up(arguments) => arguments.up(output).await,
             Command::Down(arguments) => arguments.execute(output).await,

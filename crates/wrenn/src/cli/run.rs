@@ -12,7 +12,7 @@
 use std::time::{Duration, Instant};
 
 use wrenn_api::CreateSandbox;
-use wrenn_types::SandboxId;
+use wrenn_types::{SandboxId, TimeoutAction};
 
 use super::{
     exec::{self, CommandArguments, Sink},
@@ -50,6 +50,9 @@ pub(super) struct ResourceArguments {
     /// Template to start from
     #[arg(long, short)]
     template: Option<String>,
+    /// Snapshot to start from; it fixes CPUs and memory
+    #[arg(long, value_name = "SNAPSHOT", conflicts_with = "template")]
+    from: Option<String>,
     /// Virtual CPUs
     #[arg(long)]
     vcpus: Option<i64>,
@@ -68,7 +71,7 @@ impl ResourceArguments {
     /// The request for a sandbox with these.
     pub(super) fn request(&self) -> CreateSandbox {
         CreateSandbox {
-            template: self.template.clone(),
+            template: self.from.clone().or_else(|| self.template.clone()),
             vcpus: self.vcpus,
             memory_mb: self.memory,
             disk_size_mb: self.disk,
@@ -86,7 +89,11 @@ impl Arguments {
 
     pub(super) async fn execute(self, client: Client, output: Output) -> Result<u8, Failure> {
         let mut interrupts = Interrupts::new().map_err(|error| Failure::new(OF_COMMAND, error))?;
-        let request = CreateSandbox { timeout_sec: Some(INACTIVITY_SECONDS), ..self.resources.request() };
+        let request = CreateSandbox {
+            timeout_sec: Some(INACTIVITY_SECONDS),
+            on_timeout: Some(TimeoutAction::Kill),
+            ..self.resources.request()
+        };
         let created = match create(&client, &request, &mut interrupts, output).await? {
             Ok(created) => created,
             Err(code) => return Ok(code),

@@ -1,11 +1,11 @@
-//! `wrenn sandbox …`: create, list, get, exec, shell, cp, rm.
+//! `wrenn sandbox …`: create, list, get, exec, shell, cp, rm. What keeps a sandbox is in [`super::persist`].
 
 use std::{collections::BTreeMap, time::Instant};
 
 use jiff::{SignedDuration, Timestamp};
 use serde::Serialize;
 use wrenn_api::{CreateSandbox, Sandbox};
-use wrenn_types::SandboxId;
+use wrenn_types::{SandboxId, TimeoutAction};
 
 use super::{
     copy,
@@ -13,6 +13,7 @@ use super::{
     failure::{Failure, OF_COMMAND},
     interrupts::Interrupts,
     output::{Output, table},
+    persist,
     run::ResourceArguments,
     shell,
 };
@@ -38,6 +39,18 @@ pub(super) enum Command {
     Shell(shell::Arguments),
     /// Copy a file from or to a sandbox
     Cp(copy::Arguments),
+    /// Save sandboxes and stop them, to be resumed later
+    Pause(persist::PauseArguments),
+    /// Bring paused sandboxes back, every process where it was
+    Resume(persist::ResumeArguments),
+    /// Make copies of a sandbox, which goes on as it was
+    Fork(persist::ForkArguments),
+    /// Put a sandbox back to a snapshot
+    Rollback(persist::RollbackArguments),
+    /// Show what a sandbox may reach, or set it
+    Network(persist::NetworkCommand),
+    /// Show when the time of a sandbox is over and what happens then, or change it
+    Timeout(persist::TimeoutCommand),
     /// Destroy sandboxes
     Rm(RemoveArguments),
 }
@@ -47,9 +60,13 @@ pub(super) enum Command {
 pub(super) struct CreateArguments {
     #[command(flatten)]
     resources: ResourceArguments,
-    /// Seconds without activity after which it is destroyed; 0 means never
+    #[command(flatten)]
+    network: persist::NetworkArguments,
+    /// Seconds without activity until its time is over; 0 means never
     #[arg(long, value_name = "SECONDS")]
     timeout: Option<i64>,
+    #[command(flatten)]
+    times: persist::TimeoutArguments,
     /// Variable of every command's environment
     #[arg(long, short, value_name = "NAME=VALUE", value_parser = pair)]
     env: Vec<(String, String)>,
@@ -127,6 +144,12 @@ impl Command {
             Self::Create(arguments) => create(&client, arguments, output).await,
             Self::List(arguments) => list(&client, arguments, output).await,
             Self::Get { id } => show(&client.get(&id).await?, output),
+            Self::Pause(arguments) => arguments.execute(&client, output).await,
+            Self::Resume(arguments) => arguments.execute(&client, output).await,
+            Self::Fork(arguments) => arguments.execute(&client, output).await,
+            Self::Rollback(arguments) => arguments.execute(&client, output).await,
+            Self::Network(arguments) => arguments.execute(&client, output).await,
+            Self::Timeout(arguments) => arguments.execute(&client, output).await,
             Self::Exec(arguments) => run(&client, arguments, output).await,
             Self::Shell(arguments) => arguments.execute(&client, output).await,
             Self::Cp(arguments) => arguments.execute(&client, output).await,
@@ -139,6 +162,11 @@ async fn create(client: &Client, arguments: CreateArguments, output: Output) -> 
     let map = |pairs: Vec<(String, String)>| Some(BTreeMap::from_iter(pairs)).filter(|map| !map.is_empty());
     let request = CreateSandbox {
         timeout_sec: arguments.timeout,
+        on_timeout: arguments.times.on_timeout.map(Into::into),
+        deadline: arguments.times.deadline,
+        deadline_action: arguments.times.deadline_action.map(Into::into),
+        auto_resume: arguments.times.auto_resume,
+        network: arguments.network.request(),
         envs: map(arguments.env),
         metadata: map(arguments.metadata),
         ..arguments.resources.request()
@@ -175,7 +203,7 @@ async fn list(client: &Client, arguments: ListArguments, output: Output) -> Resu
     Ok(0)
 }
 
-fn show(sandbox: &Sandbox, output: Output) -> Result<u8, Failure> {
+pub(super) fn show(sandbox: &Sandbox, output: Output) -> Result<u8, Failure> {
     if output.is_json() {
         output.json(sandbox)?;
         return Ok(0);
@@ -191,11 +219,22 @@ fn show(sandbox: &Sandbox, output: Output) -> Result<u8, Failure> {
         ["disk".to_owned(), optional(sandbox.disk_size_mb.map(|size| mib(size.into())))],
         ["disk used".to_owned(), optional(sandbox.disk_used_mb.map(mib))],
         ["timeout".to_owned(), timeout(sandbox.timeout_sec)],
+        ["on timeout".to_owned(), action(sandbox.on_timeout).to_owned()],
+        ["auto-resume".to_owned(), if sandbox.auto_resume { "yes" } else { "no" }.to_owned()],
         ["internet".to_owned(), if sandbox.allow_internet_access { "allowed" } else { "no" }.to_owned()],
         ["created".to_owned(), sandbox.created_at.to_string()],
         ["started".to_owned(), optional(sandbox.started_at.map(|time| time.to_string()))],
         ["last active".to_owned(), optional(sandbox.last_active_at.map(|time| time.to_string()))],
     ];
+    if let Some(snapshot) = &sandbox.source_snapshot {
+        lines.insert(3, ["snapshot".to_owned(), snapshot.to_string()]);
+    }
+    if let Some(at) = sandbox.deadline {
+        let what = action(sandbox.deadline_action.unwrap_or_default());
+        lines.push(["deadline".to_owned(), format!("{at}: {what}")]);
+    }
+    lines.extend(sandbox.paused_at.map(|at| ["paused".to_owned(), at.to_string()]));
+    lines.extend(sandbox.last_failure.clone().map(|why| ["failed".to_owned(), why]));
     lines.extend(
         sandbox.metadata.iter().map(|(name, value)| ["metadata".to_owned(), format!("{name}={value}")]),
     );
@@ -270,7 +309,7 @@ pub(super) fn print_phases(output: Output, phases: &[Phase]) {
     output.note(&table(["PHASE", "TIME", ""], rows));
 }
 
-fn rows(sandboxes: &[Sandbox]) -> String {
+pub(super) fn rows(sandboxes: &[Sandbox]) -> String {
     let now = Timestamp::now();
     let rows = sandboxes.iter().map(|sandbox| {
         [
@@ -284,6 +323,13 @@ fn rows(sandboxes: &[Sandbox]) -> String {
         ]
     });
     table(["ID", "STATUS", "TEMPLATE", "VCPUS", "MEMORY", "TIMEOUT", "AGE"], rows)
+}
+
+fn action(action: TimeoutAction) -> &'static str {
+    match action {
+        TimeoutAction::Pause => "pause",
+        TimeoutAction::Kill => "kill",
+    }
 }
 
 fn timeout(seconds: u32) -> String {
@@ -300,7 +346,7 @@ fn age(duration: SignedDuration) -> String {
     }
 }
 
-fn pair(text: &str) -> Result<(String, String), String> {
+pub(super) fn pair(text: &str) -> Result<(String, String), String> {
     match text.split_once('=') {
         Some((name, value)) if !name.is_empty() => Ok((name.to_owned(), value.to_owned())),
         _ => Err("it is written NAME=VALUE".to_owned()),

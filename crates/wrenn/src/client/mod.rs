@@ -1,7 +1,8 @@
 //! The Rust client of the public API.
 //!
 //! ```text
-//!   Client ── create, list, get, delete, ping, exec, stat ──► JSON over a pool of connections
+//!   Client ── create, list, get, delete, ping, exec, stat,
+//!      │      pause, resume, fork, rollback, snapshot … ─────► JSON over a pool of connections
 //!      ├───── exec_stream ──► ExecStream   start ─► (stdout | stderr)* ─► exit       one WebSocket
 //!      ├───── terminal ─────► Terminal     started ─► bytes both ways ─► exit        one WebSocket
 //!      └───── download, upload ──► the bytes of a file, never held as a whole
@@ -15,6 +16,7 @@ mod error;
 mod exec;
 mod files;
 mod http;
+mod persist;
 mod socket;
 mod terminal;
 mod timing;

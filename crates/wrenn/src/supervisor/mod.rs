@@ -13,7 +13,7 @@
 //!
 //! - Each child has a keeper (see `keeper.rs`): a child that ends by itself is started again, and one that ends again
 //!   and again takes the stack down with an error that shows the end of its log.
-//! - Stopping the agent destroys its sandboxes. It is stopped after the control plane, so that no create comes in
+//! - Stopping the agent destroys the sandboxes that run. It is stopped after the control plane, so that no create comes in
 //!   between, and before the database.
 //! - A second signal makes stopping quick: children are killed, and the next start collects what they leave.
 //! - If the supervisor is killed, the kernel tells its children to stop. If all of them are killed, the next start
@@ -342,6 +342,8 @@ impl Stack {
         flag("--images", self.config.images.as_str());
         flag("--snapshots", self.config.snapshots.as_str());
         flag("--socket", self.claim.agent_socket().as_str());
+        // A stack that is stopped leaves nothing running.
+        flag("--on-stop", "destroy");
         if let Some(slots) = self.config.ready_slots {
             flag("--ready-slots", &slots.to_string());
         }

@@ -1,6 +1,8 @@
 //! A small API that plays the control plane for the tests of the command line: sandboxes are numbers in a map,
 //! commands are a handful of words, files are in memory. It notes what it was asked.
 
+mod persist;
+
 use std::{
     collections::{BTreeMap, BTreeSet},
     sync::{Arc, Mutex},
@@ -30,6 +32,9 @@ pub(crate) const KEY: &str = "wrn_0123456789abcdef0123456789abcdef";
 #[derive(Default)]
 struct Shared {
     sandboxes: Mutex<BTreeSet<String>>,
+    /// Those that are in another state than running, and for how many more looks.
+    states: Mutex<BTreeMap<String, (&'static str, usize)>>,
+    snapshots: Mutex<BTreeMap<String, String>>,
     files: Mutex<BTreeMap<String, Bytes>>,
     requests: Mutex<Vec<(String, Value)>>,
     requested: Notify,
@@ -76,6 +81,7 @@ impl FakeApi {
             .route("/v1/sandboxes/{id}/terminal", get(terminal))
             .route("/v1/sandboxes/{id}/files", get(read_file).put(write_file))
             .route("/v1/sandboxes/{id}/files/stat", post(stat))
+            .merge(persist::routes())
             .layer(axum::extract::DefaultBodyLimit::disable())
             .layer(middleware::from_fn(authenticate))
             .with_state(Arc::clone(&shared));
@@ -172,7 +178,7 @@ async fn list(State(shared): State<Arc<Shared>>, RawQuery(query): RawQuery) -> J
 
 async fn one(State(shared): State<Arc<Shared>>, Path(id): Path<String>) -> Response {
     if shared.sandboxes.lock().unwrap().contains(&id) {
-        Json(sandbox(&id)).into_response()
+        Json(shared.look(&id)).into_response()
     } else {
         not_found(&id)
     }

@@ -1,8 +1,10 @@
 //! A host agent whose sandboxes are `envd` processes on loopback: the same RPC, the same tunnels, the real
 //! guest contract, and no virtual machine. What a real agent can do wrong, this one does when it is told to.
 
+mod persist;
+
 use std::{
-    collections::HashMap,
+    collections::{BTreeMap, HashMap},
     os::unix::fs::PermissionsExt as _,
     path::{Path, PathBuf},
     sync::{
@@ -44,10 +46,36 @@ pub(crate) struct Faults {
     pub(crate) hold_creates: bool,
     /// Whether destroys wait for it.
     pub(crate) hold_destroys: bool,
+    /// Whether pauses, resumes and rollbacks, and snapshots wait for it, after they have begun.
+    pub(crate) hold_pauses: bool,
+    pub(crate) hold_resumes: bool,
+    pub(crate) hold_snapshots: bool,
+    /// How many creates succeed until they answer `create`; all when absent.
+    pub(crate) creates_until: Option<usize>,
+    /// What these answer from now on; what was there before stays.
+    pub(crate) pause: Option<ConnectError>,
+    pub(crate) resume: Option<ConnectError>,
+    pub(crate) snapshot: Option<ConnectError>,
+    pub(crate) rollback: Option<ConnectError>,
+    pub(crate) update: Option<ConnectError>,
+    pub(crate) delete_snapshot: Option<ConnectError>,
+}
+
+impl Faults {
+    fn next_create(&mut self) -> Option<ConnectError> {
+        match &mut self.creates_until {
+            Some(0) | None => self.create.clone(),
+            Some(left) => {
+                *left -= 1;
+                None
+            }
+        }
+    }
 }
 
 struct Guest {
     sandbox: wire::Sandbox,
+    created: wire::CreateSandboxRequest,
     address: std::net::SocketAddr,
     /// Its fall cuts the tunnels.
     alive: watch::Sender<bool>,
@@ -57,6 +85,8 @@ struct Guest {
 struct Inner {
     host_id: HostId,
     guests: Mutex<HashMap<String, Guest>>,
+    /// What has ended by itself: as the real agent, this one still says so when it is asked.
+    ended: Mutex<HashMap<String, wire::Sandbox>>,
     /// What is being brought up.
     starting: Mutex<HashMap<String, wire::Sandbox>>,
     faults: Mutex<Faults>,
@@ -66,6 +96,9 @@ struct Inner {
     events: broadcast::Sender<wire::Sandbox>,
     creates: Mutex<Vec<wire::CreateSandboxRequest>>,
     destroyed: Mutex<Vec<(String, u64)>>,
+    commands: Mutex<Vec<persist::Commanded>>,
+    updates: Mutex<Vec<wire::UpdateSandboxRequest>>,
+    snapshots: Mutex<BTreeMap<String, wire::Snapshot>>,
     pings: AtomicUsize,
     watchers: AtomicUsize,
     tunnels: AtomicUsize,
@@ -103,6 +136,7 @@ impl FakeAgent {
         let inner = Inner {
             host_id: HostId::random(),
             guests: Mutex::default(),
+            ended: Mutex::default(),
             starting: Mutex::default(),
             faults: Mutex::default(),
             released: Notify::new(),
@@ -110,6 +144,9 @@ impl FakeAgent {
             events: broadcast::Sender::new(1024),
             creates: Mutex::default(),
             destroyed: Mutex::default(),
+            commands: Mutex::default(),
+            updates: Mutex::default(),
+            snapshots: Mutex::default(),
             pings: AtomicUsize::new(0),
             watchers: AtomicUsize::new(0),
             tunnels: AtomicUsize::new(0),
@@ -177,6 +214,9 @@ impl FakeAgent {
         self.faults(|faults| {
             faults.hold_creates = false;
             faults.hold_destroys = false;
+            faults.hold_pauses = false;
+            faults.hold_resumes = false;
+            faults.hold_snapshots = false;
         });
         self.inner.released.notify_waiters();
     }
@@ -204,12 +244,12 @@ impl FakeAgent {
 
     /// A sandbox ends by itself.
     pub(crate) fn crash(&self, id: &str) {
-        let guest = self.inner.guests.lock().unwrap().remove(id).unwrap();
-        let mut sandbox = guest.sandbox.clone();
-        drop(guest);
+        let mut sandbox = self.inner.guests.lock().unwrap()[id].sandbox.clone();
         sandbox.state = wire::SandboxState::SANDBOX_STATE_STOPPED.into();
         sandbox.end_reason = wire::EndReason::END_REASON_VMM_CRASH.into();
         sandbox.end_message = "the virtual machine monitor was killed by signal 9".to_owned();
+        self.inner.ended.lock().unwrap().insert(id.to_owned(), sandbox.clone());
+        drop(self.inner.guests.lock().unwrap().remove(id));
         let _ = self.inner.events.send(sandbox);
     }
 
@@ -242,6 +282,7 @@ impl Inner {
     /// All there is, in whatever stage.
     fn all(&self) -> Vec<wire::Sandbox> {
         let mut all: HashMap<String, wire::Sandbox> = self.starting.lock().unwrap().clone();
+        all.extend(self.ended.lock().unwrap().clone());
         let guests = self.guests.lock().unwrap();
         all.extend(guests.iter().map(|(id, guest)| (id.clone(), guest.sandbox.clone())));
         all.into_values().collect()
@@ -267,6 +308,7 @@ impl Inner {
         .await
         .unwrap();
         initialise(address, &request).await;
+        let created = request.clone();
         let now = Timestamp::now().as_millisecond();
         let sandbox = wire::Sandbox {
             sandbox_id: request.sandbox_id.clone(),
@@ -281,7 +323,13 @@ impl Inner {
             last_active_at_ms: now,
             ..Default::default()
         };
-        let guest = Guest { sandbox: sandbox.clone(), address, alive: watch::Sender::new(true), _envd: envd };
+        let guest = Guest {
+            sandbox: sandbox.clone(),
+            created,
+            address,
+            alive: watch::Sender::new(true),
+            _envd: envd,
+        };
         self.guests.lock().unwrap().insert(request.sandbox_id, guest);
         let _ = self.events.send(sandbox.clone());
         sandbox
@@ -306,8 +354,9 @@ impl wire::HostAgentService for Service {
         _: RequestContext,
         request: ServiceRequest<'_, wire::CreateSandboxRequest>,
     ) -> ServiceResult<wire::CreateSandboxResponse> {
-        let request = request.to_owned_message();
+        let mut request = request.to_owned_message();
         self.0.creates.lock().unwrap().push(request.clone());
+        self.0.fill_in(&mut request)?;
         if !["base", "minimal"].contains(&request.template.as_str()) {
             return Err(ConnectError::not_found(format!("there is no template {}", request.template)));
         }
@@ -323,7 +372,7 @@ impl wire::HostAgentService for Service {
             };
             inner.starting.lock().unwrap().insert(id.clone(), starting);
             inner.held(|faults| faults.hold_creates).await;
-            let fault = inner.faults.lock().unwrap().create.clone();
+            let fault = inner.faults.lock().unwrap().next_create();
             let outcome = match fault {
                 Some(error) => Err(error),
                 None => Ok(inner.bring_up(request).await),
@@ -369,9 +418,9 @@ impl wire::HostAgentService for Service {
         _: RequestContext,
         request: ServiceRequest<'_, wire::GetSandboxRequest>,
     ) -> ServiceResult<wire::GetSandboxResponse> {
-        let guests = self.0.guests.lock().unwrap();
-        let guest = guests.get(request.sandbox_id).ok_or_else(|| ConnectError::not_found("not here"))?;
-        let mut sandbox = guest.sandbox.clone();
+        let here = self.0.guests.lock().unwrap().get(request.sandbox_id).map(|guest| guest.sandbox.clone());
+        let found = here.or_else(|| self.0.ended.lock().unwrap().get(request.sandbox_id).cloned());
+        let mut sandbox = found.ok_or_else(|| ConnectError::not_found("not here"))?;
         sandbox.disk_used_bytes = Some(5 << 20);
         RpcResponse::ok(wire::GetSandboxResponse { sandbox: Some(sandbox).into(), ..Default::default() })
     }
@@ -404,13 +453,89 @@ impl wire::HostAgentService for Service {
         RpcResponse::ok(Box::pin(sandboxes.chain(begun).chain(changes).map(Ok)))
     }
 
+    async fn pause_sandbox(
+        &self,
+        _: RequestContext,
+        request: ServiceRequest<'_, wire::PauseSandboxRequest>,
+    ) -> ServiceResult<wire::PauseSandboxResponse> {
+        let sandbox = self.0.pause(request.to_owned_message()).await?;
+        RpcResponse::ok(wire::PauseSandboxResponse { sandbox: Some(sandbox).into(), ..Default::default() })
+    }
+
+    async fn resume_sandbox(
+        &self,
+        _: RequestContext,
+        request: ServiceRequest<'_, wire::ResumeSandboxRequest>,
+    ) -> ServiceResult<wire::ResumeSandboxResponse> {
+        let sandbox = self.0.resume(request.to_owned_message()).await?;
+        let phase = wire::Phase { name: "load".to_owned(), duration_micros: 2500, ..Default::default() };
+        RpcResponse::ok(wire::ResumeSandboxResponse {
+            sandbox: Some(sandbox).into(),
+            phases: vec![phase],
+            ..Default::default()
+        })
+    }
+
+    async fn snapshot_sandbox(
+        &self,
+        _: RequestContext,
+        request: ServiceRequest<'_, wire::SnapshotSandboxRequest>,
+    ) -> ServiceResult<wire::SnapshotSandboxResponse> {
+        let snapshot = self.0.snapshot(request.to_owned_message()).await?;
+        RpcResponse::ok(wire::SnapshotSandboxResponse {
+            snapshot: Some(snapshot).into(),
+            ..Default::default()
+        })
+    }
+
+    async fn rollback_sandbox(
+        &self,
+        _: RequestContext,
+        request: ServiceRequest<'_, wire::RollbackSandboxRequest>,
+    ) -> ServiceResult<wire::RollbackSandboxResponse> {
+        let sandbox = self.0.rollback(request.to_owned_message()).await?;
+        RpcResponse::ok(wire::RollbackSandboxResponse { sandbox: Some(sandbox).into(), ..Default::default() })
+    }
+
+    async fn update_sandbox(
+        &self,
+        _: RequestContext,
+        request: ServiceRequest<'_, wire::UpdateSandboxRequest>,
+    ) -> ServiceResult<wire::UpdateSandboxResponse> {
+        let sandbox = self.0.update(request.to_owned_message())?;
+        RpcResponse::ok(wire::UpdateSandboxResponse { sandbox: Some(sandbox).into(), ..Default::default() })
+    }
+
+    async fn list_snapshots(
+        &self,
+        _: RequestContext,
+        _: ServiceRequest<'_, wire::ListSnapshotsRequest>,
+    ) -> ServiceResult<wire::ListSnapshotsResponse> {
+        let snapshots = self.0.snapshots.lock().unwrap().values().cloned().collect();
+        RpcResponse::ok(wire::ListSnapshotsResponse { snapshots, ..Default::default() })
+    }
+
+    async fn delete_snapshot(
+        &self,
+        _: RequestContext,
+        request: ServiceRequest<'_, wire::DeleteSnapshotRequest>,
+    ) -> ServiceResult<wire::DeleteSnapshotResponse> {
+        self.0.delete_snapshot(request.snapshot_id)?;
+        RpcResponse::ok(wire::DeleteSnapshotResponse::default())
+    }
+
     async fn ping_sandbox(
         &self,
         _: RequestContext,
         request: ServiceRequest<'_, wire::PingSandboxRequest>,
     ) -> ServiceResult<wire::PingSandboxResponse> {
-        if !self.0.guests.lock().unwrap().contains_key(request.sandbox_id) {
-            return Err(ConnectError::not_found("not here"));
+        let state = self.0.guests.lock().unwrap().get(request.sandbox_id).map(|guest| guest.sandbox.state);
+        match state {
+            None => return Err(ConnectError::not_found("not here")),
+            Some(state) if state != wire::SandboxState::SANDBOX_STATE_RUNNING => {
+                return Err(ConnectError::failed_precondition("it does not run"));
+            }
+            Some(_) => {}
         }
         self.0.pings.fetch_add(1, Ordering::SeqCst);
         RpcResponse::ok(wire::PingSandboxResponse::default())
@@ -472,6 +597,10 @@ async fn tunnel(
         let body = r#"{"code":"not_found","message":"there is no such sandbox here"}"#;
         return (StatusCode::NOT_FOUND, body).into_response();
     };
+    if !*alive.borrow() {
+        let body = r#"{"code":"failed_precondition","message":"the sandbox does not run"}"#;
+        return (StatusCode::CONFLICT, body).into_response();
+    }
     inner.tunnels.fetch_add(1, Ordering::SeqCst);
     let mut serving = inner.serving.subscribe();
     let mut guest = TcpStream::connect(address).await.unwrap();

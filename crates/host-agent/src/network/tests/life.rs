@@ -6,13 +6,13 @@ use std::{
 };
 
 use tokio::{io::AsyncReadExt as _, task::JoinSet};
-use wrenn_host_linux::lock::FileLock;
+use wrenn_host_linux::netns::NetworkNamespace;
 use wrenn_types::InstanceId;
 
-use super::world::{Guest, INTERNET, PORT, World, answered, can_run, internet, is_gone, rules};
+use super::world::{Guest, INTERNET, PORT, World, answered, can_run, internet, is_gone, policy, rules};
 use crate::network::{
-    Policy, Slot, SlotError, SlotPool, Uplink, UplinkError, addresses::SlotNumber, collect, making, nft,
-    ruleset, uplink::OpenUplink,
+    Policy, Slot, SlotError, SlotPool, Uplink, UplinkError, addresses::SlotNumber, collect, lease::Lease,
+    making, nft, ruleset, uplink::OpenUplink,
 };
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -82,12 +82,22 @@ async fn fifty_at_once_get_fifty_different_ones() {
     let pool = SlotPool::start(config).await.unwrap();
     let begin = Instant::now();
     let mut takes = JoinSet::new();
-    for _ in 0..50 {
+    for index in 0..50 {
         let pool = pool.clone();
-        takes.spawn(async move { pool.take().await.unwrap() });
+        takes.spawn(async move {
+            let mut slot = pool.take().await.unwrap();
+            slot.apply(&policy(&[&format!("allow 203.0.113.{index}")])).await.unwrap();
+            (index, slot)
+        });
     }
     let slots = takes.join_all().await;
     let taken = begin.elapsed();
+    for (index, slot) in &slots {
+        let namespace = NetworkNamespace::open(slot.netns_path().as_std_path()).unwrap();
+        let rules = rules(&namespace).await;
+        assert!(rules.contains(&format!("elements = {{ 203.0.113.{index} }}")), "{rules}");
+    }
+    let slots = slots.into_iter().map(|(_, slot)| slot).collect::<Vec<_>>();
     let mut numbers = slots.iter().map(Slot::number).collect::<Vec<_>>();
     numbers.sort();
     numbers.dedup();
@@ -99,7 +109,7 @@ async fn fifty_at_once_get_fifty_different_ones() {
         releases.spawn(async move { pool.release(slot).await });
     }
     releases.join_all().await;
-    println!("50 slots at once: taken in {taken:?}, released in {:?}", begin.elapsed());
+    println!("50 slots at once: taken and changed in {taken:?}, released in {:?}", begin.elapsed());
     for number in numbers {
         assert!(is_gone(&world, &instance, number).await, "{number}");
     }
@@ -125,19 +135,19 @@ async fn a_take_that_is_given_up_loses_no_slot() {
 }
 
 /// A collection takes whatever is nobody's, other tests' crashed slots too, so these go one after another.
-static COLLECTING: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
+pub(super) static COLLECTING: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
 
 /// Loses a slot as `kill -9` does: its leases are free, and everything else is as it was.
-async fn crash(world: &World, instance: &InstanceId, number: SlotNumber) -> FileLock {
+pub(super) async fn crash(world: &World, instance: &InstanceId, number: SlotNumber) -> Lease {
     let uplink = OpenUplink::open(instance, &world.uplink()).await.unwrap();
     uplink.prepare().await.unwrap();
-    let made = making::make(Arc::new(uplink), number, internet()).await.unwrap();
-    assert_eq!(made.number, number);
+    let made = making::make(Arc::new(uplink), Arc::default(), number, internet()).await.unwrap();
+    assert_eq!(made.lease.number(), number);
     made.lease
 }
 
 /// Numbers that no pool of these tests comes to by itself, so that no other test collects them first.
-fn far_number(index: u16) -> SlotNumber {
+pub(super) fn far_number(index: u16) -> SlotNumber {
     let base = u16::try_from(std::process::id() % 1000).unwrap() * 8 + 20_000;
     SlotNumber::new(base + index).unwrap()
 }
@@ -216,7 +226,7 @@ async fn what_cannot_be_made_leaves_nothing() {
     let number = far_number(3);
     world.uplink.shell(&format!("ip link add {} type veth peer name in-the-way", number.outer())).await;
     let uplink = OpenUplink::open(&instance, &world.uplink()).await.unwrap();
-    let error = making::make(Arc::new(uplink), number, internet()).await.unwrap_err();
+    let error = making::make(Arc::new(uplink), Arc::default(), number, internet()).await.unwrap_err();
     assert!(matches!(error, SlotError::Link { .. }), "{error:?}");
     assert!(is_gone(&world, &instance, number).await);
 }
@@ -244,11 +254,9 @@ async fn every_text_is_one_that_nft_takes() {
     for id in ["00000001", "7fffffff", "80000000", "ffffffff"] {
         let instance: InstanceId = id.parse().unwrap();
         let group = ruleset::link_group(&instance).unwrap();
-        for internet in [true, false] {
-            for servers in [vec![], vec![[1, 1, 1, 1].into()], vec![[1, 1, 1, 1].into(), [8, 8, 8, 8].into()]]
-            {
-                let policy = Policy { internet, dns_servers: servers };
-                let text = ruleset::slot(&instance, SlotNumber::LAST, &policy);
+        for policy in policies() {
+            for text in [ruleset::slot, ruleset::slot_again] {
+                let text = text(&instance, SlotNumber::LAST, &policy);
                 nft::check(&world.uplink.namespace, text).await.unwrap();
             }
         }
@@ -257,17 +265,41 @@ async fn every_text_is_one_that_nft_takes() {
     }
     assert_eq!(rules(&world.uplink.namespace).await, "", "a check loads nothing");
 
-    let (instance, servers) = (InstanceId::random(), vec![[1, 1, 1, 1].into(), [8, 8, 8, 8].into()]);
-    let mut former = internet();
-    nft::load(&world.uplink.namespace, ruleset::slot(&instance, SlotNumber::LAST, &former)).await.unwrap();
-    for internet in [false, true] {
-        for dns_servers in [servers.clone(), Vec::new(), servers.clone()] {
-            let policy = Policy { internet, dns_servers };
-            nft::load(&world.uplink.namespace, ruleset::change(Some(&former), &policy)).await.unwrap();
-            nft::load(&world.uplink.namespace, ruleset::change(None, &policy)).await.unwrap();
-            former = policy;
+    let instance = InstanceId::random();
+    let (namespace, all) = (&world.uplink.namespace, policies());
+    let mut former = all[0].clone();
+    nft::load(namespace, ruleset::slot(&instance, SlotNumber::LAST, &former)).await.unwrap();
+    for from in &all {
+        for policy in [from, &former.clone(), from].into_iter().chain(&all) {
+            for text in ruleset::change(Some(&former), policy) {
+                nft::load(namespace, text).await.unwrap();
+            }
+            former = policy.clone();
         }
+        for text in ruleset::change(None, from) {
+            nft::load(namespace, text).await.unwrap();
+        }
+        let changed = rules(namespace).await;
+        nft::load(namespace, ruleset::slot_again(&instance, SlotNumber::LAST, from)).await.unwrap();
+        assert_eq!(rules(namespace).await, changed, "many changes lead to what one text says");
+        former = from.clone();
     }
+}
+
+/// Policies whose lists repeat, touch and overlap each other, from one end of the addresses to the other.
+fn policies() -> Vec<Policy> {
+    [
+        &[][..],
+        &["offline"],
+        &["dns 1.1.1.1"],
+        &["dns 1.1.1.1", "dns 8.8.8.8", "allow 0.0.0.0/0", "deny 255.255.255.255", "deny 0.0.0.0"],
+        &["offline", "deny 0.0.0.0/0"],
+        &["allow 1.1.1.0/24", "allow 1.1.2.0/24", "allow 1.1.1.7", "deny 1.1.1.128/25"],
+        &["allow 1.1.0.0/16", "deny 1.1.1.0/24", "deny 1.1.3.0/24", "deny 1.1.2.0/24"],
+        &["allow 128.0.0.0/1", "allow 1.1.1.1", "allow 1.1.1.3", "deny 128.0.0.0/1", "dns 8.8.4.4"],
+    ]
+    .map(policy)
+    .to_vec()
 }
 
 /// Not a limit, a measurement: the numbers are printed.
@@ -285,7 +317,7 @@ async fn how_long_the_steps_take() {
         let mut slot = pool.take().await.unwrap();
         steps[0].push(begin.elapsed());
         let begin = Instant::now();
-        slot.apply(&Policy { internet: false, ..internet() }).await.unwrap();
+        slot.apply(&policy(&["offline", "dns 203.0.113.53"])).await.unwrap();
         steps[1].push(begin.elapsed());
         let guest = Guest::on(&slot, "guest").await;
         let connector = slot.connector();

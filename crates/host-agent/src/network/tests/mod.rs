@@ -1,6 +1,8 @@
 //! The network as it is: real namespaces, real rules, real packets.
 #![allow(clippy::print_stdout, reason = "a skipped test says so, and a measurement its numbers")]
 
+mod adoption;
 mod isolation;
 mod life;
+mod policies;
 mod world;

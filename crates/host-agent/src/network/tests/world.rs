@@ -30,7 +30,7 @@ use wrenn_host_linux::{
     netns::{self, NetworkNamespace},
     tap,
 };
-use wrenn_types::InstanceId;
+use wrenn_types::{InstanceId, NetworkPolicy};
 
 use crate::network::{Policy, PoolConfig, Slot, SlotPool, Uplink, addresses::SlotNumber};
 
@@ -289,9 +289,12 @@ impl World {
         let callers =
             serve(&outside.namespace, "outside", &[inside.as_slice(), &[INTERNET_V6]].concat()).await;
         let host_callers = serve(&uplink.namespace, "host", &[HOST_PUBLIC, HOST_UPLINK, "2001:db8::2"]).await;
-        // A link that has just come up loses its first packets, as one does that has just been plugged in.
-        assert!(uplink.ask(INTERNET, PORT).await.is_answer());
-        assert!(uplink.ask(INTERNET_V6, PORT).await.is_answer());
+        // A link that has just come up loses its first packets, as one does that has just been plugged in,
+        // and a neighbour who was not found in time is an error.
+        for target in [INTERNET, INTERNET_V6] {
+            let until_up = async { while !uplink.ask(target, PORT).await.is_answer() {} };
+            tokio::time::timeout(Duration::from_secs(60), until_up).await.unwrap();
+        }
         callers.take();
         host_callers.take();
         Self { outside, uplink, callers, host_callers }
@@ -313,7 +316,25 @@ impl World {
 
 /// The policy of most tests.
 pub(super) fn internet() -> Policy {
-    Policy { internet: true, dns_servers: vec![RESOLVER.parse().unwrap()] }
+    policy(&["dns 203.0.113.53"])
+}
+
+/// A policy, in words: the internet, but without `offline`; `allow` and `deny` a network; `dns` a server;
+/// `egress` and `ingress` so many bits per second.
+pub(super) fn policy(words: &[&str]) -> Policy {
+    let mut policy = NetworkPolicy::simple(true);
+    for word in words {
+        match word.split_once(' ').unwrap_or((word, "")) {
+            ("offline", "") => policy.internet = false,
+            ("allow", network) => policy.allow_cidrs.push(network.parse().unwrap()),
+            ("deny", network) => policy.deny_cidrs.push(network.parse().unwrap()),
+            ("dns", server) => policy.dns_servers.push(server.parse().unwrap()),
+            ("egress", bits) => policy.egress_bits_per_second = Some(bits.parse().unwrap()),
+            ("ingress", bits) => policy.ingress_bits_per_second = Some(bits.parse().unwrap()),
+            other => panic!("{other:?}"),
+        }
+    }
+    Policy::resolve(&policy, &[]).unwrap()
 }
 
 /// A guest: a namespace behind a TAP device, whose frames are copied to and from a slot's.

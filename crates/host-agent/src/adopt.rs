@@ -1,0 +1,310 @@
+//! What an agent finds at its start, and what it makes of it: sandboxes that go on, and remains that go.
+//!
+//! ```text
+//!  records ─► which machines are somebody's (pure) ─► end the others ─► remove free slots
+//!     │
+//!     └─► each record ─► paused                     : known again, as it is
+//!                        a pause that was committed : the same; its machine was among the others
+//!                        a machine that was up      : adopted; let run and opened again if it stood still
+//!                        anything else              : half-made, and removed
+//! ```
+//!
+//! Only what is this instance's own is touched. A machine is known by the mark in its command line, a namespace by
+//! the owner in its slot's file, a directory by being in this instance's.
+
+use std::{collections::BTreeSet, io, sync::Arc, time::Duration};
+
+use camino::Utf8Path;
+use tokio::time::timeout;
+use wrenn_host_linux::process::find_by_argument;
+use wrenn_types::{InstanceId, SandboxId};
+use wrenn_vmm::{AdoptedMachine, VmmError};
+
+use crate::{
+    network::{self, Policy, PolicyError, SlotError, Uplink, addresses::SlotNumber},
+    registry::Registry,
+    sandbox::{
+        SandboxSpec,
+        bring_up::Up,
+        capture::{self, OpenError},
+        driver::Beginning,
+        host::Host,
+        machine::{Machine, remove_run_dir},
+        record::{self, Ledger, Left, PausedRecord, Record, RecordError, SandboxDir},
+    },
+    snapshot_store::SnapshotStoreError,
+    snapshots::Kept,
+    warm::blocking,
+};
+
+/// How long a killed process may take to be gone.
+const KILL_BOUND: Duration = Duration::from_secs(10);
+
+/// Something that was left could not be looked at or removed.
+#[derive(Debug, thiserror::Error)]
+pub enum CollectError {
+    /// The machines could not be found or ended.
+    #[error("could not end the machines that were left")]
+    Machines(#[source] io::Error),
+    /// The namespaces could not be removed.
+    #[error("could not remove the network slots that were left")]
+    Network(#[source] SlotError),
+    /// The records could not be read or removed.
+    #[error("could not read or remove what was left of a sandbox")]
+    Record(#[source] RecordError),
+    /// The sockets could not be removed.
+    #[error("could not clear the machines' directory")]
+    RunDir(#[source] io::Error),
+    /// The snapshots could not be read.
+    #[error("could not read the snapshots that were left")]
+    Snapshots(#[source] SnapshotStoreError),
+}
+
+/// Why a machine that lives is not this agent's.
+#[derive(Debug, thiserror::Error)]
+enum AdoptError {
+    #[error("its machine cannot be controlled")]
+    Machine(#[source] VmmError),
+    #[error("its network slot is not one")]
+    Number,
+    #[error("its network policy cannot be")]
+    Policy(#[source] PolicyError),
+    #[error("its network slot cannot be taken over")]
+    Slot(#[source] SlotError),
+    #[error("what its memory stands on cannot be used")]
+    Base(#[source] SnapshotStoreError),
+    #[error("what its memory stands on is not here")]
+    NoBase,
+    #[error("it could not be recorded")]
+    Record(#[source] RecordError),
+    #[error("its guest does not open again")]
+    Open(#[source] OpenError),
+}
+
+/// What was found.
+#[derive(Debug, Default)]
+pub struct Stock {
+    /// Processes that were nobody's, and were ended.
+    pub ended: usize,
+    /// Sandboxes to go on with.
+    left: Vec<(Ledger, Fate)>,
+    /// Directories of what is half-made.
+    remains: Vec<SandboxDir>,
+}
+
+/// What a sandbox goes on as.
+#[derive(Debug)]
+enum Fate {
+    Paused(Box<Kept>),
+    Machine,
+}
+
+/// What an agent did at its start.
+#[derive(Debug, Default)]
+pub struct Taken {
+    /// Sandboxes that run on.
+    pub adopted: Vec<SandboxId>,
+    /// Sandboxes that are paused.
+    pub paused: Vec<SandboxId>,
+    /// Sandboxes of which nothing is left.
+    pub removed: Vec<SandboxId>,
+}
+
+/// The snapshot that a sandbox is to be taken for, if it is to be taken for one.
+fn saved_as(record: &Record) -> Option<&wrenn_types::SnapshotId> {
+    let capture = record.capture.as_ref().filter(|capture| capture.pause).map(|capture| &capture.snapshot);
+    record.paused.as_ref().map(|paused| &paused.snapshot).or(capture)
+}
+
+/// Whether the machine that a record names is whole: its guest was itself once.
+fn has_machine(record: &Record) -> bool {
+    record.machine.as_ref().is_some_and(|machine| machine.up)
+}
+
+/// Reads what there is, and ends and removes what is nobody's. Called before the pool of slots is started.
+///
+/// # Errors
+/// The first thing that could not be read or removed: an agent must not start then, because it could give away
+/// what is still in use.
+pub async fn take_stock(
+    instance: &InstanceId,
+    snapshots: &crate::snapshots::Snapshots,
+    sandboxes_dir: &Utf8Path,
+    machines_dir: &Utf8Path,
+    uplink: &Uplink,
+) -> Result<Stock, CollectError> {
+    let mut stock = Stock::default();
+    let mut machines = BTreeSet::new();
+    let mut directories = BTreeSet::new();
+    for Left { dir, record } in record::left_behind(sandboxes_dir).map_err(CollectError::Record)? {
+        let Some(mut record) = record.filter(|record| record.instance == *instance) else {
+            stock.remains.push(dir);
+            continue;
+        };
+        let saved = match saved_as(&record) {
+            Some(id) => match snapshots.get(id) {
+                Ok(kept) => kept,
+                // It is not lost, and not usable: what is there stays for a person to look at.
+                Err(error) => {
+                    tracing::error!(id = %record.id, error = &error as &dyn std::error::Error, "a paused sandbox cannot be read");
+                    continue;
+                }
+            },
+            None => None,
+        };
+        if let Some(kept) = saved {
+            // A pause whose machine was not ended yet, or a resume that was not answered: what is saved is it.
+            let at = record.paused.as_ref().map_or(kept.about.created_at, |paused| paused.at);
+            record.paused = Some(PausedRecord { snapshot: kept.id.clone(), at });
+            record.layers.clone_from(&kept.about.layers);
+            (record.capture, record.machine) = (None, None);
+            let ledger = Ledger::new(dir, record.clone());
+            ledger.put(record).map_err(CollectError::Record)?;
+            stock.left.push((ledger, Fate::Paused(Box::new(kept))));
+        } else if let Some(machine) = record.machine.as_ref().filter(|_| has_machine(&record)) {
+            machines.insert(format!("{}{}-{}", Host::machine_mark(instance), record.id, machine.name));
+            directories.insert(machine.name.to_string());
+            stock.left.push((Ledger::new(dir, record), Fate::Machine));
+        } else {
+            stock.remains.push(dir);
+        }
+    }
+    stock.ended = end_machines(instance, &machines).await.map_err(CollectError::Machines)?;
+    network::collect(instance, uplink).await.map_err(CollectError::Network)?;
+    for entry in machines_dir.read_dir_utf8().map_err(CollectError::RunDir)? {
+        let entry = entry.map_err(CollectError::RunDir)?;
+        if !directories.contains(entry.file_name()) {
+            std::fs::remove_dir_all(entry.path()).map_err(CollectError::RunDir)?;
+        }
+    }
+    Ok(stock)
+}
+
+/// Kills the machines of this instance that are in nobody's record, and waits until each is gone.
+async fn end_machines(instance: &InstanceId, kept: &BTreeSet<String>) -> io::Result<usize> {
+    let found = find_by_argument(&format!("guest={}", Host::machine_mark(instance)))?;
+    let mut ended = 0;
+    for machine in &found {
+        let name = machine.argument.strip_prefix("guest=").unwrap_or(&machine.argument);
+        let name = name.split(',').next().unwrap_or(name);
+        if !kept.contains(name) {
+            timeout(KILL_BOUND, machine.process.kill_and_wait()).await??;
+            ended += 1;
+        }
+    }
+    Ok(ended)
+}
+
+/// Goes on with what was found.
+///
+/// # Errors
+/// What is half-made could not be removed.
+pub async fn take_over(host: &Arc<Host>, registry: &Registry, stock: Stock) -> Result<Taken, CollectError> {
+    let mut taken = Taken::default();
+    for dir in stock.remains {
+        taken.removed.extend(dir.path().file_name().and_then(|name| name.parse().ok()));
+        blocking(move || dir.remove()).await.map_err(CollectError::Record)?;
+    }
+    for (ledger, fate) in stock.left {
+        let ledger = Arc::new(ledger);
+        let record = ledger.record();
+        let id = record.id.clone();
+        match fate {
+            Fate::Paused(kept) => {
+                registry.take_over(spec(record), Beginning::Paused(ledger, kept)).settled().await;
+                taken.paused.push(id);
+            }
+            Fate::Machine => match adopt(host, &ledger).await {
+                Ok(up) => {
+                    registry.take_over(spec(record), Beginning::Adopted(Box::new(up))).settled().await;
+                    taken.adopted.push(id);
+                }
+                Err(error) => {
+                    // It died while nobody looked, or it is beyond control: either way it is no sandbox any more.
+                    tracing::warn!(%id, error = &error as &dyn std::error::Error, "a sandbox could not be taken over");
+                    end_machine(host, &record).await.map_err(CollectError::Machines)?;
+                    ledger.remove().await.map_err(CollectError::Record)?;
+                    taken.removed.push(id);
+                }
+            },
+        }
+    }
+    Ok(taken)
+}
+
+/// Ends the machine of a record, if it lives, and removes its directory.
+async fn end_machine(host: &Host, record: &Record) -> io::Result<()> {
+    let Some(machine) = &record.machine else { return Ok(()) };
+    let name = host.machine_name(&record.id, &machine.name);
+    for found in find_by_argument(&format!("guest={name}"))? {
+        timeout(KILL_BOUND, found.process.kill_and_wait()).await??;
+    }
+    remove_run_dir(&host.run_dir(&machine.name));
+    Ok(())
+}
+
+/// What a sandbox was made as, from its record.
+fn spec(record: Record) -> SandboxSpec {
+    SandboxSpec {
+        id: record.id,
+        generation: record.generation,
+        template: record.template,
+        shape: record.shape,
+        disk: record.disk,
+        access_token: record.access_token,
+        environment: record.environment,
+        default_user: Some(record.default_user),
+        default_workdir: Some(record.default_workdir),
+        snapshot: None,
+        settings: record.settings,
+    }
+}
+
+/// Takes a machine over: control, network, exit notice. One that stood still is let run.
+async fn adopt(host: &Arc<Host>, ledger: &Arc<Ledger>) -> Result<Up, AdoptError> {
+    let record = ledger.record();
+    let Some(machine) = &record.machine else { return Err(AdoptError::Number) };
+    let (snapshots, key) = (host.snapshots.clone(), record.base.clone());
+    let base = blocking(move || snapshots.base(&key)).await.map_err(AdoptError::Base)?;
+    let base = base.ok_or(AdoptError::NoBase)?;
+    let run_dir = host.run_dir(&machine.name);
+    let wanted = AdoptedMachine {
+        name: host.machine_name(&record.id, &machine.name),
+        run_dir: run_dir.clone(),
+        has_disk: true,
+        memory: Some(base.memory.clone()),
+        pid_hint: None,
+    };
+    let mut vm = host.vmm.adopt(wanted).await.map_err(AdoptError::Machine)?;
+    let number = SlotNumber::new(machine.slot).map_err(|_| AdoptError::Number)?;
+    let policy = Policy::resolve(&record.settings.network, &host.dns_servers).map_err(AdoptError::Policy)?;
+    let slot = host.slots.adopt(number, &policy).await.map_err(AdoptError::Slot)?;
+    if let Some(next) = record.capture.as_ref().and_then(|capture| capture.next_layer.clone()) {
+        let chain = vm.disk_chain().await.map_err(AdoptError::Machine)?;
+        let on_top = chain.first() == Some(&host.snapshots.layer_path(&next));
+        if on_top && record.layers.first() != Some(&next) {
+            ledger.change(|record| record.layers.insert(0, next)).await.map_err(AdoptError::Record)?;
+        }
+    }
+    vm.resume().await.map_err(AdoptError::Machine)?;
+    let machine = Machine {
+        id: record.id.clone(),
+        vm,
+        slot,
+        run_dir,
+        base_memory: base.memory,
+        base_disk: base.disk.path,
+    };
+    let mut up = Up {
+        machine,
+        ledger: Arc::clone(ledger),
+        phases: Vec::new(),
+        idle: None,
+        stream_after: tokio::time::Instant::now(),
+    };
+    if record.capture.is_some() {
+        capture::open(host, &mut up, &record).await.map_err(AdoptError::Open)?;
+        ledger.change(|record| record.capture = None).await.map_err(AdoptError::Record)?;
+    }
+    Ok(up)
+}

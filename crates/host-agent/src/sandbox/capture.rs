@@ -1,0 +1,295 @@
+//! A capture: what a sandbox is becomes a snapshot.
+//!
+//! ```text
+//!  prepare the guest · make the directory · record ─► stop ─► save devices and pages ─┬─ pause ─► commit; the machine stays stopped
+//!      │                                                                              │
+//!      │ not in time: marked unprepared (pause),                                      └─ live ─► next overlay on top ─► let it run,
+//!      ▼ or given up (live)                                                                      /init ─► commit
+//! ```
+//!
+//! Whatever fails, the machine runs again and its guest is open, as before; nothing half-made is left. The one
+//! exception is a machine that is gone, and that is noticed by its exit.
+
+use std::{sync::Arc, time::Duration};
+
+use jiff::Timestamp;
+use tokio::time::{Instant, timeout};
+use wrenn_types::{LayerId, SnapshotId};
+use wrenn_vmm::{DiskFormat, SnapshotFiles, VmmError};
+
+use super::{
+    bring_up::Up,
+    host::Host,
+    record::{CaptureRecord, Record, RecordError},
+};
+use crate::{
+    guest::{self, GuestError, Identity},
+    network::{Policy, PolicyError},
+    rootfs::RootfsError,
+    snapshot_store::SnapshotStoreError,
+    snapshots::{About, Kept, Making},
+    warm::blocking,
+};
+
+/// How long a guest may take to stand still.
+const PREPARE_BOUND: Duration = Duration::from_secs(3);
+/// How long it may take to save a machine, for each GiB of its memory and once more.
+const SAVE_BOUND: Duration = Duration::from_secs(60);
+/// How long a guest may take to open again.
+const THAW_BOUND: Duration = Duration::from_secs(20);
+
+/// What becomes of the machine after it was saved.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// It stays stopped, to be ended.
+    Pause,
+    /// It goes on.
+    Live,
+}
+
+/// What was saved.
+#[derive(Debug)]
+pub struct Captured {
+    /// The snapshot.
+    pub kept: Kept,
+    /// How long no process of the guest ran.
+    pub stopped: Duration,
+}
+
+/// Why there is no snapshot.
+#[derive(Debug, thiserror::Error)]
+pub enum CaptureError {
+    /// The guest could not be made to stand still; a pause does without.
+    #[error("the guest could not be made to stand still")]
+    Prepare(#[source] GuestError),
+    /// It could not be recorded that there is going to be one.
+    #[error("the capture could not be recorded")]
+    Record(#[source] RecordError),
+    /// The store failed.
+    #[error("the snapshot could not be kept")]
+    Store(#[source] SnapshotStoreError),
+    /// The next layer of the disk could not be made.
+    #[error("the next layer of the disk could not be made")]
+    Disk(#[source] RootfsError),
+    /// The record of the sandbox is not one that we write.
+    #[error("the record names no layer of the disk")]
+    NoLayers,
+    /// The machine could not be stopped, saved or put on its next layer.
+    #[error("could not {operation} the machine")]
+    Machine {
+        /// What was to be done.
+        operation: &'static str,
+        /// Why not.
+        #[source]
+        source: VmmError,
+    },
+    /// A step took too long.
+    #[error("{step} took longer than {bound:?}")]
+    Timeout {
+        /// The step.
+        step: &'static str,
+        /// How long it may take.
+        bound: Duration,
+    },
+}
+
+impl CaptureError {
+    /// Whether the host's disk is full.
+    #[must_use]
+    pub fn is_no_space(&self) -> bool {
+        match self {
+            Self::Record(error) => error.is_no_space(),
+            Self::Store(error) => error.is_no_space(),
+            Self::Disk(error) => error.is_no_space(),
+            Self::Machine { source: VmmError::File { source, .. }, .. } => {
+                matches!(source.kind(), std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded)
+            }
+            _ => false,
+        }
+    }
+}
+
+/// Saves a machine.
+///
+/// # Errors
+/// It runs as before, unless it is gone.
+pub async fn capture(
+    host: &Arc<Host>,
+    up: &mut Up,
+    into: &SnapshotId,
+    kind: Kind,
+) -> Result<Captured, CaptureError> {
+    let record = up.ledger.record();
+    let connector = up.machine.connector();
+    let next = match kind {
+        Kind::Live => Some(LayerId::random()),
+        Kind::Pause => None,
+    };
+    let about_to =
+        CaptureRecord { snapshot: into.clone(), pause: kind == Kind::Pause, next_layer: next.clone() };
+    let stood = Instant::now();
+    let (prepared, recorded, making) = tokio::join!(
+        guest::prepare(&connector, Some(&record.access_token), PREPARE_BOUND),
+        up.ledger.change(|record| record.capture = Some(about_to)),
+        begin(host, into),
+    );
+    let prepared = match (prepared, kind) {
+        (Ok(()), _) => Ok(true),
+        (Err(error), Kind::Pause) => {
+            tracing::warn!(id = %record.id, error = &error as &dyn std::error::Error, "the guest is saved without standing still");
+            Ok(false)
+        }
+        (Err(error), Kind::Live) => Err(CaptureError::Prepare(error)),
+    };
+    let saved = async {
+        let (prepared, making) = (prepared?, making?);
+        recorded.map_err(CaptureError::Record)?;
+        save(host, up, &record, making, next.as_ref(), prepared).await
+    };
+    let (making, about) = match saved.await {
+        Ok(saved) => saved,
+        Err(error) => {
+            go_on(host, up, &record).await;
+            return Err(error);
+        }
+    };
+    let stopped = if let Kind::Live = kind {
+        go_on(host, up, &record).await;
+        stood.elapsed()
+    } else {
+        Duration::ZERO
+    };
+    match blocking(move || making.commit(about)).await {
+        Ok(kept) => Ok(Captured { kept, stopped: stopped.max(Duration::from_micros(1)) }),
+        Err(error) => {
+            if kind == Kind::Pause {
+                go_on(host, up, &record).await;
+            }
+            Err(CaptureError::Store(error))
+        }
+    }
+}
+
+async fn begin(host: &Arc<Host>, into: &SnapshotId) -> Result<Making, CaptureError> {
+    let (snapshots, into) = (host.snapshots.clone(), into.clone());
+    blocking(move || snapshots.begin(into)).await.map_err(CaptureError::Store)
+}
+
+/// Stops the machine, saves it, and puts it on its next layer if it has one.
+async fn save(
+    host: &Arc<Host>,
+    up: &mut Up,
+    record: &Record,
+    making: Making,
+    next: Option<&LayerId>,
+    prepared: bool,
+) -> Result<(Making, About), CaptureError> {
+    let gibibytes = u32::try_from(record.shape.memory.bytes() >> 30).unwrap_or(u32::MAX);
+    let bound = SAVE_BOUND * (gibibytes.saturating_add(1));
+    let files = SnapshotFiles {
+        memory: up.machine.base_memory.clone(),
+        state: making.state(),
+        pages: Some(making.pages()),
+    };
+    let failed = |operation| move |source| CaptureError::Machine { operation, source };
+    let (vm, ledger) = (&mut up.machine.vm, &up.ledger);
+    let mut layers = record.layers.clone();
+    let work = async {
+        // Made before the machine is stopped: only the size of what it stands on is looked at.
+        let overlay = match next {
+            Some(next) if host.disks.format() == DiskFormat::Qcow2 => {
+                Some(next_layer(host, record, next).await?)
+            }
+            _ => None,
+        };
+        vm.pause().await.map_err(failed("stop"))?;
+        vm.snapshot(&files).await.map_err(failed("save"))?;
+        match (next, overlay) {
+            (None, _) => {}
+            (Some(next), Some(overlay)) => {
+                vm.pivot_disk(&overlay).await.map_err(failed("put on its next layer"))?;
+                let next = next.clone();
+                ledger.change(|record| record.layers.insert(0, next)).await.map_err(CaptureError::Record)?;
+            }
+            // Without a format that has layers, what is kept is a copy, and the machine keeps its disk.
+            (Some(next), None) => {
+                next_layer(host, record, next).await?;
+                layers = vec![next.clone()];
+            }
+        }
+        Ok(())
+    };
+    timeout(bound, work).await.unwrap_or(Err(CaptureError::Timeout { step: "saving the machine", bound }))?;
+    let about = About {
+        sandbox: record.id.clone(),
+        template: record.template.clone(),
+        base: record.base.clone(),
+        layers,
+        disk_format: host.disks.format(),
+        disk: record.disk,
+        shape: record.shape,
+        vmm: host.vmm.identity().clone(),
+        guest: host.images.guest().bundle.id.clone(),
+        has_memory: true,
+        prepared,
+        access_token: record.access_token.clone(),
+        default_user: record.default_user.clone(),
+        default_workdir: record.default_workdir.clone(),
+        environment: record.environment.clone(),
+        network: record.settings.network.clone(),
+        created_at: Timestamp::now(),
+    };
+    Ok((making, about))
+}
+
+/// A new layer on the one that is on top now.
+async fn next_layer(
+    host: &Arc<Host>,
+    record: &Record,
+    next: &LayerId,
+) -> Result<wrenn_vmm::DiskSpec, CaptureError> {
+    let top = record.layers.first().map(|top| host.layer(top)).ok_or(CaptureError::NoLayers)?;
+    let (disks, path, size) = (Arc::clone(&host.disks), host.snapshots.layer_path(next), record.disk);
+    blocking(move || disks.clone_disk(&top, &path, size)).await.map_err(CaptureError::Disk)
+}
+
+/// Lets the machine run and its guest open, and forgets the capture. What cannot be done here is seen by
+/// everybody who speaks to the guest, and a machine that is gone by its exit.
+async fn go_on(host: &Arc<Host>, up: &mut Up, record: &Record) {
+    let id = &record.id;
+    if let Err(error) = up.machine.vm.resume().await {
+        tracing::error!(%id, error = &error as &dyn std::error::Error, "the machine does not run again");
+        return;
+    }
+    if let Err(error) = open(host, up, record).await {
+        tracing::error!(%id, error = &error as &dyn std::error::Error, "the guest does not open again");
+    }
+    if let Err(error) = up.ledger.change(|record| record.capture = None).await {
+        tracing::warn!(%id, error = &error as &dyn std::error::Error, "the record still tells of a capture");
+    }
+}
+
+/// Why a guest did not open.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// Its policy cannot be.
+    #[error("its network policy cannot be")]
+    Policy(#[source] PolicyError),
+    /// It refused, or did not answer.
+    #[error("it did not take its identity again")]
+    Guest(#[source] GuestError),
+}
+
+/// Tells a guest once more who it is: one that stood still for a capture goes on after that.
+///
+/// # Errors
+/// The guest stays closed.
+pub async fn open(host: &Host, up: &mut Up, record: &Record) -> Result<(), OpenError> {
+    let policy = Policy::resolve(&record.settings.network, &host.dns_servers).map_err(OpenError::Policy)?;
+    let mut identity = Identity::of(record, policy.name_servers());
+    identity.access_token = Some(record.access_token.expose());
+    let connector = up.machine.connector();
+    let token = Some(&record.access_token);
+    up.idle = guest::initialise(&connector, &identity, token, THAW_BOUND).await.map_err(OpenError::Guest)?;
+    Ok(())
+}

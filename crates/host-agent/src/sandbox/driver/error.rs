@@ -1,0 +1,56 @@
+//! Why something that was asked of a sandbox was not done.
+
+use wrenn_types::SnapshotId;
+use wrenn_vmm::VmmError;
+
+use crate::{
+    network::{PolicyError, SlotError},
+    sandbox::{bring_up::BringUpError, capture::CaptureError, record::RecordError},
+    snapshot_store::SnapshotStoreError,
+};
+
+/// Why something that was asked of a sandbox was not done. It is what it was before.
+#[derive(Debug, thiserror::Error)]
+pub enum OperationError {
+    /// No machine could be made of what was saved.
+    #[error("the sandbox could not be brought back")]
+    BringUp(#[source] BringUpError),
+    /// It could not be saved.
+    #[error("the sandbox could not be saved")]
+    Capture(#[source] CaptureError),
+    /// What was saved could not be copied or found.
+    #[error("the snapshot cannot be used")]
+    Snapshot(#[source] SnapshotStoreError),
+    /// There is no such snapshot here.
+    #[error("there is no snapshot {0} on this host")]
+    NoSuchSnapshot(SnapshotId),
+    /// It was taken of another sandbox.
+    #[error("snapshot {0} is of another sandbox: create one from it instead")]
+    NotItsOwn(SnapshotId),
+    /// The machine could not be stopped for a rollback.
+    #[error("the machine could not be stopped")]
+    Stop(#[source] VmmError),
+    /// It could not be recorded.
+    #[error("the change could not be recorded")]
+    Record(#[source] RecordError),
+    /// The policy cannot be.
+    #[error("the network policy cannot be put in force")]
+    Policy(#[source] PolicyError),
+    /// The policy is not in force.
+    #[error("the network policy could not be put in force")]
+    Network(#[source] SlotError),
+}
+
+impl OperationError {
+    /// Whether the host's disk is full: the caller may come back when it is not.
+    #[must_use]
+    pub fn is_no_space(&self) -> bool {
+        match self {
+            Self::BringUp(error) => error.is_no_space(),
+            Self::Capture(error) => error.is_no_space(),
+            Self::Snapshot(error) => error.is_no_space(),
+            Self::Record(error) => error.is_no_space(),
+            _ => false,
+        }
+    }
+}

@@ -1,0 +1,307 @@
+//! What each verb does: an order of captures and bring-ups, and what is left when one of them fails.
+
+use std::{sync::Arc, time::Duration};
+
+use jiff::Timestamp;
+use tokio::time::{Instant, sleep_until};
+use wrenn_types::{InactivityTimeout, SnapshotId};
+use wrenn_vmm::VmmError;
+
+use super::{Driver, OperationError, Paused, PhaseList, RETRY, Residence};
+use crate::{
+    network::Policy,
+    sandbox::{
+        Outcome, Stage, Update,
+        bring_up::{Persona, Recording, Up},
+        capture::{self, Kind},
+        machine::Machine,
+        queue::Verb,
+        record::{Ledger, PausedRecord},
+        source::{From, SourceError},
+    },
+    snapshot_store::SnapshotStoreError,
+    snapshots::About,
+    warm::blocking,
+};
+
+/// How many layers a disk may have before the next capture waits until they are one.
+const LAYERS_LIMIT: usize = 32;
+/// How long that capture waits at most.
+const STREAM_BOUND: Duration = Duration::from_secs(600);
+
+impl Driver {
+    /// Does one thing. The sandbox is what it was before if it fails.
+    pub(super) async fn perform(
+        &self,
+        residence: Residence,
+        verb: Verb,
+    ) -> (Residence, Result<Outcome, OperationError>) {
+        match (residence, verb) {
+            (Residence::Up(up), Verb::Pause) => self.pause(up).await,
+            (paused @ Residence::Paused(_), Verb::Pause) => (paused, Ok(Outcome::Done)),
+            (Residence::Paused(paused), Verb::Resume { timeout }) => {
+                let snapshot = paused.snapshot.clone();
+                let (next, outcome) = self.bring_back(paused, snapshot).await;
+                if outcome.is_ok() { self.retime(next, timeout).await } else { (next, outcome) }
+            }
+            (up @ Residence::Up(_), Verb::Resume { timeout }) => self.retime(up, timeout).await,
+            (Residence::Up(up), Verb::Snapshot { into }) => self.snapshot(up, &into).await,
+            (Residence::Paused(paused), Verb::Snapshot { into }) => {
+                let copied = self.copy_snapshot(&paused.snapshot, into).await;
+                (Residence::Paused(paused), copied)
+            }
+            (residence, Verb::Rollback { to }) => self.rollback(residence, to).await,
+            (residence, Verb::Update(update)) => self.update(residence, &update).await,
+        }
+    }
+
+    async fn pause(&self, mut up: Box<Up>) -> (Residence, Result<Outcome, OperationError>) {
+        self.publish(|status| status.stage = Stage::Pausing);
+        self.bound_layers(&mut up).await;
+        let snapshot = SnapshotId::random();
+        let kept = match Box::pin(capture::capture(&self.host, &mut up, &snapshot, Kind::Pause)).await {
+            Ok(captured) => captured.kept,
+            Err(error) => return self.still_up(up, OperationError::Capture(error)),
+        };
+        let at = Timestamp::now();
+        let paused = PausedRecord { snapshot: snapshot.clone(), at };
+        let recorded = up.ledger.change(|record| {
+            record.paused = Some(paused);
+            record.capture = None;
+            record.machine = None;
+        });
+        if let Err(error) = recorded.await {
+            self.forget_snapshot(snapshot).await;
+            let record = up.ledger.record();
+            if let Err(error) = up.machine.vm.resume().await {
+                tracing::error!(id = %record.id, error = &error as &dyn std::error::Error, "the machine does not run again");
+            } else if let Err(error) = capture::open(&self.host, &mut up, &record).await {
+                tracing::error!(id = %record.id, error = &error as &dyn std::error::Error, "the guest does not open again");
+            }
+            return self.still_up(up, OperationError::Record(error));
+        }
+        let Up { machine, ledger, .. } = *up;
+        self.leave(machine).await;
+        self.rest(&kept, at.into());
+        (Residence::Paused(Paused { ledger, snapshot }), Ok(Outcome::Done))
+    }
+
+    /// After an operation that left the machine where it was.
+    fn still_up(&self, up: Box<Up>, error: OperationError) -> (Residence, Result<Outcome, OperationError>) {
+        self.publish(|status| status.stage = Stage::Running);
+        (Residence::Up(up), Err(error))
+    }
+
+    /// Closes the way to a machine's guest and ends it. It is the sandbox no more.
+    pub(super) async fn leave(&self, machine: Machine) {
+        // A socket that is left keeps the namespace that it was made in.
+        *self.handle.inner.guest() = None;
+        let id = machine.id.clone();
+        if let Err(error) = machine.end(&self.host).await {
+            tracing::error!(%id, error = &error as &dyn std::error::Error, "a machine did not end; it is left to be collected");
+        }
+    }
+
+    /// From what was saved to a machine that runs.
+    async fn bring_back(
+        &self,
+        paused: Paused,
+        snapshot: SnapshotId,
+    ) -> (Residence, Result<Outcome, OperationError>) {
+        self.publish(|status| status.stage = Stage::Resuming);
+        let since = self.status.borrow().paused.clone();
+        match self.machine_of(&paused.ledger, snapshot).await {
+            Ok(mut up) => {
+                self.forget_snapshot(paused.snapshot).await;
+                self.enter(&mut up);
+                (Residence::Up(Box::new(up)), Ok(Outcome::Done))
+            }
+            Err(error) => {
+                self.publish(|status| {
+                    status.stage = Stage::Paused;
+                    status.paused = since;
+                });
+                (Residence::Paused(paused), Err(error))
+            }
+        }
+    }
+
+    /// A machine of this very sandbox from a snapshot, recorded as the one that it is now.
+    async fn machine_of(&self, ledger: &Arc<Ledger>, snapshot: SnapshotId) -> Result<Up, OperationError> {
+        let record = ledger.record();
+        let persona = Persona { access_token: record.access_token, is_new: false };
+        let recording = Recording::Change(Arc::clone(ledger));
+        let up = self.bring_up(recording, persona, From::Itself(snapshot)).await;
+        let mut up = up.map_err(OperationError::BringUp)?;
+        let phases = std::mem::take(&mut up.phases);
+        tracing::info!(id = %record.id, phases = ?PhaseList(&phases), "sandbox brought back");
+        self.status.send_modify(|status| status.phases = phases);
+        // From here on the machine is the sandbox. If this cannot be written, the next agent goes back to what
+        // was saved, so it must not be removed.
+        if let Err(error) = up.ledger.change(|record| record.paused = None).await {
+            let Up { machine, .. } = up;
+            self.leave(machine).await;
+            return Err(OperationError::Record(error));
+        }
+        Ok(up)
+    }
+
+    async fn snapshot(
+        &self,
+        mut up: Box<Up>,
+        into: &SnapshotId,
+    ) -> (Residence, Result<Outcome, OperationError>) {
+        self.publish(|status| status.stage = Stage::Snapshotting);
+        self.bound_layers(&mut up).await;
+        let captured = Box::pin(capture::capture(&self.host, &mut up, into, Kind::Live)).await;
+        if let Some(guest) = self.handle.inner.guest().as_mut() {
+            guest.idle = up.idle.take();
+        }
+        self.publish(|status| status.stage = Stage::Running);
+        let outcome = captured
+            .map_err(OperationError::Capture)
+            .map(|captured| Outcome::Saved { snapshot: Box::new(captured.kept), stopped: captured.stopped });
+        (Residence::Up(up), outcome)
+    }
+
+    /// A snapshot of a paused sandbox is the one that it is saved as, under another name.
+    async fn copy_snapshot(&self, of: &SnapshotId, into: SnapshotId) -> Result<Outcome, OperationError> {
+        let (snapshots, source) = (self.host.snapshots.clone(), of.clone());
+        let copied = blocking(move || {
+            let Some(kept) = snapshots.get(&source)? else { return Ok(None) };
+            if !kept.about.prepared {
+                return Ok(Some(Err(kept.id)));
+            }
+            let making = snapshots.begin(into)?;
+            for (from, to) in [(&kept.state, making.state()), (&kept.pages, making.pages())] {
+                let linked = std::fs::hard_link(from, &to);
+                linked.map_err(|source| SnapshotStoreError::file("link", &to, source))?;
+            }
+            let about = About { created_at: Timestamp::now(), ..kept.about };
+            making.commit(about).map(Ok).map(Some)
+        });
+        match copied.await.map_err(OperationError::Snapshot)? {
+            Some(Ok(kept)) => Ok(Outcome::Saved { snapshot: Box::new(kept), stopped: Duration::ZERO }),
+            Some(Err(unprepared)) => {
+                let error = SourceError::Unprepared(unprepared);
+                Err(OperationError::BringUp(error.into()))
+            }
+            None => Err(OperationError::NoSuchSnapshot(of.clone())),
+        }
+    }
+
+    async fn rollback(
+        &self,
+        residence: Residence,
+        to: SnapshotId,
+    ) -> (Residence, Result<Outcome, OperationError>) {
+        let (snapshots, wanted) = (self.host.snapshots.clone(), to.clone());
+        let problem = match blocking(move || snapshots.get(&wanted)).await {
+            Ok(Some(kept)) if kept.about.sandbox == self.handle.spec().id => None,
+            Ok(Some(_)) => Some(OperationError::NotItsOwn(to.clone())),
+            Ok(None) => Some(OperationError::NoSuchSnapshot(to.clone())),
+            Err(error) => Some(OperationError::Snapshot(error)),
+        };
+        if let Some(problem) = problem {
+            return (residence, Err(problem));
+        }
+        let mut up = match residence {
+            Residence::Paused(paused) => return self.bring_back(paused, to).await,
+            Residence::Up(up) => up,
+        };
+        self.publish(|status| status.stage = Stage::Resuming);
+        // It stands still, so that nothing that it does meanwhile is lost unseen, and it can go on if this fails.
+        if let Err(error) = up.machine.vm.pause().await {
+            return self.still_up(up, OperationError::Stop(error));
+        }
+        match self.machine_of(&up.ledger, to).await {
+            Ok(mut new) => {
+                let Up { machine, .. } = *up;
+                self.leave(machine).await;
+                self.enter(&mut new);
+                (Residence::Up(Box::new(new)), Ok(Outcome::Done))
+            }
+            Err(error) => {
+                if let Err(error) = up.machine.vm.resume().await {
+                    tracing::error!(id = %up.machine.id, error = &error as &dyn std::error::Error, "the machine does not run again");
+                }
+                self.still_up(up, error)
+            }
+        }
+    }
+
+    async fn retime(
+        &self,
+        residence: Residence,
+        timeout: Option<InactivityTimeout>,
+    ) -> (Residence, Result<Outcome, OperationError>) {
+        self.handle.activity().touch();
+        match timeout {
+            None => (residence, Ok(Outcome::Done)),
+            Some(_) => self.update(residence, &Update { timeout, ..Update::default() }).await,
+        }
+    }
+
+    async fn update(
+        &self,
+        mut residence: Residence,
+        update: &Update,
+    ) -> (Residence, Result<Outcome, OperationError>) {
+        let settings = self.status.borrow().settings.with(update);
+        let changed = async {
+            let policy = Policy::resolve(&settings.network, &self.host.dns_servers);
+            let policy = policy.map_err(OperationError::Policy)?;
+            let ledger = match &mut residence {
+                Residence::Paused(paused) => &paused.ledger,
+                Residence::Up(up) => {
+                    up.machine.slot.apply(&policy).await.map_err(OperationError::Network)?;
+                    &up.ledger
+                }
+            };
+            let generation = self.handle.generation();
+            let settings = settings.clone();
+            let recorded = ledger.change(|record| {
+                record.settings = settings;
+                record.generation = generation;
+            });
+            recorded.await.map_err(OperationError::Record)
+        };
+        let outcome = changed.await.map(|()| Outcome::Done);
+        if outcome.is_ok() {
+            self.handle.activity().touch();
+            self.publish(|status| status.settings = settings);
+        }
+        (residence, outcome)
+    }
+
+    /// Waits until the disk has not too many layers; a capture would add one more.
+    async fn bound_layers(&self, up: &mut Up) {
+        if up.ledger.record().layers.len() <= LAYERS_LIMIT {
+            return;
+        }
+        let base = up.machine.base_disk.clone();
+        let until = sleep_until(Instant::now() + STREAM_BOUND);
+        let done = tokio::select! {
+            done = up.machine.vm.stream_disk(&base) => done,
+            () = until => return,
+        };
+        self.merged(up, done).await;
+    }
+
+    /// The layers below the top one are in it now, or that was not possible.
+    pub(super) async fn merged(&self, up: &mut Up, done: Result<(), VmmError>) {
+        let id = &self.handle.spec().id;
+        match done {
+            Ok(()) => {
+                if let Err(error) = up.ledger.change(|record| record.layers.truncate(1)).await {
+                    tracing::warn!(%id, error = &error as &dyn std::error::Error, "the record still tells of layers that are not needed");
+                }
+            }
+            Err(error) => {
+                tracing::warn!(%id, error = &error as &dyn std::error::Error, "the layers of the disk could not be made one");
+                // A machine that is gone is noticed by its exit.
+                up.stream_after = Instant::now() + RETRY;
+            }
+        }
+    }
+}

@@ -1,0 +1,80 @@
+//! What every sandbox on this host is made with.
+
+use std::{net::Ipv4Addr, sync::Arc};
+
+use camino::Utf8PathBuf;
+use tokio::sync::Notify;
+use wrenn_types::{DiskMib, InstanceId, LayerId, SandboxId};
+use wrenn_vmm::{DiskSpec, Vmm};
+
+use super::record;
+use crate::{images::Images, network::SlotPool, rootfs::RootfsStore, snapshots::Snapshots, warm::Warm};
+
+/// What every sandbox on this host is made with. Shared, and never changed after the start.
+#[derive(Debug)]
+pub struct Host {
+    /// Whose processes, namespaces and files these are.
+    pub instance: InstanceId,
+    /// The driver.
+    pub vmm: Arc<dyn Vmm>,
+    /// Guest bundle and templates.
+    pub images: Images,
+    /// Root disks.
+    pub disks: Arc<dyn RootfsStore>,
+    /// Network slots.
+    pub slots: SlotPool,
+    /// Template snapshots.
+    pub warm: Warm,
+    /// Snapshots of sandboxes, and the layers of all disks.
+    pub snapshots: Snapshots,
+    /// The parent of the sandboxes' directories.
+    pub sandboxes_dir: Utf8PathBuf,
+    /// The parent of the machines' short-pathed directories.
+    pub machines_dir: Utf8PathBuf,
+    /// The name servers of guests.
+    pub dns_servers: Vec<Ipv4Addr>,
+    /// The size of a root disk when nobody says.
+    pub default_disk: DiskMib,
+    /// Told when something may have become unreachable.
+    pub unreachable: Arc<Notify>,
+}
+
+impl Host {
+    /// The mark in the command line of every VMM of this instance.
+    #[must_use]
+    pub fn machine_mark(instance: &InstanceId) -> String {
+        format!("wrenn-{instance}-")
+    }
+
+    /// The name of a sandbox's machine in the command line of its VMM.
+    #[must_use]
+    pub fn machine_name(&self, id: &SandboxId, name: &LayerId) -> String {
+        format!("{}{id}-{name}", Self::machine_mark(&self.instance))
+    }
+
+    /// The short-pathed directory of a machine.
+    #[must_use]
+    pub fn run_dir(&self, name: &LayerId) -> Utf8PathBuf {
+        self.machines_dir.join(name.as_str())
+    }
+
+    /// What the layers of a sandbox's disk take of the host's, if it is there.
+    #[must_use]
+    pub fn disk_used_bytes(&self, id: &SandboxId) -> Option<u64> {
+        let record = record::read(&self.sandboxes_dir, id)?;
+        let sizes =
+            record.layers.iter().map(|layer| self.disks.used_bytes(&self.snapshots.layer_path(layer)));
+        sizes.sum::<Result<u64, _>>().ok()
+    }
+
+    /// Has layers and bases that nothing stands on collected in a moment.
+    pub fn collect_soon(&self) {
+        self.unreachable.notify_one();
+    }
+
+    /// A layer, as a disk of this host's format.
+    #[must_use]
+    pub fn layer(&self, layer: &LayerId) -> DiskSpec {
+        DiskSpec { path: self.snapshots.layer_path(layer), format: self.disks.format() }
+    }
+}

@@ -1,0 +1,73 @@
+//! A machine and what goes with it, and how it ends.
+
+use std::io;
+
+use camino::{Utf8Path, Utf8PathBuf};
+use tokio::sync::watch;
+use wrenn_types::SandboxId;
+use wrenn_vmm::{ExitReason, Vm, VmmError};
+
+use super::host::Host;
+use crate::network::{GuestConnector, Slot};
+
+/// A machine and what goes with it.
+#[derive(Debug)]
+pub struct Machine {
+    /// Whose it is.
+    pub id: SandboxId,
+    /// The VMM.
+    pub vm: Box<dyn Vm>,
+    /// Its network.
+    pub slot: Slot,
+    /// The directory of its sockets.
+    pub run_dir: Utf8PathBuf,
+    /// What its memory differs from.
+    pub base_memory: Utf8PathBuf,
+    /// What the layers of its disk stand on.
+    pub base_disk: Utf8PathBuf,
+}
+
+/// Waits until a machine is gone, and answers why.
+pub async fn gone(exit: &mut watch::Receiver<Option<ExitReason>>) -> ExitReason {
+    match exit.wait_for(Option::is_some).await {
+        Ok(reason) => reason.clone().unwrap_or(ExitReason::Stopped),
+        // The driver dropped the channel with no reason: its process cannot be there any more.
+        Err(_) => ExitReason::Stopped,
+    }
+}
+
+impl Machine {
+    /// How connections to the guest are made.
+    #[must_use]
+    pub fn connector(&self) -> GuestConnector {
+        self.slot.connector()
+    }
+
+    /// Ends it and releases what only it used. Its layers stay.
+    ///
+    /// # Errors
+    /// The process is stuck in the kernel: then everything that it may still use is left as it is, and collected
+    /// at the next start.
+    pub async fn end(mut self, host: &Host) -> Result<(), VmmError> {
+        self.vm.stop().await?;
+        drop(self.vm);
+        remove_run_dir(&self.run_dir);
+        host.slots.release(self.slot).await;
+        Ok(())
+    }
+
+    /// Lets go of it as it is: it goes on, and the next agent adopts it.
+    pub async fn release(self) {
+        self.vm.release().await;
+        self.slot.leave();
+    }
+}
+
+/// Removes the directory of a machine's sockets; what cannot be removed is collected at the next start.
+pub(crate) fn remove_run_dir(path: &Utf8Path) {
+    if let Err(error) = std::fs::remove_dir_all(path)
+        && error.kind() != io::ErrorKind::NotFound
+    {
+        tracing::warn!(%path, error = &error as &dyn std::error::Error, "the machine's directory stays until the next start");
+    }
+}

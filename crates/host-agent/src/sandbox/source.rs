@@ -1,0 +1,208 @@
+//! What a machine is made from: found and verified before anything is made.
+//!
+//! ```text
+//!  template ─► warm snapshot, made if it is not there ─► held as a base ─┐
+//!  snapshot ─► manifest, VMM and guest checked ─► its base ──────────────┴─► Source: files, bottom of the disk, token
+//! ```
+
+use std::collections::BTreeMap;
+
+use wrenn_types::{AccessToken, DiskMib, LayerId, ResourceError, SnapshotId, TemplateName};
+use wrenn_vmm::{DiskSpec, SnapshotFiles};
+
+use super::bring_up::{BringUpError, Course, Outline};
+use crate::{
+    images::ImagesError,
+    snapshot_store::SnapshotStoreError,
+    snapshots::{Base, Kept},
+    warm::{BUILD_BOUND, WarmError, WarmRequest, blocking},
+};
+
+/// What to look for.
+#[derive(Debug, Clone)]
+pub enum From {
+    /// A template, with the user and directory that the caller asked for instead of its own.
+    Template {
+        /// Its name or another name of it.
+        name: TemplateName,
+        /// Instead of its default user.
+        user: Option<String>,
+        /// Instead of its default directory.
+        workdir: Option<String>,
+    },
+    /// A snapshot, which becomes another sandbox: its environment is added to.
+    Snapshot {
+        /// Its id.
+        id: SnapshotId,
+        /// Instead of its default user.
+        user: Option<String>,
+        /// Instead of its default directory.
+        workdir: Option<String>,
+    },
+    /// The snapshot that this very sandbox was saved as, or is put back to.
+    Itself(SnapshotId),
+}
+
+/// Why nothing can be made from it.
+#[derive(Debug, thiserror::Error)]
+pub enum SourceError {
+    /// The template is not there.
+    #[error("the template cannot be used")]
+    Template(#[source] ImagesError),
+    /// The disk asked for is too small for it.
+    #[error("the disk is too small for the template")]
+    DiskTooSmall(#[source] ResourceError),
+    /// The template's snapshot could not be made or used.
+    #[error("the template's snapshot cannot be used")]
+    Warm(#[source] WarmError),
+    /// The snapshot cannot be used.
+    #[error("the snapshot cannot be used")]
+    Snapshot(#[source] SnapshotStoreError),
+    /// There is no such snapshot here.
+    #[error("there is no snapshot {0} on this host")]
+    NoSuchSnapshot(SnapshotId),
+    /// The snapshot stands on something that is gone.
+    #[error("snapshot {0} stands on a template's memory that is not here")]
+    NoBase(SnapshotId),
+    /// It was taken of a guest that did not stand still.
+    #[error(
+        "snapshot {0} was taken of a guest that could not be made to stand still: only its own sandbox can be resumed from it"
+    )]
+    Unprepared(SnapshotId),
+}
+
+impl SourceError {
+    /// Whether the host's disk is full.
+    #[must_use]
+    pub fn is_no_space(&self) -> bool {
+        match self {
+            Self::Warm(error) => error.is_no_space(),
+            Self::Snapshot(error) => error.is_no_space(),
+            _ => false,
+        }
+    }
+}
+
+/// What a machine is made from.
+#[derive(Debug)]
+pub(super) struct Source {
+    pub(super) base: Base,
+    /// Memory and devices.
+    pub(super) files: SnapshotFiles,
+    /// The layers below the one that is to be made, top first.
+    pub(super) below: Vec<LayerId>,
+    /// What that one stands on.
+    pub(super) bottom: DiskSpec,
+    /// The size of the disk as the saved guest knows it.
+    pub(super) disk: DiskMib,
+    /// The size that it is to have, where that is another.
+    pub(super) grows: Option<DiskMib>,
+    /// What the saved guest asks of the host.
+    pub(super) guest_token: Option<AccessToken>,
+    pub(super) default_user: String,
+    pub(super) default_workdir: String,
+    pub(super) environment: BTreeMap<String, String>,
+}
+
+impl Source {
+    /// Finds it, and makes a template's snapshot if there is none yet.
+    pub(super) async fn find(
+        course: &mut Course,
+        from: From,
+        outline: &Outline,
+    ) -> Result<Self, BringUpError> {
+        match from {
+            From::Template { name, user, workdir } => {
+                let mut source = Self::of_template(course, &name, outline).await?;
+                source.default_user = user.unwrap_or(source.default_user);
+                source.default_workdir = workdir.unwrap_or(source.default_workdir);
+                Ok(source)
+            }
+            From::Snapshot { id, user, workdir } => {
+                let kept = Self::kept(course, &id).await?;
+                if !kept.about.prepared {
+                    return Err(SourceError::Unprepared(id).into());
+                }
+                let mut source = Self::of_snapshot(course, kept, outline.disk).await?;
+                source.default_user = user.unwrap_or(source.default_user);
+                source.default_workdir = workdir.unwrap_or(source.default_workdir);
+                source.environment.extend(outline.environment.clone());
+                Ok(source)
+            }
+            From::Itself(id) => {
+                let kept = Self::kept(course, &id).await?;
+                Self::of_snapshot(course, kept, outline.disk).await
+            }
+        }
+    }
+
+    async fn of_template(
+        course: &mut Course,
+        name: &TemplateName,
+        outline: &Outline,
+    ) -> Result<Self, BringUpError> {
+        let host = std::sync::Arc::clone(&course.host);
+        let template = host.images.resolve(name).map_err(SourceError::Template)?;
+        let request = WarmRequest::for_disk(&template, outline.shape, outline.disk, host.default_disk)
+            .map_err(SourceError::DiskTooSmall)?;
+        let (warm, base) = course
+            .step("snapshot", BUILD_BOUND, async {
+                let warm = host.warm.get(&request).await.map_err(SourceError::Warm)?;
+                let (snapshots, held) = (host.snapshots.clone(), warm.clone());
+                let base = blocking(move || snapshots.hold(&held)).await.map_err(SourceError::Snapshot)?;
+                Ok((warm, base))
+            })
+            .await?;
+        Ok(Self {
+            files: SnapshotFiles { memory: base.memory.clone(), state: warm.files.state, pages: None },
+            below: Vec::new(),
+            bottom: base.disk.clone(),
+            disk: request.disk,
+            grows: (outline.disk > request.disk).then_some(outline.disk),
+            guest_token: None,
+            default_user: template.default_user.as_str().to_owned(),
+            default_workdir: template.default_workdir.as_str().to_owned(),
+            environment: outline.environment.clone(),
+            base,
+        })
+    }
+
+    async fn kept(course: &mut Course, id: &SnapshotId) -> Result<Kept, BringUpError> {
+        let (snapshots, wanted) = (course.host.snapshots.clone(), id.clone());
+        let kept = course
+            .step("snapshot", BUILD_BOUND, async move {
+                blocking(move || snapshots.get(&wanted))
+                    .await
+                    .map_err(|error| SourceError::Snapshot(error).into())
+            })
+            .await?;
+        let kept = kept.ok_or_else(|| SourceError::NoSuchSnapshot(id.clone()))?;
+        let host = &course.host;
+        kept.check(host.vmm.identity(), &host.images.guest().bundle.id).map_err(SourceError::Snapshot)?;
+        Ok(kept)
+    }
+
+    async fn of_snapshot(course: &mut Course, kept: Kept, disk: DiskMib) -> Result<Self, BringUpError> {
+        let host = std::sync::Arc::clone(&course.host);
+        let about = kept.about;
+        let (snapshots, key) = (host.snapshots.clone(), about.base.clone());
+        let base = blocking(move || snapshots.base(&key)).await.map_err(SourceError::Snapshot)?;
+        let base = base.ok_or(SourceError::NoBase(kept.id))?;
+        let bottom = match about.layers.first() {
+            Some(top) => DiskSpec { path: host.snapshots.layer_path(top), format: about.disk_format },
+            None => base.disk.clone(),
+        };
+        Ok(Self {
+            files: SnapshotFiles { memory: base.memory.clone(), state: kept.state, pages: Some(kept.pages) },
+            below: about.layers,
+            bottom,
+            disk: about.disk,
+            grows: (disk > about.disk).then_some(disk),
+            guest_token: Some(about.access_token),
+            default_user: about.default_user,
+            default_workdir: about.default_workdir,
+            environment: about.environment,
+            base,
+        })
+    }
+}

@@ -1,0 +1,52 @@
+//! Steps of the filesystem that several modules take: each names itself and its file when it fails.
+
+use std::{
+    fs::{self, File, OpenOptions},
+    io::{self, Write},
+    os::unix::fs::OpenOptionsExt,
+};
+
+use camino::Utf8Path;
+use rustix::{
+    fs::{CWD, RenameFlags},
+    io::Errno,
+};
+
+use super::{SnapshotStoreError, SnapshotStoreResult};
+
+/// Writes a whole file, and waits until it is on disk. A new one has `mode`.
+pub(crate) fn write_durably(path: &Utf8Path, bytes: &[u8], mode: u32) -> SnapshotStoreResult<()> {
+    let write = || {
+        let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(mode).open(path)?;
+        file.write_all(bytes)?;
+        file.sync_all()
+    };
+    write().map_err(|source| SnapshotStoreError::file("write", path, source))
+}
+
+/// Makes a file, or the names in a directory, durable.
+pub(crate) fn sync(path: &Utf8Path) -> SnapshotStoreResult<()> {
+    File::open(path)
+        .and_then(|file| file.sync_all())
+        .map_err(|source| SnapshotStoreError::file("write to disk", path, source))
+}
+
+/// The apparent size of a file.
+pub(crate) fn length(path: &Utf8Path) -> SnapshotStoreResult<u64> {
+    fs::metadata(path).map(|it| it.len()).map_err(|source| SnapshotStoreError::file("examine", path, source))
+}
+
+/// Renames with flags. The caller knows what each error means to it.
+pub(crate) fn rename(from: &Utf8Path, to: &Utf8Path, flags: RenameFlags) -> Result<(), Errno> {
+    rustix::fs::renameat_with(CWD, from.as_str(), CWD, to.as_str(), flags)
+}
+
+/// Removes a directory with all that is in it. Idempotent.
+pub(crate) fn remove_directory(path: &Utf8Path) -> SnapshotStoreResult<()> {
+    match fs::remove_dir_all(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            Err(SnapshotStoreError::file("remove", path, error))
+        }
+        _ => Ok(()),
+    }
+}

@@ -1,0 +1,212 @@
+//! A snapshot in the making, and how it becomes one: wholly or not at all.
+
+use std::{
+    collections::BTreeSet,
+    fs::{self, DirBuilder, File, Permissions},
+    io,
+    os::unix::fs::{DirBuilderExt, PermissionsExt},
+};
+
+use camino::{Utf8Path, Utf8PathBuf};
+use rustix::{fs::RenameFlags, io::Errno};
+use wrenn_types::SnapshotId;
+
+use super::{
+    About, Kept, MAKING, Snapshots, SnapshotsResult, Step, VERIFIED, is_missing,
+    kept::{Manifest, MemoryRecord, pages_path, state_path},
+    remove_manifest, sealed,
+};
+use crate::snapshot_store::{
+    Damage, FileRecord, LARGEST_STATE, SnapshotStoreError, digest,
+    files::{length, remove_directory, rename, sync, write_durably},
+    manifest,
+    verified::{self, Content, Form},
+};
+
+/// A snapshot in the making. Dropped before [`Making::commit`] it leaves nothing.
+#[derive(Debug)]
+pub struct Making {
+    snapshots: Snapshots,
+    id: SnapshotId,
+    /// Where it is now: removed when this is dropped. None once it is a snapshot for good.
+    dir: Option<Utf8PathBuf>,
+    /// Where state and pages are written.
+    half: Utf8PathBuf,
+}
+
+impl Snapshots {
+    /// Begins to make a snapshot.
+    ///
+    /// # Errors
+    /// [`SnapshotStoreError::Exists`] when there is one of that id, or one in the making.
+    pub fn begin(&self, id: SnapshotId) -> SnapshotsResult<Making> {
+        let place = self.inner.snapshots.join(id.as_str());
+        if is_missing(&place.join(manifest::FILE_NAME))? {
+            // What a delete that failed left.
+            remove_directory(&place)?;
+        } else {
+            return Err(SnapshotStoreError::Exists { path: place });
+        }
+        let dir = self.inner.snapshots.join(format!("{MAKING}{id}"));
+        match DirBuilder::new().mode(0o700).create(&dir) {
+            Ok(()) => {}
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+                return Err(SnapshotStoreError::Exists { path: dir });
+            }
+            Err(source) => return Err(SnapshotStoreError::file("make", &dir, source)),
+        }
+        let making = Making { snapshots: self.clone(), id, dir: Some(dir.clone()), half: dir };
+        self.inner.steps.done(Step::MakingIsBegun)?;
+        Ok(making)
+    }
+}
+
+impl Making {
+    /// Where the state of the devices is to be written.
+    #[must_use]
+    pub fn state(&self) -> Utf8PathBuf {
+        state_path(&self.half)
+    }
+
+    /// Where what differs from the base's memory is to be written.
+    #[must_use]
+    pub fn pages(&self) -> Utf8PathBuf {
+        pages_path(&self.half)
+    }
+
+    /// Makes a snapshot of what was written, and of the layers and the base that `about` names: they are
+    /// there, and none of them is written to any more. Makes the layers durable and read-only. Returns when
+    /// all of it is durable.
+    ///
+    /// # Errors
+    /// There is no snapshot, and nothing of it is left; the layers are as they were, but may be read-only.
+    /// [`SnapshotStoreError::Incomplete`] and [`SnapshotStoreError::Damaged`] name what is not as `about`
+    /// says.
+    pub fn commit(mut self, about: About) -> SnapshotsResult<Kept> {
+        let steps = &self.snapshots.inner.steps;
+        let manifest = self.record(about)?;
+
+        let path = self.half.join(manifest::FILE_NAME);
+        let unnamed = self.half.join("manifest.json.new");
+        write_durably(&unnamed, &sealed::to_text(&manifest, &path)?, 0o600)?;
+        steps.done(Step::ManifestIsWritten)?;
+        fs::rename(&unnamed, &path).map_err(|source| SnapshotStoreError::file("rename", &unnamed, source))?;
+        steps.done(Step::ManifestHasItsName)?;
+        sync(&self.half)?;
+        steps.done(Step::DirectoryIsDurable)?;
+
+        let place = self.put_in_place()?;
+        self.dir = Some(place.clone());
+        self.snapshots.inner.steps.done(Step::IsInPlace)?;
+        sync(&self.snapshots.inner.snapshots)?;
+        self.snapshots.inner.steps.done(Step::PlaceIsDurable)?;
+
+        let kept = Kept::new(self.id.clone(), place, &manifest);
+        if let Some(memory) = &manifest.memory {
+            let pages = Content { path: &kept.pages, recorded: &memory.pages, form: Form::Plain };
+            verified::remember(&kept.dir.join(VERIFIED), &[pages])?;
+        }
+        self.dir = None;
+        Ok(kept)
+    }
+
+    /// Makes durable what the manifest will name, and says it.
+    fn record(&self, about: About) -> SnapshotsResult<Manifest> {
+        let steps = &self.snapshots.inner.steps;
+        if self.snapshots.read_base(&about.base)?.is_none() {
+            return Err(self.snapshots.no_base(&about.base));
+        }
+        let layer_bytes = self.record_layers(&about)?;
+        steps.done(Step::LayersAreDurable)?;
+        let memory = if about.has_memory { Some(self.record_memory()?) } else { None };
+        if memory.is_none() {
+            self.refuse_files()?;
+        }
+        steps.done(Step::FilesAreDurable)?;
+        Ok(Manifest { id: self.id.clone(), about, layer_bytes, memory })
+    }
+
+    fn record_layers(&self, about: &About) -> SnapshotsResult<Vec<u64>> {
+        let mut seen = BTreeSet::new();
+        let mut bytes = Vec::new();
+        for layer in &about.layers {
+            let path = self.snapshots.layer_path(layer);
+            if !seen.insert(layer) {
+                return Err(incomplete(&path, "it is in the chain of layers twice"));
+            }
+            bytes.push(finish(&path)?);
+        }
+        sync(&self.snapshots.inner.disks)?;
+        Ok(bytes)
+    }
+
+    fn record_memory(&self) -> SnapshotsResult<MemoryRecord> {
+        let (state, pages) = (self.state(), self.pages());
+        let (state_bytes, pages_bytes) = (finish(&state)?, finish(&pages)?);
+        if state_bytes == 0 || state_bytes > LARGEST_STATE {
+            return Err(incomplete(&state, &format!("it has {state_bytes} bytes")));
+        }
+        Ok(MemoryRecord {
+            state: FileRecord { bytes: state_bytes, digest: digest::of_small_file(&state, LARGEST_STATE)? },
+            pages: FileRecord { bytes: pages_bytes, digest: digest::of_file(&pages)? },
+        })
+    }
+
+    fn refuse_files(&self) -> SnapshotsResult<()> {
+        for path in [self.state(), self.pages()] {
+            if !is_missing(&path)? {
+                return Err(incomplete(&path, "the snapshot is to have no memory"));
+            }
+        }
+        Ok(())
+    }
+
+    /// Gives the directory its name, which is free.
+    fn put_in_place(&self) -> SnapshotsResult<Utf8PathBuf> {
+        let place = self.snapshots.inner.snapshots.join(self.id.as_str());
+        let _reach = self.snapshots.lock_reach();
+        match rename(&self.half, &place, RenameFlags::NOREPLACE) {
+            Ok(()) => Ok(place),
+            Err(Errno::EXIST) => Err(SnapshotStoreError::Exists { path: place }),
+            Err(error) => Err(SnapshotStoreError::file("put in place", &place, error.into())),
+        }
+    }
+}
+
+impl Drop for Making {
+    fn drop(&mut self) {
+        let Some(dir) = self.dir.take() else { return };
+        // The last steps of a commit may fail when it has its name already: as for a delete, the manifest
+        // goes first.
+        let removed = {
+            let _reach = self.snapshots.lock_reach();
+            remove_manifest(&dir)
+        };
+        // Durably: else a crash could bring back what its maker was told had failed.
+        let removed =
+            removed.and_then(|_| remove_directory(&dir)).and_then(|()| sync(&self.snapshots.inner.snapshots));
+        if let Err(error) = removed {
+            // The next start tries again.
+            tracing::warn!(error = &error as &dyn std::error::Error, "a half-made snapshot stays for now");
+        }
+    }
+}
+
+/// Makes a file read-only and durable, and says its size. One that is not there is named.
+fn finish(path: &Utf8Path) -> SnapshotsResult<u64> {
+    let file = match File::open(path) {
+        Ok(file) => file,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            return Err(SnapshotStoreError::Damaged { path: path.to_owned(), damage: Damage::Missing });
+        }
+        Err(source) => return Err(SnapshotStoreError::file("open", path, source)),
+    };
+    file.set_permissions(Permissions::from_mode(0o400))
+        .map_err(|source| SnapshotStoreError::file("make read-only", path, source))?;
+    file.sync_all().map_err(|source| SnapshotStoreError::file("write to disk", path, source))?;
+    length(path)
+}
+
+fn incomplete(path: &Utf8Path, problem: &str) -> SnapshotStoreError {
+    SnapshotStoreError::Incomplete { path: path.to_owned(), problem: problem.to_owned() }
+}

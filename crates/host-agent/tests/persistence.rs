@@ -1,0 +1,364 @@
+//! Real sandboxes of a real agent, through its registry: what is saved comes back, and what an agent leaves is taken
+//! over by the next one.
+
+#![allow(clippy::unwrap_used, clippy::print_stdout, reason = "these are tests")]
+
+use std::{collections::BTreeMap, process::ExitCode, sync::Arc, time::Duration};
+
+use anyhow::{Context as _, Result, bail, ensure};
+use base64::Engine as _;
+use camino::{Utf8Path, Utf8PathBuf};
+use libtest_mimic::{Arguments, Trial};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use wrenn_host_agent::{
+    Agent, Config,
+    config::{AcceleratorFlag, DiskDriver, OnStop},
+    guest::ENVD_PORT,
+    registry::Registry,
+    sandbox::{Handle, Outcome, SandboxSpec, Settings, Stage, Update, queue::Verb},
+};
+use wrenn_testkit::{stack, uplink::Uplink};
+use wrenn_types::{
+    AccessToken, DiskMib, InactivityTimeout, NetworkPolicy, SandboxId, Shape, SnapshotId, TimeoutAction,
+};
+
+const BOUND: Duration = Duration::from_secs(180);
+
+fn main() -> ExitCode {
+    let arguments = Arguments::from_args();
+    let skip = stack::cannot_run();
+    if let Some(reason) = &skip {
+        println!("{reason}");
+    }
+    let trial = |name: &str, run: fn(Arc<Place>) -> Running| {
+        let skipped = skip.is_some();
+        Trial::test(name, move || with_place(run).map_err(|error| format!("{error:?}").into()))
+            .with_ignored_flag(skipped)
+    };
+    let trials = vec![
+        trial("persistence::what_is_paused_comes_back", |place| Box::pin(pause_and_resume(place))),
+        trial("persistence::chains_stay_short", |place| Box::pin(short_chains(place))),
+        trial("persistence::a_snapshot_outlives_everything_else", |place| Box::pin(snapshots(place))),
+        trial("persistence::another_agent_goes_on_where_one_left", |place| Box::pin(adoption(place))),
+        trial("persistence::a_clock_pauses_and_does_not_destroy", |place| Box::pin(clock(place))),
+    ];
+    libtest_mimic::run(&arguments, trials).exit_code()
+}
+
+type Running = std::pin::Pin<Box<dyn Future<Output = Result<()>> + Send>>;
+
+/// A directory for agents, and an outside for their sandboxes.
+struct Place {
+    dir: tempfile::TempDir,
+    outside: String,
+}
+
+fn with_place(run: fn(Arc<Place>) -> Running) -> Result<()> {
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
+    runtime.block_on(async {
+        let outside = Uplink::create().await?;
+        let dir = tempfile::Builder::new().prefix("wrenn-test-").tempdir()?;
+        let place = Arc::new(Place { dir, outside: outside.name().to_owned() });
+        let outcome = tokio::time::timeout(2 * BOUND, run(Arc::clone(&place))).await.context("in time");
+        // Whatever a case that failed has left is ended by one more agent.
+        place.agent(OnStop::Destroy).await?.stop().await;
+        outside.remove().await?;
+        outcome?
+    })
+}
+
+impl Place {
+    fn path(&self) -> &Utf8Path {
+        Utf8Path::from_path(self.dir.path()).unwrap()
+    }
+
+    async fn agent(&self, on_stop: OnStop) -> Result<Agent> {
+        let images = Utf8PathBuf::from_path_buf(stack::images()?).unwrap();
+        Ok(Agent::start(Config {
+            dir: self.path().to_owned(),
+            snapshots: Utf8PathBuf::from_path_buf(stack::snapshots()?).unwrap(),
+            images,
+            socket: None,
+            ready_slots: 2,
+            uplink_netns: Some(self.outside.parse()?),
+            dns_servers: vec!["8.8.8.8".parse()?],
+            default_disk_mib: DiskMib::default().get(),
+            accelerator: AcceleratorFlag::Tcg,
+            qemu: None,
+            disks: DiskDriver::Qcow2,
+            on_stop,
+        })
+        .await?)
+    }
+}
+
+fn spec(snapshot: Option<SnapshotId>) -> SandboxSpec {
+    SandboxSpec {
+        id: SandboxId::random(),
+        generation: 1,
+        template: "base".parse().unwrap(),
+        shape: Shape { vcpus: Default::default(), memory: Default::default() },
+        disk: DiskMib::default(),
+        access_token: AccessToken::random(),
+        environment: BTreeMap::from([("COLOUR".to_owned(), "green".to_owned())]),
+        default_user: None,
+        default_workdir: None,
+        snapshot,
+        settings: Settings {
+            timeout: InactivityTimeout::default(),
+            on_timeout: TimeoutAction::Pause,
+            deadline: None,
+            network: NetworkPolicy::simple(true),
+        },
+    }
+}
+
+async fn create(registry: &Registry, spec: SandboxSpec) -> Result<Handle> {
+    let handle = registry.create(spec)?;
+    let status = handle.settled().await;
+    ensure!(status.stage == Stage::Running, "{:?}", status.end);
+    Ok(handle)
+}
+
+/// Asks the guest's agent one thing, and answers with the body of what it says.
+async fn ask(handle: &Handle, head: &str, content: &[u8]) -> Result<Vec<u8>> {
+    let connector = handle.connector().context("it has a guest")?;
+    let mut stream = connector.connect(ENVD_PORT).await?;
+    let token = handle.spec().access_token.expose();
+    let credentials = base64::engine::general_purpose::STANDARD.encode("root:");
+    let request = format!(
+        "{head} HTTP/1.1\r\nHost: guest\r\nConnection: close\r\nX-Access-Token: {token}\r\n\
+         Authorization: Basic {credentials}\r\nConnect-Protocol-Version: 1\r\n\
+         Content-Type: application/connect+json\r\nContent-Length: {}\r\n\r\n",
+        content.len()
+    );
+    stream.write_all(request.as_bytes()).await?;
+    stream.write_all(content).await?;
+    let mut answer = Vec::new();
+    tokio::time::timeout(BOUND, stream.read_to_end(&mut answer)).await??;
+    let end = answer.windows(4).position(|window| window == b"\r\n\r\n").context("an answer has a head")?;
+    let status = String::from_utf8_lossy(&answer[..end]).lines().next().unwrap_or_default().to_owned();
+    ensure!(status.contains(" 200 "), "{status}: {}", String::from_utf8_lossy(&answer));
+    Ok(answer.split_off(end + 4))
+}
+
+/// Runs a line in the guest and answers with what it printed; the line must end well.
+async fn run(handle: &Handle, line: &str) -> Result<String> {
+    let script = format!("({line}) > /tmp/.said 2>&1; echo $? > /tmp/.code");
+    let message =
+        serde_json::json!({ "process": { "cmd": "/bin/bash", "args": ["-c", script] }, "stdin": false });
+    let message = message.to_string().into_bytes();
+    let mut body = vec![0];
+    body.extend(u32::try_from(message.len())?.to_be_bytes());
+    body.extend(message);
+    ask(handle, "POST /process.Process/Start", &body).await?;
+    let said = String::from_utf8(ask(handle, "GET /files?path=/tmp/.said", &[]).await?)?;
+    let code = String::from_utf8(ask(handle, "GET /files?path=/tmp/.code", &[]).await?)?;
+    ensure!(code.trim() == "0", "{line} ended with {code}: {said}");
+    Ok(said.trim().to_owned())
+}
+
+async fn pause(handle: &Handle) -> Result<()> {
+    handle.request(Verb::Pause, None).await?;
+    ensure!(handle.stage() == Stage::Paused, "{:?}", handle.stage());
+    Ok(())
+}
+
+async fn resume(handle: &Handle) -> Result<()> {
+    handle.request(Verb::Resume { timeout: None }, None).await?;
+    ensure!(handle.stage() == Stage::Running, "{:?}", handle.stage());
+    Ok(())
+}
+
+async fn snapshot(handle: &Handle) -> Result<(SnapshotId, Duration)> {
+    let into = SnapshotId::random();
+    match handle.request(Verb::Snapshot { into: into.clone() }, None).await? {
+        Outcome::Saved { stopped, .. } => Ok((into, stopped)),
+        Outcome::Done => bail!("a snapshot has an outcome"),
+    }
+}
+
+/// A program that lives on, with something in its memory that nobody else has.
+const KEEPER: &str = "cat > /tmp/keeper.py <<'END'\nimport os, time, pathlib\nsecret = os.urandom(16).hex()\nwhile True:\n    pathlib.Path('/tmp/kept.new').write_text(f'{os.getpid()} {secret}')\n    os.rename('/tmp/kept.new', '/tmp/kept')\n    time.sleep(0.05)\nEND\nsetsid python3 /tmp/keeper.py </dev/null >/dev/null 2>&1 & until [ -s /tmp/kept ]; do sleep 0.05; done; cat /tmp/kept";
+
+/// What the program says now, anew.
+const KEPT: &str = "rm -f /tmp/kept; until [ -s /tmp/kept ]; do sleep 0.05; done; cat /tmp/kept";
+
+async fn pause_and_resume(place: Arc<Place>) -> Result<()> {
+    let agent = place.agent(OnStop::Destroy).await?;
+    let handle = create(agent.registry(), spec(None)).await?;
+    let kept = run(&handle, KEEPER).await?;
+    run(&handle, "head -c 4000000 /dev/urandom > /root/data; sha256sum /root/data > /root/sum").await?;
+    for round in 0..5 {
+        run(
+            &handle,
+            &format!(
+                "head -c 3000000 /dev/urandom > /dev/shm/{round}; sha256sum /dev/shm/{round} >> /dev/shm/sums"
+            ),
+        )
+        .await?;
+        pause(&handle).await.with_context(|| format!("pause {round}"))?;
+        pause(&handle).await?;
+        resume(&handle).await.with_context(|| format!("resume {round}"))?;
+        ensure!(run(&handle, KEPT).await? == kept, "the program goes on");
+        run(&handle, "sha256sum --check --quiet /root/sum /dev/shm/sums").await?;
+        // Zeros over what was something: the old must not come back with the next resume.
+        run(&handle, &format!("dd if=/dev/zero of=/dev/shm/{round} bs=1M count=2 conv=notrunc status=none; (cd /; sha256sum /dev/shm/?) > /dev/shm/sums")).await?;
+    }
+    let id = handle.spec().id.clone();
+    pause(&handle).await?;
+    agent.registry().destroy(&id, None).await?;
+    ensure!(!place.path().join("agent/sandboxes").join(id.as_str()).exists(), "nothing is left of it");
+    ensure!(
+        place.path().join("agent/snapshots").read_dir_utf8()?.count() == 0,
+        "nor of what it was saved as"
+    );
+    agent.stop().await;
+    Ok(())
+}
+
+async fn short_chains(place: Arc<Place>) -> Result<()> {
+    let agent = place.agent(OnStop::Destroy).await?;
+    let handle = create(agent.registry(), spec(None)).await?;
+    let id = handle.spec().id.clone();
+    let layers = || {
+        let record = wrenn_host_agent::sandbox::record::read(&place.path().join("agent/sandboxes"), &id);
+        record.map(|record| record.layers.len()).unwrap_or_default()
+    };
+    let mut most = 0;
+    for round in 0..9 {
+        run(
+            &handle,
+            &format!(
+                "head -c 300000 /dev/urandom > /root/{round}; sync; (cd /root; sha256sum ?) > /root/sums"
+            ),
+        )
+        .await?;
+        pause(&handle).await?;
+        resume(&handle).await?;
+        most = most.max(layers());
+    }
+    // The layers are made one while it runs, without anybody's asking.
+    let end = tokio::time::Instant::now() + BOUND;
+    ensure!(most > 4, "each resume adds one, else this proves nothing: {most}");
+    while layers() > 2 {
+        ensure!(tokio::time::Instant::now() < end, "there are still {} layers", layers());
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    run(&handle, "cd /root && echo 3 > /proc/sys/vm/drop_caches && sha256sum --check --quiet sums").await?;
+    pause(&handle).await?;
+    resume(&handle).await?;
+    run(&handle, "cd /root && echo 3 > /proc/sys/vm/drop_caches && sha256sum --check --quiet sums").await?;
+    agent.registry().destroy(&id, None).await?;
+    agent.stop().await;
+    Ok(())
+}
+
+async fn snapshots(place: Arc<Place>) -> Result<()> {
+    let agent = place.agent(OnStop::Destroy).await?;
+    let registry = agent.registry();
+    let handle = create(registry, spec(None)).await?;
+    let kept = run(&handle, KEEPER).await?;
+    run(&handle, "echo first > /root/state").await?;
+    let (first, stopped) = snapshot(&handle).await?;
+    println!("stood still for {stopped:?}");
+    ensure!(run(&handle, KEPT).await? == kept, "it goes on");
+    run(&handle, "echo second > /root/state; sync").await?;
+    let (second, _) = snapshot(&handle).await?;
+    run(&handle, "echo third > /root/state; sync").await?;
+
+    handle.request(Verb::Rollback { to: first.clone() }, None).await?;
+    ensure!(run(&handle, "cat /root/state").await? == "first", "back to the first");
+    ensure!(run(&handle, KEPT).await? == kept, "with what ran then");
+    handle.request(Verb::Rollback { to: second.clone() }, None).await?;
+    ensure!(run(&handle, "cat /root/state").await? == "second", "forward to the second");
+    pause(&handle).await?;
+    let (third, _) = snapshot(&handle).await?;
+
+    let mut clones = Vec::new();
+    for (from, state) in [(&first, "first"), (&second, "second"), (&third, "second")] {
+        let clone = create(registry, spec(Some(from.clone()))).await?;
+        ensure!(run(&clone, "cat /root/state").await? == state, "{state}");
+        ensure!(run(&clone, KEPT).await? == kept, "the program goes on in the clone");
+        ensure!(run(&clone, "echo $COLOUR").await? == "green", "with the environment");
+        clones.push(clone);
+    }
+    let refused = clones[0].request(Verb::Rollback { to: second.clone() }, None).await;
+    ensure!(refused.is_err(), "another sandbox's snapshot is nothing to go back to");
+    ensure!(run(&clones[0], "cat /root/state").await? == "first", "and nothing has changed");
+    let ids =
+        futures::future::try_join_all(clones.iter().map(|clone| run(clone, "cat /etc/machine-id; hostname")))
+            .await?;
+    ensure!(ids[0] != ids[1] && ids[1] != ids[2] && ids[0] != ids[2], "each is itself: {ids:?}");
+
+    // The origin and the snapshots go; what stands on them stays whole.
+    registry.destroy(&handle.spec().id, None).await?;
+    for id in [&first, &second, &third] {
+        ensure!(registry.host().snapshots.delete(id)?, "it was there");
+    }
+    for (clone, state) in clones.iter().zip(["first", "second", "second"]) {
+        pause(clone).await?;
+        resume(clone).await?;
+        let line = "echo 3 > /proc/sys/vm/drop_caches; cat /root/state; find /usr -xdev -type f | head -200 | xargs cat > /dev/null";
+        ensure!(run(clone, line).await? == state, "{state}");
+        registry.destroy(&clone.spec().id, None).await?;
+    }
+    agent.stop().await;
+    Ok(())
+}
+
+async fn adoption(place: Arc<Place>) -> Result<()> {
+    let agent = place.agent(OnStop::Leave).await?;
+    let running = create(agent.registry(), spec(None)).await?;
+    let resting = create(agent.registry(), spec(None)).await?;
+    let (kept, rests) = (run(&running, KEEPER).await?, run(&resting, KEEPER).await?);
+    pause(&resting).await?;
+    let (running, resting) = (running.spec().clone(), resting.spec().clone());
+    agent.stop().await;
+
+    for round in 0..3 {
+        let agent = place.agent(OnStop::Leave).await?;
+        let found = agent.registry().get(&running.id).context("it is known")?;
+        ensure!(found.stage() == Stage::Running, "round {round}: {:?}", found.stage());
+        ensure!(run(&found, KEPT).await? == kept, "round {round}: it went on meanwhile");
+        let found = agent.registry().get(&resting.id).context("the paused one is known too")?;
+        ensure!(found.stage() == Stage::Paused, "round {round}: {:?}", found.stage());
+        agent.stop().await;
+    }
+
+    let agent = place.agent(OnStop::Destroy).await?;
+    let found = agent.registry().get(&running.id).context("it is known")?;
+    pause(&found).await?;
+    resume(&found).await?;
+    ensure!(run(&found, KEPT).await? == kept, "an adopted one can be paused");
+    let (saved, _) = snapshot(&found).await?;
+    ensure!(run(&found, KEPT).await? == kept, "and saved");
+    let found = agent.registry().get(&resting.id).context("it is known")?;
+    resume(&found).await?;
+    ensure!(run(&found, KEPT).await? == rests, "a paused one can be resumed by another agent");
+    agent.stop().await;
+
+    // What ran was destroyed with its agent, what was saved was not.
+    let agent = place.agent(OnStop::Destroy).await?;
+    ensure!(agent.registry().all().is_empty(), "nothing runs");
+    let clone = create(agent.registry(), spec(Some(saved))).await?;
+    ensure!(run(&clone, KEPT).await? == kept, "the snapshot is there");
+    agent.stop().await;
+    Ok(())
+}
+
+async fn clock(place: Arc<Place>) -> Result<()> {
+    let agent = place.agent(OnStop::Destroy).await?;
+    let handle = create(agent.registry(), spec(None)).await?;
+    let kept = run(&handle, KEEPER).await?;
+    // What is asked past the tunnels moves no clock, so it is set when nothing more is asked.
+    let update = Update { timeout: Some(InactivityTimeout::new(2)?), ..Update::default() };
+    handle.request(Verb::Update(Box::new(update)), None).await?;
+    let mut watch = handle.watch();
+    tokio::time::timeout(BOUND, watch.wait_for(|status| status.stage == Stage::Paused)).await??;
+    handle.request(Verb::Resume { timeout: Some(InactivityTimeout::new(0)?) }, None).await?;
+    ensure!(run(&handle, KEPT).await? == kept, "nothing is lost");
+    ensure!(handle.status().settings.timeout == InactivityTimeout::new(0)?, "the clock is off");
+    agent.stop().await;
+    Ok(())
+}

@@ -1,0 +1,287 @@
+//! The memory of a restored guest, seen from outside: a private mapping of the snapshot's memory file in
+//! another process, whose pages are the file's until the guest writes them.
+//!
+//! ```text
+//! /proc/PID/maps      where the mapping of the file is, known by the file's device and inode; or by path and
+//!                     inode, on file systems whose files do not tell the device that is shown there
+//! /proc/PID/pagemap   which of its pages are private: present or swapped out, and not the file's
+//! /proc/PID/mem       their content, to be read and written
+//! ```
+//!
+//! A page is private from the first time on that it is written, also when zeros are written, so that a page
+//! that became zero is among those that are saved. A page that is not private is the file's page now, and will
+//! be it again when the file is mapped the next time.
+//!
+//! All of it blocks. Whoever does not wait for it any more tells so by `given_up`.
+
+use std::{
+    fs::{self, File},
+    io,
+    os::unix::fs::{FileExt, MetadataExt},
+    sync::atomic::{AtomicBool, Ordering},
+};
+
+use camino::{Utf8Path, Utf8PathBuf};
+use rustix::fs::{major, minor};
+use wrenn_host_linux::process::Process;
+
+use super::cannot;
+use crate::{
+    SnapshotStatistics, VmmResult,
+    pages::{PagesWriter, SavedPages},
+};
+
+/// How much of a guest's memory is read at once.
+const CHUNK: usize = 1 << 20;
+/// How many pages are looked up at once.
+const ENTRIES: usize = 1 << 16;
+const ENTRY: usize = size_of::<u64>();
+
+/// The mapping of a memory file in a process that was alive after it was opened. Should the process end, its
+/// memory is gone, and another process of the same number has another one.
+#[derive(Debug)]
+pub(super) struct GuestMemory {
+    process: Utf8PathBuf,
+    memory: File,
+    pagemap: File,
+    start: u64,
+    bytes: u64,
+}
+
+impl GuestMemory {
+    /// Finds where `process` maps `file`; none when it does not map all of it, privately.
+    pub(super) fn open(process: &Process, file: &Utf8Path) -> VmmResult<Option<Self>> {
+        let of_process = Utf8PathBuf::from(format!("/proc/{}", process.pid()));
+        let (maps, memory) = (of_process.join("maps"), of_process.join("mem"));
+        let pagemap = of_process.join("pagemap");
+        let metadata = fs::metadata(file).map_err(cannot("open", file))?;
+        let wanted = Wanted {
+            device: (major(metadata.dev()), minor(metadata.dev())),
+            inode: metadata.ino(),
+            bytes: metadata.len(),
+            path: file.canonicalize_utf8().map_err(cannot("find", file))?,
+        };
+        let text = fs::read_to_string(&maps).map_err(cannot("read", &maps))?;
+        let opened = File::options().read(true).write(true).open(&memory);
+        let memory = opened.map_err(cannot("open", &memory))?;
+        let pagemap = File::open(&pagemap).map_err(cannot("open", &pagemap))?;
+        // A process that lives now has had its number all the time.
+        if !process.is_alive().map_err(cannot("examine", &of_process))? {
+            return Err(cannot("examine", &of_process)(io::ErrorKind::NotFound.into()));
+        }
+        let start = wanted.find(&text);
+        let bytes = wanted.bytes;
+        Ok(start.map(|start| Self { process: of_process, memory, pagemap, start, bytes }))
+    }
+
+    /// Writes the private pages to a file.
+    pub(super) fn save(&self, into: &Utf8Path, given_up: &AtomicBool) -> VmmResult<SnapshotStatistics> {
+        let page_bytes = rustix::param::page_size();
+        let page_bytes_32 = u32::try_from(page_bytes).unwrap_or(u32::MAX);
+        let mut writer = PagesWriter::create(into, self.bytes, page_bytes_32)?;
+        let mut content = vec![0; CHUNK];
+        let mut save = |run: PageRun| -> VmmResult<()> {
+            check(given_up)?;
+            let piece = &mut content[..run.pages * page_bytes];
+            let at = self.start + run.first * page_bytes as u64;
+            self.memory.read_exact_at(piece, at).map_err(cannot("read the memory of", &self.process))?;
+            writer.push(run.first, piece)
+        };
+        let mut runs = PageRuns::new(CHUNK / page_bytes);
+        let pages = usize::try_from(self.bytes / page_bytes as u64).unwrap_or(usize::MAX);
+        let mut entries = vec![0; ENTRIES.min(pages) * ENTRY];
+        let first_entry = self.start / page_bytes as u64;
+        for first in (0..pages).step_by(ENTRIES) {
+            let entries = &mut entries[..ENTRIES.min(pages - first) * ENTRY];
+            let offset = (first_entry + first as u64) * ENTRY as u64;
+            let read = self.pagemap.read_exact_at(entries, offset);
+            read.map_err(cannot("read the page map of", &self.process))?;
+            for (page, entry) in (first as u64..).zip(entries.chunks_exact(ENTRY)) {
+                let entry = u64::from_ne_bytes(std::array::from_fn(|at| entry[at]));
+                if is_private(entry)
+                    && let Some(run) = runs.push(page)
+                {
+                    save(run)?;
+                }
+            }
+        }
+        if let Some(run) = runs.end() {
+            save(run)?;
+        }
+        writer.finish()
+    }
+
+    /// Writes saved pages into the memory.
+    pub(super) fn load(&self, pages: &SavedPages, given_up: &AtomicBool) -> VmmResult<()> {
+        pages.copy_to(|offset, content| {
+            check(given_up)?;
+            let wrote = self.memory.write_all_at(content, self.start + offset);
+            wrote.map_err(cannot("write the memory of", &self.process))
+        })
+    }
+}
+
+fn check(given_up: &AtomicBool) -> VmmResult<()> {
+    if given_up.load(Ordering::Relaxed) {
+        return Err(cannot("go on with", "pages".into())(io::ErrorKind::Interrupted.into()));
+    }
+    Ok(())
+}
+
+/// Whether an entry of a page map is of a page that the process has for itself.
+fn is_private(entry: u64) -> bool {
+    const PRESENT: u64 = 1 << 63;
+    const SWAPPED: u64 = 1 << 62;
+    const OF_A_FILE: u64 = 1 << 61;
+    entry & (PRESENT | SWAPPED) != 0 && entry & OF_A_FILE == 0
+}
+
+/// Pages in a row, no more than are read at once.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct PageRun {
+    first: u64,
+    pages: usize,
+}
+
+/// Puts pages that follow each other together.
+#[derive(Debug)]
+struct PageRuns {
+    run: Option<PageRun>,
+    longest: usize,
+}
+
+impl PageRuns {
+    fn new(longest: usize) -> Self {
+        Self { run: None, longest }
+    }
+
+    /// Takes the next page; answers with a run that it does not belong to.
+    fn push(&mut self, page: u64) -> Option<PageRun> {
+        match &mut self.run {
+            Some(run) if run.first + run.pages as u64 == page && run.pages < self.longest => {
+                run.pages += 1;
+                None
+            }
+            run => run.replace(PageRun { first: page, pages: 1 }),
+        }
+    }
+
+    fn end(&mut self) -> Option<PageRun> {
+        self.run.take()
+    }
+}
+
+/// What the mapping that is looked for is of.
+#[derive(Debug, Clone)]
+struct Wanted {
+    device: (u32, u32),
+    inode: u64,
+    bytes: u64,
+    path: Utf8PathBuf,
+}
+
+impl Wanted {
+    /// Where the file is mapped, in the text of `/proc/PID/maps`. The kernel may show one mapping as several
+    /// that follow each other.
+    fn find(&self, maps: &str) -> Option<u64> {
+        let mut found = maps.lines().filter_map(Mapping::parse).filter(|mapping| {
+            let is_known = mapping.device == self.device || mapping.path == self.path;
+            mapping.is_private && mapping.inode == self.inode && is_known
+        });
+        let first = found.next().filter(|first| first.offset == 0)?;
+        let mut end = first.end;
+        for next in found {
+            let follows = next.start == end && next.offset == end - first.start;
+            if !follows {
+                return None;
+            }
+            end = next.end;
+        }
+        (end - first.start == self.bytes).then_some(first.start)
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Mapping<'a> {
+    start: u64,
+    end: u64,
+    is_private: bool,
+    offset: u64,
+    device: (u32, u32),
+    inode: u64,
+    path: &'a str,
+}
+
+impl<'a> Mapping<'a> {
+    /// `7f0a40000000-7f0a50000000 rw-p 00000000 fe:00 131090  /a/file`
+    fn parse(line: &'a str) -> Option<Self> {
+        let hex = |text| u64::from_str_radix(text, 16).ok();
+        let mut words = line.split_ascii_whitespace();
+        let (start, end) = words.next()?.split_once('-')?;
+        let rights = words.next()?;
+        let offset = hex(words.next()?)?;
+        let (major, minor) = words.next()?.split_once(':')?;
+        let device = (u32::from_str_radix(major, 16).ok()?, u32::from_str_radix(minor, 16).ok()?);
+        let inode = words.next()?.parse().ok()?;
+        let is_private = rights.ends_with('p');
+        let path = line.find('/').map_or("", |at| &line[at..]);
+        Some(Self { start: hex(start)?, end: hex(end)?, is_private, offset, device, inode, path })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn the_mapping_is_known_by_device_and_inode() {
+        let file = Wanted { device: (0xfe, 0), inode: 131_090, bytes: 0x3000, path: "/a/b d".into() };
+        let whole = "55d0-55d1 r--p 00000000 fe:00 77 /usr/bin/qemu\n\
+            7f0000-7f3000 rw-p 00000000 fe:00 131090 /a/b c (deleted)\n\
+            7fff0-7fff1 rw-p 00000000 00:00 0 [stack]\n";
+        assert_eq!(file.find(whole), Some(0x7f_0000));
+        assert_eq!(file.find(&whole.replace("fe:00 131090", "fe:01 131090")), None);
+        assert_eq!(file.find(&whole.replace("131090", "131091")), None);
+        let by_path = whole.replace("fe:00 131090 /a/b c (deleted)", "fe:01 131090 /a/b d");
+        assert_eq!(file.find(&by_path), Some(0x7f_0000));
+        assert_eq!(file.find(&by_path.replace("131090", "131091")), None, "it is another file by now");
+        assert_eq!(file.find(&whole.replace("7f3000 rw-p", "7f3000 rw-s")), None, "it is not private");
+        assert_eq!(file.find(&whole.replace("7f3000", "7f2000")), None, "it is not whole");
+        let parts = whole.replace(
+            "7f0000-7f3000 rw-p 00000000",
+            "7f0000-7f1000 rw-p 00000000 fe:00 131090 /a\n7f1000-7f3000 ---p 00001000",
+        );
+        assert_eq!(file.find(&parts), Some(0x7f_0000));
+        assert_eq!(file.find(&parts.replace("00001000", "00002000")), None);
+        assert_eq!(file.find(""), None);
+    }
+
+    #[test]
+    fn a_page_is_private_when_it_is_there_and_not_the_files() {
+        assert!(is_private(1 << 63) && is_private(1 << 62) && is_private(1 << 63 | 1 << 55));
+        assert!(!is_private(0) && !is_private(1 << 63 | 1 << 61) && !is_private(1 << 55));
+        assert!(!is_private(1 << 62 | 1 << 61));
+    }
+
+    proptest! {
+        #[test]
+        fn runs_are_the_pages(pages in prop::collection::btree_set(0_u64..200, 0..150), longest in 1_usize..9) {
+            let mut runs = PageRuns::new(longest);
+            let mut found: Vec<PageRun> = pages.iter().filter_map(|page| runs.push(*page)).collect();
+            found.extend(runs.end());
+            prop_assert!(found.iter().all(|run| run.pages <= longest));
+            let again = found.iter().flat_map(|run| run.first..run.first + run.pages as u64);
+            prop_assert!(again.eq(pages.iter().copied()));
+            let needless = found.windows(2).any(|pair| {
+                pair[0].pages < longest && pair[0].first + pair[0].pages as u64 == pair[1].first
+            });
+            prop_assert!(!needless, "what follows is together");
+        }
+
+        #[test]
+        fn no_line_makes_the_parser_panic(line in "[0-9a-f:p \\-]{0,60}") {
+            Mapping::parse(&line);
+        }
+    }
+}
