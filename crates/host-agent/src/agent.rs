@@ -290,7 +290,13 @@ async fn collect(host: Arc<Host>) {
     loop {
         let (snapshots, sandboxes) = (host.snapshots.clone(), host.sandboxes_dir.clone());
         let swept = blocking(move || snapshots.collect(|| roots(&sandboxes), COLLECT_GRACE));
-        match swept.await {
+        let swept = swept.await;
+        // What is too young now is not when its grace is over.
+        let again = match &swept {
+            Ok(swept) if swept.young > 0 => COLLECT_GRACE,
+            _ => COLLECT_EVERY,
+        };
+        match swept {
             Ok(swept) if swept.layers.is_empty() && swept.bases.is_empty() => {}
             Ok(swept) => {
                 tracing::info!(layers = ?swept.layers, bases = ?swept.bases, freed_bytes = swept.freed_bytes, "removed what nothing stands on")
@@ -302,7 +308,7 @@ async fn collect(host: Arc<Host>) {
                 );
             }
         }
-        let _ = tokio::time::timeout(COLLECT_EVERY, host.unreachable.notified()).await;
+        let _ = tokio::time::timeout(again, host.unreachable.notified()).await;
     }
 }
 

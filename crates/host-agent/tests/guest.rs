@@ -243,12 +243,27 @@ async fn standstill(lab: Arc<Lab>) -> Result<()> {
         ensure!(!console.contains(TICK), "a process ran before the guest was itself: {console}");
 
         initialise(&clone.connector, name).await?;
+        // The first program of all: what the clock says to it is the host's time, give or take what it took to ask.
+        let before = jiff::Timestamp::now();
+        run(&clone, "echo clock: $(date +%s%N) :read > /dev/console").await?;
+        let after = jiff::Timestamp::now();
+        said(&mut clone, ":read").await?;
+        let console = clone.vm.console().await;
+        let told = console.lines().find_map(|line| line.split_once("clock: ")).context("the clock")?.1;
+        let told: i128 = told.split_whitespace().next().context("a number")?.parse()?;
+        let allowed = i128::try_from(Duration::from_millis(50).as_nanos())?;
+        let (from, to) = (before.as_nanosecond() - allowed, after.as_nanosecond() + allowed);
+        ensure!((from..=to).contains(&told), "the clock of the guest says {told}, between {from} and {to}");
         said(&mut clone, TICK).await.context("after /init")?;
-        let question = "set -- $(od -An -N8 -tx1 /dev/urandom) $(cat /proc/sys/kernel/random/uuid /etc/machine-id \
-            /proc/sys/kernel/random/boot_id) \
-            $(openssl rand -hex 8 || echo no-openssl-$(hostname)) \
-            $(python3 -c 'import random, uuid; print(random.random(), uuid.uuid4())'); \
-            echo known: $* :end > /dev/console";
+        // A word for each thing that must not be the same in another clone.
+        let question = "echo known: \
+            urandom=$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n') \
+            uuid=$(cat /proc/sys/kernel/random/uuid) \
+            machine-id=$(cat /etc/machine-id) \
+            boot-id=$(cat /proc/sys/kernel/random/boot_id) \
+            openssl=$(openssl rand -hex 8 || echo missing) \
+            $(python3 -c 'import os, random, secrets, ssl, uuid; print(\"random=%s secrets=%s os=%s ssl=%s uuid4=%s hash=%s\" % (random.random(), secrets.token_hex(8), os.urandom(8).hex(), ssl.RAND_bytes(8).hex(), uuid.uuid4(), hash(\"x\")))') \
+            :end > /dev/console";
         run(&clone, question).await?;
         said(&mut clone, ":end").await?;
         let console = clone.vm.console().await;
@@ -256,11 +271,18 @@ async fn standstill(lab: Arc<Lab>) -> Result<()> {
         known.push(line);
         lab.stop(clone).await?;
     }
-    let words = |line: &str| line.split_whitespace().skip(9).map(str::to_owned).collect::<Vec<_>>();
+    let words = |line: &str| -> BTreeMap<String, String> {
+        let pairs = line.split_whitespace().filter_map(|word| word.split_once('='));
+        pairs.map(|(name, value)| (name.to_owned(), value.to_owned())).collect()
+    };
     let (one, two) = (words(&known[0]), words(&known[1]));
-    ensure!(one.len() > 5, "{one:?}");
-    for (one, two) in one.iter().zip(&two).filter(|(one, _)| *one != ":end") {
-        ensure!(one != two, "both clones know {one}");
+    ensure!(one.len() == 11 && one.keys().eq(two.keys()), "{one:?} {two:?}");
+    for (name, value) in &one {
+        ensure!(!value.is_empty(), "{name} is empty");
+        // A template without the program has nothing to tell; the library is asked through Python as well.
+        if !(name == "openssl" && value == "missing") {
+            ensure!(two[name] != *value, "both clones know {name}={value}");
+        }
     }
     Ok(())
 }

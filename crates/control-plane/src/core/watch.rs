@@ -112,7 +112,9 @@ async fn follow_once(core: &Arc<Core>, called_missing: &mut bool) -> Result<(), 
     *called_missing = false;
     tracing::info!(%host, sandboxes = seen.len(), "following the host");
 
-    let mut sweep = tokio::time::interval_at(Instant::now() + core.bounds.sweep, core.bounds.sweep);
+    // What was too young to be judged just now is not when its grace is over.
+    let first = core.bounds.start_grace.min(core.bounds.sweep);
+    let mut sweep = tokio::time::interval_at(Instant::now() + first, core.bounds.sweep);
     sweep.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     // Not waited for: what happens on the host is told meanwhile.
     let mut orders: JoinHandle<()> = core.tasks.spawn(Arc::clone(core).sweep(host.clone()));

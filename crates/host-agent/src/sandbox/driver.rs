@@ -100,6 +100,15 @@ enum Residence {
     Paused(Paused),
 }
 
+impl Residence {
+    fn ledger(&self) -> &Arc<Ledger> {
+        match self {
+            Self::Up(up) => &up.ledger,
+            Self::Paused(paused) => &paused.ledger,
+        }
+    }
+}
+
 #[derive(Debug)]
 struct Paused {
     ledger: Arc<Ledger>,
@@ -322,6 +331,7 @@ impl Driver {
                     (residence, None)
                 }
                 Event::Asked(Next::Do(verb)) => {
+                    self.note_generation(residence.ledger());
                     let (next, outcome) = self.perform(residence, verb).await;
                     (next, Some(outcome))
                 }
@@ -338,6 +348,15 @@ impl Driver {
                     let _ = reply.send(outcome.clone());
                 }
             }
+        }
+    }
+
+    /// Keeps the generation that was accepted: after a crash in the middle of what it asks for, the next agent tells
+    /// with it that the order was seen.
+    fn note_generation(&self, ledger: &Ledger) {
+        let generation = self.handle.generation();
+        if let Err(error) = ledger.note(|record| record.generation = generation) {
+            tracing::warn!(id = %self.handle.spec().id, error = &error as &dyn std::error::Error, "the record has an older generation");
         }
     }
 
@@ -363,10 +382,7 @@ impl Driver {
             }
         });
         if deadline && failure.is_none() {
-            let ledger = match &next {
-                Residence::Up(up) => &up.ledger,
-                Residence::Paused(paused) => &paused.ledger,
-            };
+            let ledger = next.ledger();
             if let Err(error) = ledger.change(|record| record.settings.deadline = None).await {
                 tracing::warn!(id = %self.handle.spec().id, error = &error as &dyn std::error::Error, "the record still tells of a deadline that was met");
             }

@@ -293,7 +293,9 @@ impl Driver {
         let id = &self.handle.spec().id;
         match done {
             Ok(()) => {
-                if let Err(error) = up.ledger.change(|record| record.layers.truncate(1)).await {
+                let shortened = up.ledger.change(|record| record.layers.truncate(1)).await;
+                self.host.collect_soon();
+                if let Err(error) = shortened {
                     tracing::warn!(%id, error = &error as &dyn std::error::Error, "the record still tells of layers that are not needed");
                 }
             }
