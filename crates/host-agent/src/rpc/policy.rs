@@ -22,13 +22,16 @@ pub(super) fn action(given: Option<wire::TimeoutAction>) -> Option<TimeoutAction
     }
 }
 
-/// None for the deadline that says never.
+/// None for the deadline that says never, and for one at which the sandbox has been paused already: whoever repeats
+/// it, with another change or for a fork, does not ask for that again.
 pub(super) fn deadline(given: &wire::Deadline) -> Result<Option<Deadline>, ConnectError> {
     if given.at_ms == 0 {
         return Ok(None);
     }
     let at = Timestamp::from_millisecond(given.at_ms).map_err(invalid)?;
-    Ok(Some(Deadline { at, action: action(given.action.as_known()).unwrap_or_default() }))
+    let action = action(given.action.as_known()).unwrap_or_default();
+    let is_met = action == TimeoutAction::Pause && at <= Timestamp::now();
+    Ok((!is_met).then_some(Deadline { at, action }))
 }
 
 fn parsed<T>(texts: &[String], limit: usize) -> Result<Vec<T>, ConnectError>
@@ -63,4 +66,24 @@ pub(super) fn update(given: wire::UpdateSandboxRequest) -> Result<Update, Connec
         deadline: given.deadline.into_option().map(|given| deadline(&given)).transpose()?,
         network: given.network.into_option().map(network).transpose()?,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_deadline_that_was_met_is_none() {
+        let now = Timestamp::now().as_millisecond();
+        let asked = |at_ms, action: wire::TimeoutAction| {
+            let given = wire::Deadline { at_ms, action: action.into(), ..Default::default() };
+            deadline(&given).unwrap().map(|deadline| deadline.action)
+        };
+        let (pause, kill) =
+            (wire::TimeoutAction::TIMEOUT_ACTION_PAUSE, wire::TimeoutAction::TIMEOUT_ACTION_KILL);
+        assert_eq!(asked(0, pause), None, "never");
+        assert_eq!(asked(now + 60_000, pause), Some(TimeoutAction::Pause));
+        assert_eq!(asked(now - 60_000, pause), None, "it was paused then");
+        assert_eq!(asked(now - 60_000, kill), Some(TimeoutAction::Kill), "it should not be there any more");
+    }
 }
