@@ -55,9 +55,6 @@ pub enum CollectError {
     /// The sockets could not be removed.
     #[error("could not clear the machines' directory")]
     RunDir(#[source] io::Error),
-    /// The snapshots could not be read.
-    #[error("could not read the snapshots that were left")]
-    Snapshots(#[source] SnapshotStoreError),
 }
 
 /// Why a machine that lives is not this agent's.
@@ -162,7 +159,7 @@ pub async fn take_stock(
             ledger.put(record).map_err(CollectError::Record)?;
             stock.left.push((ledger, Fate::Paused(Box::new(kept))));
         } else if let Some(machine) = record.machine.as_ref().filter(|_| has_machine(&record)) {
-            machines.insert(format!("{}{}-{}", Host::machine_mark(instance), record.id, machine.name));
+            machines.insert(Host::machine_name(instance, &record.id, &machine.name));
             directories.insert(machine.name.to_string());
             stock.left.push((Ledger::new(dir, record), Fate::Machine));
         } else {
@@ -235,7 +232,7 @@ pub async fn take_over(host: &Arc<Host>, registry: &Registry, stock: Stock) -> R
 /// Ends the machine of a record, if it lives, and removes its directory.
 async fn end_machine(host: &Host, record: &Record) -> io::Result<()> {
     let Some(machine) = &record.machine else { return Ok(()) };
-    let name = host.machine_name(&record.id, &machine.name);
+    let name = Host::machine_name(&host.instance, &record.id, &machine.name);
     for found in find_by_argument(&format!("guest={name}"))? {
         timeout(KILL_BOUND, found.process.kill_and_wait()).await??;
     }
@@ -269,7 +266,7 @@ async fn adopt(host: &Arc<Host>, ledger: &Arc<Ledger>) -> Result<Up, AdoptError>
     let base = base.ok_or(AdoptError::NoBase)?;
     let run_dir = host.run_dir(&machine.name);
     let wanted = AdoptedMachine {
-        name: host.machine_name(&record.id, &machine.name),
+        name: Host::machine_name(&host.instance, &record.id, &machine.name),
         run_dir: run_dir.clone(),
         has_disk: true,
         memory: Some(base.memory.clone()),

@@ -389,7 +389,7 @@ impl wire::HostAgentService for Service {
             },
         };
         Response::ok(wire::SnapshotSandboxResponse {
-            snapshot: self.snapshot(&kept).into(),
+            snapshot: self.snapshot(&kept).await.into(),
             stopped_micros: u64::try_from(stopped.as_micros()).unwrap_or(u64::MAX),
             ..Default::default()
         })
@@ -436,7 +436,7 @@ impl wire::HostAgentService for Service {
         let mut listed = Vec::with_capacity(all.len());
         for (id, kept) in all {
             match kept {
-                Ok(kept) => listed.push(self.snapshot(&kept)),
+                Ok(kept) => listed.push(self.snapshot(&kept).await),
                 // One that cannot be read is not one that can be started from.
                 Err(error) => {
                     tracing::warn!(%id, error = &error as &dyn std::error::Error, "a snapshot cannot be used");
@@ -567,7 +567,7 @@ impl Service {
         }
     }
 
-    fn snapshot(&self, kept: &Kept) -> wire::Snapshot {
+    async fn snapshot(&self, kept: &Kept) -> wire::Snapshot {
         let about = &kept.about;
         wire::Snapshot {
             snapshot_id: kept.id.to_string(),
@@ -576,7 +576,7 @@ impl Service {
             vcpus: about.shape.vcpus.get(),
             memory_mib: about.shape.memory.get(),
             disk_mib: about.disk.get(),
-            size_bytes: self.registry.host().snapshots.own_bytes(kept).unwrap_or_default(),
+            size_bytes: self.registry.host().snapshot_bytes(kept).await,
             created_at_ms: about.created_at.as_millisecond(),
             has_memory: about.has_memory,
             ..Default::default()

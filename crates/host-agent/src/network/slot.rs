@@ -126,11 +126,6 @@ impl Slot {
         number
     }
 
-    /// Lets go of it as it is. Its number stays taken for as long as its VMM lives, and the next agent adopts it.
-    pub fn abandon(mut self) {
-        drop(self.prepared.take());
-    }
-
     pub(super) fn into_prepared(mut self) -> Option<Prepared> {
         self.prepared.take()
     }

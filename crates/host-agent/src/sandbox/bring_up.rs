@@ -268,7 +268,6 @@ struct WithDisk {
 struct WithSlot {
     before: WithDisk,
     slot: Slot,
-    policy: Policy,
 }
 
 /// The record says that there is a machine.
@@ -316,8 +315,10 @@ pub async fn bring_up(
     let mut course = Course { host, timer: Timer::new(), cancel };
     let outline = recording.outline();
     let source = Source::find(&mut course, from, &outline).await?;
+    let policy = Policy::resolve(&outline.network, &course.host.dns_servers);
+    let policy = policy.map_err(BringUpError::PolicyRefused)?;
     let with_disk = WithDisk::make(course, source).await?;
-    let with_slot = with_disk.take_slot(&outline.network).await?;
+    let with_slot = with_disk.take_slot(&policy).await?;
     let recorded = with_slot.record(recording).await?;
     let restored = recorded.restore().await?;
     restored.identify(&persona).await
@@ -339,13 +340,8 @@ impl WithDisk {
         Ok(Self { course, source, layer, disk })
     }
 
-    async fn take_slot(mut self, network: &NetworkPolicy) -> Result<WithSlot, BringUpError> {
+    async fn take_slot(mut self, policy: &Policy) -> Result<WithSlot, BringUpError> {
         let host = Arc::clone(&self.course.host);
-        let policy = Policy::resolve(network, &host.dns_servers);
-        let policy = match policy.map_err(BringUpError::PolicyRefused) {
-            Ok(policy) => policy,
-            Err(error) => return Err(self.undo(error).await),
-        };
         let taken = self
             .course
             .step("slot", SLOT_BOUND, async { host.slots.take().await.map_err(BringUpError::Slot) })
@@ -356,9 +352,9 @@ impl WithDisk {
         };
         let applied = self
             .course
-            .step("policy", SLOT_BOUND, async { slot.apply(&policy).await.map_err(BringUpError::Policy) })
+            .step("policy", SLOT_BOUND, async { slot.apply(policy).await.map_err(BringUpError::Policy) })
             .await;
-        let with_slot = WithSlot { before: self, slot, policy };
+        let with_slot = WithSlot { before: self, slot };
         match applied {
             Ok(()) => Ok(with_slot),
             Err(error) => Err(with_slot.undo(error).await),
@@ -448,7 +444,7 @@ impl Recorded {
             (Ok(()), Err(error)) => Err(BringUpError::Slot(error)),
             (Ok(()), Ok(lock)) => {
                 let machine = MachineSpec {
-                    name: host.machine_name(&record.id, &self.before.before.layer),
+                    name: Host::machine_name(&host.instance, &record.id, &self.before.before.layer),
                     run_dir: run_dir.clone(),
                     shape: record.shape,
                     guest: host.images.guest().bundle.clone(),
@@ -494,7 +490,7 @@ impl Recorded {
 impl Restored {
     async fn identify(mut self, persona: &Persona) -> Result<Up, BringUpError> {
         let record = self.before.ledger.record();
-        let WithSlot { before: WithDisk { course, source, .. }, slot, policy } = &mut self.before.before;
+        let WithSlot { before: WithDisk { course, source, .. }, slot } = &mut self.before.before;
         let connector = slot.connector();
         let (vm, grows) = (&mut self.vm, source.grows);
         let mut exit = vm.exit();
@@ -510,7 +506,7 @@ impl Restored {
         let outcome = match resumed {
             Err(error) => Err(error),
             Ok(()) => {
-                let mut identity = Identity::of(&record, policy.name_servers());
+                let mut identity = Identity::of(&record, slot.name_servers());
                 identity.access_token = Some(persona.access_token.expose());
                 identity.machine_id = persona.is_new.then(Identity::fresh_machine_id);
                 identity.disk_bytes = grows.map(DiskMib::bytes);
@@ -530,7 +526,7 @@ impl Restored {
         };
         match outcome {
             Ok(idle) => {
-                let Recorded { before: WithSlot { before, slot, .. }, ledger, .. } = self.before;
+                let Recorded { before: WithSlot { before, slot }, ledger, .. } = self.before;
                 let machine = Machine {
                     id: record.id,
                     vm: self.vm,

@@ -52,7 +52,7 @@ pub enum Kind {
 pub struct Captured {
     /// The snapshot.
     pub kept: Kept,
-    /// How long no process of the guest ran.
+    /// How long no process of the guest ran, if it runs again.
     pub stopped: Duration,
 }
 
@@ -160,7 +160,7 @@ pub async fn capture(
         Duration::ZERO
     };
     match blocking(move || making.commit(about)).await {
-        Ok(kept) => Ok(Captured { kept, stopped: stopped.max(Duration::from_micros(1)) }),
+        Ok(kept) => Ok(Captured { kept, stopped }),
         Err(error) => {
             if kind == Kind::Pause {
                 go_on(host, up, &record).await;
@@ -209,7 +209,8 @@ async fn save(
             (Some(next), Some(overlay)) => {
                 vm.pivot_disk(&overlay).await.map_err(failed("put on its next layer"))?;
                 let next = next.clone();
-                ledger.change(|record| record.layers.insert(0, next)).await.map_err(CaptureError::Record)?;
+                // Nothing waits for the disk here: what is in use by a machine does not outlive the host.
+                ledger.note(|record| record.layers.insert(0, next)).map_err(CaptureError::Record)?;
             }
             // Without a format that has layers, what is kept is a copy, and the machine keeps its disk.
             (Some(next), None) => {
@@ -255,7 +256,7 @@ async fn next_layer(
 
 /// Lets the machine run and its guest open, and forgets the capture. What cannot be done here is seen by
 /// everybody who speaks to the guest, and a machine that is gone by its exit.
-async fn go_on(host: &Arc<Host>, up: &mut Up, record: &Record) {
+pub async fn go_on(host: &Host, up: &mut Up, record: &Record) {
     let id = &record.id;
     if let Err(error) = up.machine.vm.resume().await {
         tracing::error!(%id, error = &error as &dyn std::error::Error, "the machine does not run again");
@@ -264,7 +265,7 @@ async fn go_on(host: &Arc<Host>, up: &mut Up, record: &Record) {
     if let Err(error) = open(host, up, record).await {
         tracing::error!(%id, error = &error as &dyn std::error::Error, "the guest does not open again");
     }
-    if let Err(error) = up.ledger.change(|record| record.capture = None).await {
+    if let Err(error) = up.ledger.note(|record| record.capture = None) {
         tracing::warn!(%id, error = &error as &dyn std::error::Error, "the record still tells of a capture");
     }
 }

@@ -157,7 +157,7 @@ impl Driver {
             Beginning::Paused(ledger, kept) => {
                 let record = ledger.record();
                 let since = record.paused.map_or_else(SystemTime::now, |paused| paused.at.into());
-                self.rest(&kept, since);
+                self.rest(&kept, since).await;
                 self.live(Residence::Paused(Paused { ledger, snapshot: kept.id })).await
             }
         };
@@ -180,18 +180,13 @@ impl Driver {
         };
         let persona = Persona { access_token: spec.access_token.clone(), is_new: true };
         let mut up = self.bring_up(Recording::New(Box::new(spec.clone())), persona, from).await?;
-        let phases = std::mem::take(&mut up.phases);
-        tracing::info!(id = %spec.id, phases = ?PhaseList(&phases), "sandbox running");
         let now = SystemTime::now();
-        self.status.send_modify(|status| {
-            status.phases = phases;
-            status.started_at = Some(now);
-        });
+        self.status.send_modify(|status| status.started_at = Some(now));
         self.enter(&mut up);
         Ok(up)
     }
 
-    /// A bring-up that a destroy breaks off.
+    /// A bring-up that a destroy breaks off. Its steps are published with whatever is published next.
     async fn bring_up(&self, recording: Recording, persona: Persona, from: From) -> Result<Up, BringUpError> {
         let cancel = Cancel::default();
         let host = Arc::clone(&self.host);
@@ -200,7 +195,13 @@ impl Driver {
         loop {
             tokio::select! {
                 biased;
-                outcome = &mut bring_up => return outcome,
+                outcome = &mut bring_up => {
+                    let mut up = outcome?;
+                    let phases = std::mem::take(&mut up.phases);
+                    tracing::info!(id = %up.machine.id, phases = ?PhaseList(&phases), "sandbox running");
+                    self.status.send_modify(|status| status.phases = phases);
+                    return Ok(up);
+                }
                 reason = self.end_wanted(), if !cancel.is_cancelled() => cancel.cancel(reason),
             }
         }
@@ -221,8 +222,8 @@ impl Driver {
     }
 
     /// Publishes that it is saved.
-    fn rest(&self, kept: &Kept, since: SystemTime) {
-        let bytes = self.host.snapshots.own_bytes(kept).unwrap_or_default();
+    async fn rest(&self, kept: &Kept, since: SystemTime) {
+        let bytes = self.host.snapshot_bytes(kept).await;
         self.publish(|status| {
             status.stage = Stage::Paused;
             status.paused = Some(PausedStatus { snapshot: kept.id.clone(), at: since, bytes });

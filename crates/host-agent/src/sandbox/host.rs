@@ -8,7 +8,13 @@ use wrenn_types::{DiskMib, InstanceId, LayerId, SandboxId};
 use wrenn_vmm::{DiskSpec, Vmm};
 
 use super::record;
-use crate::{images::Images, network::SlotPool, rootfs::RootfsStore, snapshots::Snapshots, warm::Warm};
+use crate::{
+    images::Images,
+    network::SlotPool,
+    rootfs::RootfsStore,
+    snapshots::{Kept, Snapshots},
+    warm::{Warm, blocking},
+};
 
 /// What every sandbox on this host is made with. Shared, and never changed after the start.
 #[derive(Debug)]
@@ -48,8 +54,8 @@ impl Host {
 
     /// The name of a sandbox's machine in the command line of its VMM.
     #[must_use]
-    pub fn machine_name(&self, id: &SandboxId, name: &LayerId) -> String {
-        format!("{}{id}-{name}", Self::machine_mark(&self.instance))
+    pub fn machine_name(instance: &InstanceId, id: &SandboxId, name: &LayerId) -> String {
+        format!("{}{id}-{name}", Self::machine_mark(instance))
     }
 
     /// The short-pathed directory of a machine.
@@ -65,6 +71,12 @@ impl Host {
         let sizes =
             record.layers.iter().map(|layer| self.disks.used_bytes(&self.snapshots.layer_path(layer)));
         sizes.sum::<Result<u64, _>>().ok()
+    }
+
+    /// What a snapshot takes of the host's disk; nothing where that cannot be had.
+    pub async fn snapshot_bytes(&self, kept: &Kept) -> u64 {
+        let (snapshots, kept) = (self.snapshots.clone(), kept.clone());
+        blocking(move || snapshots.own_bytes(&kept)).await.unwrap_or_default()
     }
 
     /// Has layers and bases that nothing stands on collected in a moment.

@@ -40,7 +40,7 @@ pub struct About {
     /// Whether the guest stood still when it was saved. Else it may be resumed, and not forked or kept.
     pub prepared: bool,
     /// What the guest asks of every caller.
-    #[serde(with = "token")]
+    #[serde(with = "wrenn_types::secret::stored")]
     pub access_token: AccessToken,
     /// The user of its processes.
     pub default_user: String,
@@ -158,18 +158,4 @@ pub(super) fn check_not_cut(path: &Utf8Path, recorded: u64) -> SnapshotsResult<(
         Err(source) => return Err(SnapshotStoreError::file("examine", path, source)),
     };
     Err(SnapshotStoreError::Damaged { path: path.to_owned(), damage })
-}
-
-/// A token has no form of its own in JSON, so that it is never written by accident.
-mod token {
-    use serde::{Deserialize, Deserializer, Serializer};
-    use wrenn_types::AccessToken;
-
-    pub(super) fn serialize<S: Serializer>(token: &AccessToken, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.serialize_str(token.expose())
-    }
-
-    pub(super) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<AccessToken, D::Error> {
-        String::deserialize(deserializer).map(AccessToken::from_stored)
-    }
 }

@@ -7,7 +7,7 @@ use tokio::time::{Instant, sleep_until};
 use wrenn_types::{InactivityTimeout, SnapshotId};
 use wrenn_vmm::VmmError;
 
-use super::{Driver, OperationError, Paused, PhaseList, RETRY, Residence};
+use super::{Driver, OperationError, Paused, RETRY, Residence};
 use crate::{
     network::Policy,
     sandbox::{
@@ -73,16 +73,12 @@ impl Driver {
         if let Err(error) = recorded.await {
             self.forget_snapshot(snapshot).await;
             let record = up.ledger.record();
-            if let Err(error) = up.machine.vm.resume().await {
-                tracing::error!(id = %record.id, error = &error as &dyn std::error::Error, "the machine does not run again");
-            } else if let Err(error) = capture::open(&self.host, &mut up, &record).await {
-                tracing::error!(id = %record.id, error = &error as &dyn std::error::Error, "the guest does not open again");
-            }
+            capture::go_on(&self.host, &mut up, &record).await;
             return self.still_up(up, OperationError::Record(error));
         }
         let Up { machine, ledger, .. } = *up;
         self.leave(machine).await;
-        self.rest(&kept, at.into());
+        self.rest(&kept, at.into()).await;
         (Residence::Paused(Paused { ledger, snapshot }), Ok(Outcome::Done))
     }
 
@@ -132,10 +128,7 @@ impl Driver {
         let persona = Persona { access_token: record.access_token, is_new: false };
         let recording = Recording::Change(Arc::clone(ledger));
         let up = self.bring_up(recording, persona, From::Itself(snapshot)).await;
-        let mut up = up.map_err(OperationError::BringUp)?;
-        let phases = std::mem::take(&mut up.phases);
-        tracing::info!(id = %record.id, phases = ?PhaseList(&phases), "sandbox brought back");
-        self.status.send_modify(|status| status.phases = phases);
+        let up = up.map_err(OperationError::BringUp)?;
         // From here on the machine is the sandbox. If this cannot be written, the next agent goes back to what
         // was saved, so it must not be removed.
         if let Err(error) = up.ledger.change(|record| record.paused = None).await {
