@@ -95,23 +95,6 @@ mod tests {
     }
 
     #[test]
-    fn a_lock_is_held_until_its_last_descriptor_is_closed() {
-        let path = path("shared");
-        let mut lock = FileLock::try_acquire(&path).unwrap().unwrap();
-        lock.write("a longer text").unwrap();
-        lock.write("owner").unwrap();
-        assert_eq!(fs::read_to_string(&path).unwrap(), "owner");
-        let shared = lock.share().unwrap();
-        drop(lock);
-        assert!(FileLock::try_acquire(&path).unwrap().is_none());
-        drop(shared);
-        let again = FileLock::try_acquire(&path).unwrap().unwrap();
-        assert_eq!(fs::read_to_string(&path).unwrap(), "owner", "who had it is still to be read");
-        again.remove().unwrap();
-        assert!(!path.exists());
-    }
-
-    #[test]
     fn of_many_that_lock_and_remove_there_is_never_more_than_one() {
         use std::sync::atomic::{AtomicUsize, Ordering};
         let path = path("race");
