@@ -8,7 +8,8 @@
 //!           │
 //!           ▼
 //!          clone the image's disk ─► slot ─► boot, memory in the snapshot's file ─► envd answers
-//!           ─► /init: grow the file system ─► run a few programs ─► /snapshot/prepare ─► pause ─► save devices ─► stop ─► freeze the disk ─► commit
+//!           ─► /init: grow the file system ─► run a few programs ─► /snapshot/prepare ─► pause ─► save devices ─► stop ─► freeze the disk
+//!           ─► give back zeros ─► commit
 //! ```
 //!
 //! Disk size is not part of what a snapshot fixes, with one exception: a root file system does not shrink.
@@ -18,7 +19,7 @@
 use std::{collections::BTreeMap, io, sync::Arc, time::Duration};
 
 use camino::Utf8PathBuf;
-use wrenn_types::{DiskMib, InstanceId, ResourceError, Shape, TemplateName};
+use wrenn_types::{DiskMib, InstanceId, MemoryMib, ResourceError, Shape, TemplateName};
 use wrenn_vmm::{DiskSpec, GuestBundle, MachineSpec, NetworkSpec, Vm, Vmm, VmmError};
 
 use crate::{
@@ -31,9 +32,11 @@ use crate::{
 };
 
 /// How long it may take until a snapshot is there, made by us or by another stack.
-pub const BUILD_BOUND: Duration = Duration::from_secs(300);
-/// How long a template may take to boot until its agent answers.
+pub const BUILD_BOUND: Duration = Duration::from_secs(600);
+/// How long a template may take to boot until its agent answers, and for each GiB of its memory, which its kernel
+/// clears before anything else.
 const BOOT_BOUND: Duration = Duration::from_secs(120);
+const BOOT_BOUND_PER_GIB: Duration = Duration::from_secs(30);
 /// How long it may take to grow its file system.
 const GROW_BOUND: Duration = Duration::from_secs(60);
 /// How long it may take to stand still.
@@ -93,6 +96,10 @@ pub enum WarmError {
         #[source]
         source: io::Error,
     },
+}
+
+fn boot_bound(memory: MemoryMib) -> Duration {
+    BOOT_BOUND + BOOT_BOUND_PER_GIB * memory.get().div_ceil(1024)
 }
 
 impl WarmError {
@@ -336,7 +343,7 @@ impl Warm {
             disk_bytes: Some(request.disk.bytes()),
         };
         let up = async {
-            guest::wait_until_healthy(&connector, BOOT_BOUND).await?;
+            guest::wait_until_healthy(&connector, boot_bound(request.shape.memory)).await?;
             guest::initialise(&connector, &identity, None, GROW_BOUND).await?;
             for program in EXERCISES {
                 for _ in 0..EXERCISE_ROUNDS {

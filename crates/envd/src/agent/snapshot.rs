@@ -24,7 +24,8 @@
 //! | `limitMs` | 10000 | the bound, at most 120000 |
 //!
 //! The defaults are for a sandbox that is paused, and for a template, whose page cache is what makes its clones fast.
-//! Memory that is free is not written over here: the balloon device tells the host of it without work for the guest.
+//! Memory that is free needs no word: the kernel clears what is freed (`init_on_free=1` on its command line), and the
+//! host keeps nothing of a page of zeros.
 //!
 //! # What a clone shares with its siblings nevertheless
 //!

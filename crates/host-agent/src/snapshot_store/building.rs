@@ -16,11 +16,8 @@ use super::{
     SnapshotStoreResult, Subject, WarmSnapshot, digest,
     files::{length, remove_directory, rename, sync, write_durably},
     lock::{self, Lock},
-    manifest,
+    manifest, sparse,
 };
-
-/// What a guest that boots writes to its memory, at most: it does not use what it does not need.
-const WRITTEN_BY_A_BOOT: u64 = 1 << 30;
 
 const BUILDING: &str = ".building-";
 const LOCK: &str = ".lock-";
@@ -89,7 +86,8 @@ impl SnapshotStore {
             .create(&dir)
             .map_err(|source| SnapshotStoreError::file("make", &dir, source))?;
         let building = Building { store: self.clone(), subject: subject.clone(), dir, _lock: lock };
-        self.check_room(&building.dir, subject.shape.memory.bytes().min(WRITTEN_BY_A_BOOT))?;
+        // Until its zeros are given back: a kernel that boots clears all of its memory.
+        self.check_room(&building.dir, subject.shape.memory.bytes())?;
         Ok(Begin::Building(building))
     }
 
@@ -186,9 +184,10 @@ impl Building {
         Ok(snapshot)
     }
 
-    /// Makes the files durable and takes their digests.
+    /// Makes the files small and durable, and takes their digests.
     fn record_files(&self) -> SnapshotStoreResult<Manifest> {
         let at = Layout::of(&self.dir);
+        sparse::punch_zeros(&at.memory)?;
         for path in [&at.memory, &at.state, &at.disk] {
             sync(path)?;
         }

@@ -42,6 +42,7 @@ mod error;
 pub(crate) mod files;
 mod lock;
 pub(crate) mod manifest;
+mod sparse;
 mod unused;
 pub(crate) mod verified;
 

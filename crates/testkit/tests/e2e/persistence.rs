@@ -13,6 +13,7 @@ pub(crate) fn cases() -> Vec<Case> {
     vec![
         case("persistence::a_paused_sandbox_comes_back_as_it_was", pause_and_resume),
         case("persistence::a_zeroed_page_comes_back_zeroed", zeroed_pages),
+        case("persistence::memory_that_was_freed_is_not_saved", freed_memory),
         case("persistence::verbs_are_idempotent_and_name_the_wrong_state", idempotent),
         case("persistence::a_snapshot_starts_others_and_its_sandbox_goes_on", snapshot),
         case("persistence::a_snapshot_of_a_paused_sandbox_is_one", snapshot_of_paused),
@@ -116,6 +117,27 @@ async fn zeroed_pages(context: Arc<Context>) -> Result<()> {
     sandbox.output("sha256sum --check --quiet /dev/shm/sum").await?;
     let zeros = sandbox.output("head -c 4194304 /dev/shm/pattern | tr -d '\\0' | wc -c").await?;
     ensure!(zeros.trim() == "0", "{zeros} bytes of what was zeroed came back");
+    sandbox.destroy().await
+}
+
+async fn freed_memory(context: Arc<Context>) -> Result<()> {
+    const HELD: u64 = 64 << 20;
+    let mut sandbox = Sandbox::create(context.client()).await?;
+    let mut client = context.client();
+    let mut sizes = Vec::new();
+    for (when, change) in [
+        ("held", format!("head -c {HELD} /dev/urandom > /dev/shm/held")),
+        ("freed", "rm /dev/shm/held".to_owned()),
+    ] {
+        sandbox.output(&change).await?;
+        let name = unique(when, &sandbox);
+        let order = json!({ "sandbox_id": sandbox.id, "name": name });
+        let made = client.post("/v1/snapshots", &order).await?.expect(201)?.json();
+        sizes.push(made["size_bytes"].as_u64().with_context(|| made.to_string())?);
+        client.delete(&format!("/v1/snapshots/{name}")).await?.expect(204)?;
+    }
+    ensure!(sizes[0] >= HELD, "what the guest holds is saved: {sizes:?}");
+    ensure!(sizes[1] < HELD / 2, "what it freed is not: {sizes:?}");
     sandbox.destroy().await
 }
 
