@@ -1,15 +1,18 @@
-//! A connection of which something was read already, and is read again before the rest.
+//! A connection of which something was read already, and is read again before the rest. What stands for bytes of
+//! files is replaced by them where it is written ([`super::outlet`]).
 
 use std::{
-    io,
+    io::{self, IoSlice},
     pin::Pin,
-    task::{Context, Poll},
+    task::{Context, Poll, ready},
 };
 
 use tokio::{
-    io::{AsyncRead, AsyncWrite, ReadBuf},
+    io::{AsyncRead, AsyncWrite, Interest, ReadBuf},
     net::TcpStream,
 };
+
+use super::outlet::{First, Outlet};
 
 /// The connection. What was read of it comes first, then what is still to come.
 #[derive(Debug)]
@@ -18,11 +21,17 @@ pub(super) struct Connection {
     /// How much of `first` was read again.
     taken: usize,
     stream: TcpStream,
+    outlet: Outlet,
 }
 
 impl Connection {
     pub(super) fn new(first: Vec<u8>, stream: TcpStream) -> Self {
-        Self { first, taken: 0, stream }
+        Self { first, taken: 0, stream, outlet: Outlet::default() }
+    }
+
+    /// Takes promises to send parts of files on this connection.
+    pub(super) fn outlet(&self) -> Outlet {
+        self.outlet.clone()
     }
 
     /// Lets its end be a reset, so that the other side does not take it for an end in order.
@@ -54,20 +63,29 @@ impl AsyncRead for Connection {
 }
 
 impl AsyncWrite for Connection {
-    fn poll_write(
-        mut self: Pin<&mut Self>,
-        context: &mut Context<'_>,
-        bytes: &[u8],
-    ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write(context, bytes)
+    fn poll_write(self: Pin<&mut Self>, context: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        self.poll_write_vectored(context, &[IoSlice::new(bytes)])
     }
 
     fn poll_write_vectored(
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,
-        pieces: &[io::IoSlice<'_>],
+        pieces: &[IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write_vectored(context, pieces)
+        let this = &mut *self;
+        let first = this.outlet.first(pieces)?;
+        if first == First::All {
+            return Pin::new(&mut this.stream).poll_write_vectored(context, pieces);
+        }
+        loop {
+            ready!(this.stream.poll_write_ready(context))?;
+            let write = || this.outlet.write(&this.stream, pieces, first);
+            match this.stream.try_io(Interest::WRITABLE, write) {
+                Err(error)
+                    if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {}
+                written => return Poll::Ready(written),
+            }
+        }
     }
 
     fn is_write_vectored(&self) -> bool {

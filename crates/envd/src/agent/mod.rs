@@ -27,6 +27,7 @@ mod loopback;
 mod machine;
 mod metadata;
 mod metrics;
+mod outlet;
 mod paths;
 mod process;
 mod protocol;

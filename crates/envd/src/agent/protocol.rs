@@ -71,13 +71,19 @@ pub(super) async fn serve<F>(mut stream: TcpStream, answer: impl Fn(Request<Inco
 where
     F: Future<Output = Response<Body>> + Send + 'static,
 {
+    let Ok(Ok((protocol, first))) = timeout(HEAD_LIMIT, recognise(&mut stream)).await else { return };
+    let connection = Connection::new(first, stream);
+    // Streams that share a connection are cut into frames, which takes the bytes.
+    let outlet = (protocol == Protocol::Http1).then(|| connection.outlet());
     let service = service_fn(|mut request: Request<Incoming>| {
         forget_no_limit(request.headers_mut());
+        if let Some(outlet) = &outlet {
+            request.extensions_mut().insert(outlet.clone());
+        }
         let answer = answer(request);
         async { Ok::<_, Infallible>(answer.await) }
     });
-    let Ok(Ok((protocol, first))) = timeout(HEAD_LIMIT, recognise(&mut stream)).await else { return };
-    let stream = TokioIo::new(Connection::new(first, stream));
+    let stream = TokioIo::new(connection);
     // A connection that breaks is the client's business; whoever serves it notices by itself.
     let _ = match protocol {
         Protocol::Http1 => {
@@ -85,6 +91,8 @@ where
                 .timer(TokioTimer::new())
                 .header_read_timeout(HEAD_LIMIT)
                 .max_buf_size(BUFFER)
+                // What is to be written must reach the connection as it is.
+                .writev(true)
                 .serve_connection(stream, service)
                 .with_upgrades()
                 .await

@@ -32,7 +32,7 @@ use super::{
     reply::{self, Body},
     source::{self, Located, Segment},
 };
-use crate::agent::state::Identity;
+use crate::agent::{outlet::Outlet, state::Identity};
 
 /// Up to this size a file is read at once.
 const SMALL: u64 = 64 * 1024;
@@ -92,7 +92,10 @@ pub(crate) async fn serve(
     let mut response = match outcome {
         Outcome::Failed => return Err(FilesError::Precondition),
         Outcome::NotModified => reply::empty(StatusCode::NOT_MODIFIED),
-        Outcome::Serve => answer(opened.content, opened.validators.as_ref(), packing, headers)?,
+        Outcome::Serve => {
+            let outlet = parts.extensions.get::<Outlet>().cloned();
+            answer(opened.content, opened.validators.as_ref(), packing, headers, outlet)?
+        }
     };
     let packed = response.headers().contains_key(header::CONTENT_ENCODING);
     if let Some(validators) = &opened.validators {
@@ -153,6 +156,7 @@ fn answer(
     validators: Option<&Validators>,
     packing: Packing,
     headers: &HeaderMap,
+    outlet: Option<Outlet>,
 ) -> Result<Response<Body>, FilesError> {
     let size = match &content {
         Content::Small(bytes) => Some(bytes.len() as u64),
@@ -164,7 +168,7 @@ fn answer(
         match range::wanted(headers, size) {
             Wanted::Whole => {}
             Wanted::Unsatisfiable => return Err(FilesError::Range { size }),
-            Wanted::Parts(parts) => return in_parts(content, &parts, size),
+            Wanted::Parts(parts) => return in_parts(content, &parts, size, outlet),
         }
     }
     let worth_it = |start: &[u8]| match packing {
@@ -190,7 +194,7 @@ fn answer(
                 Content::Small(bytes) => with_length(reply::full(StatusCode::OK, KIND, bytes), size),
                 Content::Large(file, length, _) => {
                     let whole = vec![Segment::Of(Part { start: 0, length })];
-                    with_length(reply::streamed(KIND, source::parts(file, whole)), size)
+                    with_length(reply::streamed(KIND, source::parts(file, whole, outlet)), size)
                 }
                 Content::Endless(file, start) => reply::streamed(KIND, source::to_the_end(file, start)),
             }
@@ -203,7 +207,12 @@ fn answer(
 }
 
 /// An answer of 206: one part as it is, several with a head for each.
-fn in_parts(content: Content, parts: &[Part], size: u64) -> Result<Response<Body>, FilesError> {
+fn in_parts(
+    content: Content,
+    parts: &[Part],
+    size: u64,
+    outlet: Option<Outlet>,
+) -> Result<Response<Body>, FilesError> {
     let mut kind = HeaderValue::from_static(KIND);
     let segments = match parts {
         [part] => vec![Segment::Of(*part)],
@@ -240,7 +249,7 @@ fn in_parts(content: Content, parts: &[Part], size: u64) -> Result<Response<Body
             }
             reply::full(StatusCode::PARTIAL_CONTENT, KIND, all)
         }
-        Content::Large(file, ..) => reply::streamed(KIND, source::parts(file, segments)),
+        Content::Large(file, ..) => reply::streamed(KIND, source::parts(file, segments, outlet)),
         Content::Endless(..) => return Err(FilesError::Interrupted),
     };
     let mut response = with_length(response, Some(length));

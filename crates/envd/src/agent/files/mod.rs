@@ -2,7 +2,8 @@
 //!
 //! However large a file is, only a few pieces of it are in memory. What may have to wait for a disk, and what packs,
 //! runs on threads that may block, one piece at a time, so a slow client holds no thread. What only copies memory is
-//! done where the bytes come and go: to hand them to a thread would cost more.
+//! done where the bytes come and go: to hand them to a thread would cost more. What goes as it is, over a connection of
+//! its own, is not even copied ([`super::outlet`]).
 //!
 //! | module | what it is |
 //! |---|---|

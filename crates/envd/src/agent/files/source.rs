@@ -1,7 +1,7 @@
 //! Pieces of an open file, as they are or packed, while a client takes them.
 //!
 //! ```text
-//!               it is in memory: read where it is sent
+//!               it is in memory: sent from there, or read where it is sent
 //!              ┌───────────┐
 //!              ▼           │     it is not, or is to be packed
 //!   ┌───► at hand ─────────┴──────────────────────────────────┐
@@ -12,8 +12,9 @@
 //! ```
 //!
 //! What is waited for is waited for on a thread that may block, and the next piece is asked for already while one is
-//! sent. To hand a piece over costs more than to copy it, so that what the kernel has in memory is never handed over:
-//! a file of any length in the cache comes out of one buffer, which stays in that of the processor.
+//! sent. To hand a piece over costs more than to copy it, so that what the kernel has in memory is never handed over.
+//! A connection that can send it from there ([`Outlet`]) does; for others a file of any length in the cache comes out
+//! of one buffer, which stays in that of the processor.
 
 use std::{
     collections::VecDeque,
@@ -31,9 +32,12 @@ use rustix::io::{Errno, ReadWriteFlags, preadv2};
 use tokio::task::{JoinHandle, spawn_blocking};
 
 use super::{medium::Medium, range::Part};
+use crate::agent::outlet::{LARGEST, Outlet};
 
 /// How much is read at a time.
 const PIECE: usize = 256 * 1024;
+/// How far apart the bytes are that are read to see whether a piece is in memory: what the kernel reads ahead at a time.
+const SAMPLED: usize = 128 * 1024;
 /// The first level that makes a code for what it packs: the one below it gains nothing on text that hardly repeats.
 const LEVEL: u32 = 2;
 /// How much packed content makes a piece.
@@ -82,7 +86,7 @@ impl Drop for Buffer {
 /// A file, and where its bytes are.
 #[derive(Debug)]
 pub(super) struct Located {
-    file: File,
+    file: Arc<File>,
     medium: Medium,
 }
 
@@ -90,7 +94,7 @@ impl Located {
     /// Asks the file system, which may block.
     pub(super) fn new(file: File) -> Self {
         let medium = Medium::of(&file);
-        Self { file, medium }
+        Self { file: Arc::new(file), medium }
     }
 }
 
@@ -99,11 +103,37 @@ struct Reader {
     file: Located,
     segments: VecDeque<Segment>,
     pool: Arc<Pool>,
+    /// Where the file may be sent without being read, if there is such a place.
+    outlet: Option<Outlet>,
 }
 
 impl Reader {
-    fn new(file: Located, segments: Vec<Segment>) -> Self {
-        Self { file, segments: segments.into(), pool: Arc::default() }
+    fn new(file: Located, segments: Vec<Segment>, outlet: Option<Outlet>) -> Self {
+        Self { file, segments: segments.into(), pool: Arc::default(), outlet }
+    }
+
+    /// The next piece as a promise, if there is a place for it and it is in memory.
+    fn promised(&mut self) -> Option<Bytes> {
+        let (outlet, Some(Segment::Of(part))) = (self.outlet.as_ref()?, self.segments.front()) else {
+            return None;
+        };
+        let length = usize::try_from(part.length).unwrap_or(LARGEST).min(LARGEST);
+        if self.file.medium != Medium::Memory && !is_in_memory(&self.file.file, part.start, length) {
+            return None;
+        }
+        let promised = outlet.promise(&self.file.file, part.start, length);
+        self.advance(length);
+        Some(promised)
+    }
+
+    /// Takes so many bytes off the part that is read.
+    fn advance(&mut self, length: usize) {
+        let Some(Segment::Of(part)) = self.segments.front_mut() else { return };
+        part.start += length as u64;
+        part.length -= length as u64;
+        if part.length == 0 {
+            self.segments.pop_front();
+        }
     }
 
     /// The next piece, read by what reads into a buffer from an offset on, some of it at least. A file that has fewer
@@ -130,13 +160,19 @@ impl Reader {
                 other => break other?,
             }
         };
-        part.start += buffer.length as u64;
-        part.length -= buffer.length as u64;
-        if part.length == 0 {
-            self.segments.pop_front();
-        }
+        self.advance(buffer.length);
         Ok(Some(Bytes::from_owner(buffer)))
     }
+}
+
+/// Whether a part of a file is in memory, as far as a few bytes of it tell: pages come in groups, and go in them. Where
+/// they tell too much, whoever sends it waits for a local disk; others give no byte without waiting.
+fn is_in_memory(file: &File, start: u64, length: usize) -> bool {
+    let last = length.saturating_sub(1);
+    (0..last).step_by(SAMPLED).chain([last]).all(|at| {
+        let mut byte = [0];
+        preadv2(file, &mut [IoSliceMut::new(&mut byte)], start + at as u64, ReadWriteFlags::NOWAIT) == Ok(1)
+    })
 }
 
 /// What there is without waiting.
@@ -166,10 +202,13 @@ trait Pieces: Send + 'static {
 
 impl Pieces for Reader {
     fn next(&mut self) -> io::Result<Option<Bytes>> {
-        self.piece(File::read_at)
+        self.piece(|file, buffer, offset| file.read_at(buffer, offset))
     }
 
     fn at_hand(&mut self) -> io::Result<AtHand> {
+        if let Some(promised) = self.promised() {
+            return Ok(AtHand::Piece(promised));
+        }
         if self.file.medium == Medium::Memory {
             return self.next().map(AtHand::from);
         }
@@ -229,13 +268,17 @@ impl<S: Pieces> Pieces for Packed<S> {
 }
 
 /// Parts of a file, and text between them.
-pub(super) fn parts(file: Located, segments: Vec<Segment>) -> impl Stream<Item = io::Result<Bytes>> + Send {
-    ahead(Reader::new(file, segments))
+pub(super) fn parts(
+    file: Located,
+    segments: Vec<Segment>,
+    outlet: Option<Outlet>,
+) -> impl Stream<Item = io::Result<Bytes>> + Send {
+    ahead(Reader::new(file, segments, outlet))
 }
 
 /// The start of a file up to `length`, packed.
 pub(super) fn packed(file: Located, length: u64) -> impl Stream<Item = io::Result<Bytes>> + Send {
-    let source = Reader::new(file, vec![Segment::Of(Part { start: 0, length })]);
+    let source = Reader::new(file, vec![Segment::Of(Part { start: 0, length })], None);
     ahead(Packed { source, encoder: Some(encoder()) })
 }
 
@@ -317,10 +360,13 @@ fn read<S: Pieces>(mut source: S) -> JoinHandle<Outcome<S>> {
 
 #[cfg(test)]
 mod tests {
+    use std::io::IoSlice;
+
     use futures::{FutureExt, StreamExt, TryStreamExt};
     use proptest::prelude::*;
 
     use super::*;
+    use crate::agent::outlet::First;
 
     fn runtime() -> tokio::runtime::Runtime {
         tokio::runtime::Builder::new_current_thread().build().unwrap()
@@ -344,8 +390,26 @@ mod tests {
     fn a_file_in_memory_is_never_waited_for() {
         let content = noise(2 * PIECE + 7);
         let source = file_of("/dev/shm", &content);
-        let pieces = parts(source, vec![part(0, content.len())]).try_concat_now();
+        let pieces = parts(source, vec![part(0, content.len())], None).try_concat_now();
         assert_eq!(pieces.unwrap().unwrap(), content);
+    }
+
+    #[test]
+    fn what_is_in_memory_is_promised_where_it_can_be_and_nothing_else() {
+        let content = noise(LARGEST + 7);
+        for directory in ["/dev/shm", "/var/tmp"] {
+            let (outlet, text) = (Outlet::default(), Segment::Text(Bytes::from_static(b"text")));
+            let segments = vec![part(0, content.len()), text, part(1, 2)];
+            let pieces = parts(file_of(directory, &content), segments, Some(outlet.clone()));
+            let pieces: Vec<Bytes> = pieces.try_collect().now_or_never().unwrap().unwrap();
+            let lengths = pieces.iter().map(Bytes::len);
+            assert_eq!(lengths.collect::<Vec<_>>(), [LARGEST, 7, 4, 2], "{directory}");
+            for (index, piece) in pieces.iter().enumerate() {
+                let first = outlet.first(&[IoSlice::new(piece)]).unwrap();
+                let promised = First::StandIn { written: 0, left: piece.len() };
+                assert_eq!(first, if index == 2 { First::All } else { promised });
+            }
+        }
     }
 
     /// What a stream yields if it never waits.
@@ -364,7 +428,7 @@ mod tests {
         for directory in ["/dev/shm", "/var/tmp"] {
             let source = file_of(directory, b"short");
             runtime().block_on(async {
-                let mut pieces = std::pin::pin!(parts(source, vec![part(0, PIECE)]));
+                let mut pieces = std::pin::pin!(parts(source, vec![part(0, PIECE)], None));
                 assert_eq!(pieces.next().await.unwrap().unwrap(), "short");
                 let error = pieces.next().await.unwrap().unwrap_err();
                 assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof);
@@ -414,7 +478,7 @@ mod tests {
                 wanted.extend_from_slice(&content[start..start + length]);
             }
             let source = file_of(if disk { "/var/tmp" } else { "/dev/shm" }, &content);
-            let all = parts(source, segments).map_ok(|piece| piece.to_vec()).try_concat();
+            let all = parts(source, segments, None).map_ok(|piece| piece.to_vec()).try_concat();
             prop_assert!(runtime().block_on(all).unwrap() == wanted);
         }
 
