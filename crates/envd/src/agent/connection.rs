@@ -2,17 +2,23 @@
 //! files is replaced by them where it is written ([`super::outlet`]).
 
 use std::{
+    future::Future,
     io::{self, IoSlice},
-    pin::Pin,
-    task::{Context, Poll, ready},
+    pin::{Pin, pin},
+    task::{Context, Poll},
 };
 
 use tokio::{
     io::{AsyncRead, AsyncWrite, Interest, ReadBuf},
     net::TcpStream,
+    task::yield_now,
 };
 
 use super::outlet::{First, Outlet};
+
+/// How much is sent of files before others have their turn. It is more than what most sockets take at once, and less
+/// than what takes long.
+pub(super) const TURN: usize = 4 << 20;
 
 /// The connection. What was read of it comes first, then what is still to come.
 #[derive(Debug)]
@@ -22,11 +28,13 @@ pub(super) struct Connection {
     taken: usize,
     stream: TcpStream,
     outlet: Outlet,
+    /// How much was sent of files since others had their turn.
+    sent: usize,
 }
 
 impl Connection {
     pub(super) fn new(first: Vec<u8>, stream: TcpStream) -> Self {
-        Self { first, taken: 0, stream, outlet: Outlet::default() }
+        Self { first, taken: 0, stream, outlet: Outlet::default(), sent: 0 }
     }
 
     /// Takes promises to send parts of files on this connection.
@@ -77,13 +85,25 @@ impl AsyncWrite for Connection {
         if first == First::All {
             return Pin::new(&mut this.stream).poll_write_vectored(context, pieces);
         }
+        if this.sent >= TURN {
+            this.sent = 0;
+            // Asked once, it wakes this task after the others, which is all that it is for.
+            let _ = pin!(yield_now()).poll(context);
+            return Poll::Pending;
+        }
         loop {
-            ready!(this.stream.poll_write_ready(context))?;
-            let write = || this.outlet.write(&this.stream, pieces, first);
-            match this.stream.try_io(Interest::WRITABLE, write) {
+            if this.stream.poll_write_ready(context)?.is_pending() {
+                this.sent = 0;
+                return Poll::Pending;
+            }
+            match this.stream.try_io(Interest::WRITABLE, || this.outlet.write(&this.stream, pieces, first)) {
+                Ok(written) => {
+                    this.sent += written;
+                    return Poll::Ready(Ok(written));
+                }
                 Err(error)
                     if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {}
-                written => return Poll::Ready(written),
+                Err(error) => return Poll::Ready(Err(error)),
             }
         }
     }

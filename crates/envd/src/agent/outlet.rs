@@ -47,8 +47,8 @@ use rustix::{
     net::{SendFlags, send},
 };
 
-/// The most that one promise is about. While so much is sent, nobody else is served.
-pub(super) const LARGEST: usize = 256 * 1024;
+/// The most that one promise is about.
+pub(super) const LARGEST: usize = 1024 * 1024;
 /// How much is copied at a time of a file that cannot be sent otherwise.
 const COPIED: usize = 64 * 1024;
 
@@ -232,7 +232,7 @@ mod tests {
     };
 
     use super::*;
-    use crate::agent::connection::Connection;
+    use crate::agent::connection::{Connection, TURN};
 
     /// A connection whose queue in the kernel is short, and its other end.
     async fn connection() -> (Connection, TcpStream) {
@@ -372,6 +372,35 @@ mod tests {
         let mut sent = Vec::new();
         other.read_to_end(&mut sent).await.unwrap();
         assert_eq!(sent, content);
+    }
+
+    #[tokio::test]
+    async fn others_have_their_turn_however_fast_a_client_is() {
+        let (mut connection, other) = connection().await;
+        let mut other = other.into_std().unwrap();
+        other.set_nonblocking(false).unwrap();
+        let reading = std::thread::spawn(move || io::copy(&mut other, &mut io::sink()).unwrap());
+        let file = file_of(&noise(LARGEST));
+        let mut in_a_row = 0;
+        for _ in 0..64 {
+            let mut stand_in = connection.outlet().promise(&file, 0, LARGEST);
+            while !stand_in.is_empty() {
+                let written = poll_fn(|context| {
+                    let slices = [IoSlice::new(&stand_in)];
+                    let written = Pin::new(&mut connection).poll_write_vectored(context, &slices);
+                    if written.is_pending() {
+                        in_a_row = 0;
+                    }
+                    written
+                });
+                let written = written.await.unwrap();
+                stand_in.advance(written);
+                in_a_row += written;
+                assert!(in_a_row < TURN + LARGEST);
+            }
+        }
+        drop(connection);
+        assert_eq!(reading.join().unwrap(), 64 * LARGEST as u64);
     }
 
     proptest! {
