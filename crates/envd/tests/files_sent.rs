@@ -320,7 +320,7 @@ fn a_file_that_is_not_in_memory_is_read_while_others_are_served() {
 #[test]
 fn who_reads_slowly_holds_up_nobody_and_no_memory() {
     let agent = Agent::start();
-    let served = Served::new("/dev/shm", noise(32 * MIB));
+    let served = Served::new("/dev/shm", noise(16 * MIB));
     let peak = || {
         let status = fs::read_to_string(format!("/proc/{}/status", agent.pid())).unwrap();
         let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap().trim();
@@ -328,7 +328,7 @@ fn who_reads_slowly_holds_up_nobody_and_no_memory() {
     };
     assert!(Kept::new(&agent).get(&served).body == served.content);
     let before = peak();
-    let mut slow: Vec<_> = (0..8).map(|_| Kept::new(&agent)).collect();
+    let mut slow: Vec<_> = (0..4).map(|_| Kept::new(&agent)).collect();
     for kept in &mut slow {
         kept.send(&served.request("GET", ""));
         // It is being sent by now.
@@ -349,13 +349,13 @@ fn who_reads_slowly_holds_up_nobody_and_no_memory() {
 fn a_file_that_shrinks_while_it_is_sent_is_cut_off_and_only_it() {
     for directory in ["/dev/shm", "/var/tmp"] {
         let agent = Agent::start();
-        let served = Served::new(directory, noise(32 * MIB));
+        let served = Served::new(directory, noise(16 * MIB));
         let mut other = Kept::new(&agent);
         let mut kept = Kept::new(&agent);
         kept.send(&served.request("GET", ""));
         kept.fill(1);
         // In front of what is being sent: no socket holds so much.
-        let left = 24 * MIB;
+        let left = 12 * MIB;
         File::options().write(true).open(served.file.path()).unwrap().set_len(left as u64).unwrap();
         let mut rest = Vec::new();
         // Closed or reset, and never in the middle of what was there all the time.
@@ -374,7 +374,7 @@ fn a_file_that_shrinks_while_it_is_sent_is_cut_off_and_only_it() {
 #[test]
 fn a_client_that_goes_away_in_the_middle_is_nobody_elses_business() {
     let agent = Agent::start();
-    let served = Served::new("/var/tmp", noise(32 * MIB));
+    let served = Served::new("/var/tmp", noise(16 * MIB));
     let mut other = Kept::new(&agent);
     for _ in 0..8 {
         let mut gone = Kept::new(&agent);
