@@ -2,7 +2,8 @@
 //! and there is no API between.
 //!
 //! A raw TCP copy is what the same virtio-net can do at that moment: a program in the guest takes or gives bytes,
-//! and does nothing with them. It takes turns with the files that go through the agent.
+//! and does nothing with them. Another writes them to a file, or reads them from one: what is left of the difference
+//! is the agent's. Both take turns with the files that go through the agent.
 
 use std::{
     collections::BTreeMap,
@@ -30,7 +31,7 @@ use wrenn_vmm::{
 };
 
 use crate::{
-    report::{Inside, Measure, Series},
+    report::{Inside, Measure, Other, Series},
     wire::Connection,
     workload::{self, Content, Encoding, Program},
 };
@@ -256,22 +257,28 @@ impl Guest {
         let mut all = Vec::new();
         for (directory, place) in [("/dev/shm", "in memory"), ("/var/tmp", "on disk")] {
             let path = format!("{directory}/bench");
+            // Nothing, and a file beside ours.
+            let places = ["", &format!("{path}.raw")];
             let series = |direction: &str| {
                 let what = format!("file of {} MiB {direction}, {place}", bytes >> 20);
-                Series::beside("raw TCP", what, Measure::Bytes(bytes))
+                Series::beside(&["raw TCP", "raw TCP and a file"], what, Measure::Bytes(bytes))
             };
             let (mut up, mut down) = (series("up"), series("down"));
             for _ in 0..rounds {
-                add_raw(&mut up, self.raw_up(&content, bytes));
+                for (other, place) in up.others.iter_mut().zip(places) {
+                    add(other, self.raw_up(place, &content, bytes));
+                }
                 self.attempt(&mut connection, &mut up.ours, |it| {
                     workload::upload(it, &path, &content, bytes)
                 })?;
-                add_raw(&mut down, self.raw_down(bytes));
+                for (other, place) in down.others.iter_mut().zip(places) {
+                    add(other, self.raw_down(place, bytes));
+                }
                 self.attempt(&mut connection, &mut down.ours, |it| {
                     workload::download(it, &path, &content, bytes, Encoding::Identity)
                 })?;
             }
-            self.run(&format!("rm -f {path}"))?;
+            self.run(&format!("rm -f {path} {path}.raw"))?;
             all.extend([up, down]);
         }
         Ok(all)
@@ -296,10 +303,10 @@ impl Guest {
         Ok(self.handle.block_on(guest::exercise(&self.connector, "root", &program, BOUND))?)
     }
 
-    fn raw_up(&self, content: &Content, bytes: u64) -> Result<Duration> {
+    fn raw_up(&self, place: &str, content: &Content, bytes: u64) -> Result<Duration> {
         let mut stream = self.stream(RAW_PORT)?;
         let begin = Instant::now();
-        stream.write_all(b"u")?;
+        stream.write_all(format!("u{place}\n").as_bytes())?;
         for piece in content.pieces(bytes) {
             stream.write_all(piece)?;
         }
@@ -307,11 +314,11 @@ impl Guest {
         Ok(begin.elapsed())
     }
 
-    fn raw_down(&self, bytes: u64) -> Result<Duration> {
+    fn raw_down(&self, place: &str, bytes: u64) -> Result<Duration> {
         let mut stream = self.stream(RAW_PORT)?;
         let mut buffer = vec![0; 512 << 10];
         let begin = Instant::now();
-        stream.write_all(b"d")?;
+        stream.write_all(format!("d{place}\n").as_bytes())?;
         let mut came = 0;
         while came < bytes {
             let read = stream.read(&mut buffer)?;
@@ -384,30 +391,40 @@ impl Guest {
     }
 }
 
-fn add_raw(series: &mut Series, outcome: Result<Duration>) {
-    if let Some(other) = &mut series.other {
-        other.samples.add(outcome.map_err(|error| format!("{error:#}")));
-    }
+fn add(other: &mut Other, outcome: Result<Duration>) {
+    other.samples.add(outcome.map_err(|error| format!("{error:#}")));
 }
 
-/// The raw copy in the guest: the first byte says which way.
+/// The raw copies in the guest. The first line says which way, and which file, if one.
 const RAW_COPY: &str = r#"
-import socket
+import io, socket
 server = socket.create_server(("0.0.0.0", PORT))
 buffer = memoryview(bytearray(1 << 20))
 while True:
     peer, _ = server.accept()
-    left, way = BYTES, peer.recv(1)
     try:
-        if way == b"u":
-            while left:
-                left -= peer.recv_into(buffer[:min(left, len(buffer))])
-            peer.sendall(b"k")
-        elif way == b"d":
-            while left:
-                part = buffer[:min(left, len(buffer))]
+        line = b""
+        while not line.endswith(b"\n"):
+            line += peer.recv(1) or b"\n"
+        left, way, path = BYTES, line[:1], line[1:-1].decode()
+        file = io.FileIO(path, "w" if way == b"u" else "r") if path else None
+        while left:
+            part = buffer[:min(left, len(buffer))]
+            if way == b"u":
+                part = part[:peer.recv_into(part)]
+                if file:
+                    file.write(part)
+            else:
+                if file:
+                    part = part[:file.readinto(part)]
                 peer.sendall(part)
-                left -= len(part)
+            if not part:
+                break
+            left -= len(part)
+        if way == b"u":
+            peer.sendall(b"k")
+        if file:
+            file.close()
     except OSError:
         pass
     peer.close()

@@ -171,7 +171,7 @@ struct Turns<'a> {
 impl Turns<'_> {
     fn series(&self, what: impl Into<String>, measure: Measure) -> Series {
         if self.agents.len() > 1 {
-            Series::beside("peer", what, measure)
+            Series::beside(&["peer"], what, measure)
         } else {
             Series::alone(what, measure)
         }
@@ -187,7 +187,7 @@ impl Turns<'_> {
         let count = self.agents.len();
         for step in 0..count {
             let index = (round + step) % count;
-            let samples = match (&mut series.other, index) {
+            let samples = match (series.others.first_mut(), index) {
                 (Some(other), 1) => &mut other.samples,
                 _ => &mut series.ours,
             };

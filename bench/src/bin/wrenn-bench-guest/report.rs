@@ -28,8 +28,8 @@ pub(crate) struct Series {
     pub(crate) measure: Measure,
     /// By our agent.
     pub(crate) ours: Samples,
-    /// By what we are compared with, in turns in the same run.
-    pub(crate) other: Option<Other>,
+    /// By those we are compared with, in turns in the same run.
+    pub(crate) others: Vec<Other>,
 }
 
 /// What we are compared with.
@@ -45,24 +45,27 @@ impl Series {
     /// One that is empty, compared with nothing.
     #[must_use]
     pub(crate) fn alone(what: impl Into<String>, measure: Measure) -> Self {
-        Self { what: what.into(), measure, ours: Samples::default(), other: None }
+        Self { what: what.into(), measure, ours: Samples::default(), others: Vec::new() }
     }
 
-    /// One that is empty, compared with another.
+    /// One that is empty, compared with others.
     #[must_use]
-    pub(crate) fn beside(name: &'static str, what: impl Into<String>, measure: Measure) -> Self {
-        let other = Some(Other { name, samples: Samples::default() });
-        Self { other, ..Self::alone(what, measure) }
+    pub(crate) fn beside(names: &[&'static str], what: impl Into<String>, measure: Measure) -> Self {
+        let others = names.iter().map(|name| Other { name, samples: Samples::default() }).collect();
+        Self { others, ..Self::alone(what, measure) }
     }
 
     fn sides(&self) -> impl Iterator<Item = (&'static str, &Samples)> {
-        let other = self.other.as_ref().map(|other| (other.name, &other.samples));
-        [("envd", &self.ours)].into_iter().chain(other)
+        let others = self.others.iter().map(|other| (other.name, &other.samples));
+        [("envd", &self.ours)].into_iter().chain(others)
     }
 
     /// Of times, ours over the other's, so that less is better; of rates also, so that more is.
     fn ratios(&self) -> Vec<(String, f64)> {
-        let Some(other) = &self.other else { return Vec::new() };
+        self.others.iter().flat_map(|other| self.ratios_over(other)).collect()
+    }
+
+    fn ratios_over(&self, other: &Other) -> Vec<(String, f64)> {
         let (Some(ours), Some(theirs)) = (self.ours.summary(), other.samples.summary()) else {
             return Vec::new();
         };
@@ -194,8 +197,8 @@ impl Results {
         if let Some(inside) = &self.inside {
             text.push_str(
                 "\n## In a microVM, from the host's side\n\n\
-                 One connection that is kept, straight to the guest's address. A raw TCP copy is a program in the guest that reads or\n\
-                 writes as many bytes and does nothing with them.\n\n",
+                 One connection that is kept, straight to the guest's address. A raw TCP copy is a program in the guest that takes or\n\
+                 gives as many bytes and does nothing with them; one of a file writes them to such a file, or reads them from it.\n\n",
             );
             write_series(&mut text, &inside.series);
             let (done, wanted) = inside.small_files;
@@ -261,8 +264,8 @@ mod tests {
     }
 
     fn series(what: &str, measure: Measure, ours: u64, peer: Option<u64>) -> Series {
-        let other = peer.map(|peer| Other { name: "peer", samples: samples(peer) });
-        Series { what: what.to_owned(), measure, ours: samples(ours), other }
+        let others = peer.map(|peer| Other { name: "peer", samples: samples(peer) }).into_iter().collect();
+        Series { what: what.to_owned(), measure, ours: samples(ours), others }
     }
 
     fn weight(kib: u64) -> Weight {
