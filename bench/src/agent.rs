@@ -17,11 +17,11 @@ const BOUND: Duration = Duration::from_secs(300);
 
 /// A warm snapshot.
 #[derive(Debug)]
-pub(crate) struct Prepared {
+pub struct Prepared {
     /// Where it is.
-    pub(crate) directory: Utf8PathBuf,
+    pub directory: Utf8PathBuf,
     /// Whether it was there before.
-    pub(crate) was_there: bool,
+    pub was_there: bool,
 }
 
 /// Has the agent make the warm snapshot of a template in a shape, if it is not there, and answers with its
@@ -29,7 +29,7 @@ pub(crate) struct Prepared {
 ///
 /// # Errors
 /// The agent cannot be asked, or has none.
-pub(crate) async fn prepare_template(socket: &Utf8Path, template: &str, shape: Shape) -> Result<Prepared> {
+pub async fn prepare_template(socket: &Utf8Path, template: &str, shape: Shape) -> Result<Prepared> {
     let question =
         json!({ "template": template, "vcpus": shape.vcpus.get(), "memoryMib": shape.memory.bytes() >> 20 });
     let request = Request::post("/hostagent.v1.HostAgentService/PrepareTemplate")

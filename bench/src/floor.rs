@@ -14,6 +14,10 @@
 //! and runs `true`, told so directly by this program, on a connection for each of the two. It tells the price of the
 //! product apart from what the guest itself takes. It is no floor: a create may use one connection for both.
 //!
+//! What a sandbox was paused as can be restored in the same way ([`Origin::of_paused`]), and a machine that was restored
+//! can be saved as a pause does it ([`Floor::save`]): stopped, its devices and the pages of its own written. Neither is
+//! made durable, digested or recorded: that is the product's price too.
+//!
 //! There is one question under way at a time. Asking anew every millisecond, whether or not the guest has
 //! had the time to answer, was tried: the guest then has dozens of connections to accept, and the first
 //! byte comes up to three times as late. That would not be the least that anyone needs.
@@ -35,11 +39,12 @@ use wrenn_host_agent::{
     guest::{self, Identity},
     network::{GuestConnector, Policy, PoolConfig, Slot, SlotPool, Uplink},
     rootfs::{Qcow2Store, RootfsStore as _},
+    sandbox::record,
     snapshot_store::Manifest,
 };
-use wrenn_types::InstanceId;
+use wrenn_types::{DiskMib, InstanceId, SandboxId, Shape};
 use wrenn_vmm::{
-    DiskSpec, GuestBundle, MachineSpec, NetworkSpec, SnapshotFiles, Vm, Vmm,
+    DiskFormat, DiskSpec, GuestBundle, MachineSpec, NetworkSpec, SnapshotFiles, Vm, Vmm,
     qemu::{AcceleratorChoice, Qemu, QemuOptions},
 };
 
@@ -58,21 +63,70 @@ const REQUEST: &[u8] = b"GET /health HTTP/1.1\r\nHost: guest\r\nConnection: clos
 
 /// Everything that restores share.
 #[derive(Debug)]
-pub(crate) struct Floor {
+pub struct Floor {
     vmm: Arc<dyn Vmm>,
     guest: GuestBundle,
-    snapshot: SnapshotFiles,
-    layer: DiskSpec,
-    manifest: Manifest,
+    origin: Origin,
     slots: SlotPool,
     /// Marks everything that is made here as ours, and not the stack's.
     instance: InstanceId,
     directory: tempfile::TempDir,
 }
 
+/// What a machine is restored from.
+#[derive(Debug, Clone)]
+pub struct Origin {
+    /// Memory and devices.
+    files: SnapshotFiles,
+    /// What the disk stands on.
+    layer: DiskSpec,
+    /// The size of the disk.
+    disk: DiskMib,
+    /// CPUs and memory.
+    shape: Shape,
+}
+
+impl Origin {
+    /// The warm snapshot in a directory.
+    fn of_template(directory: &Utf8Path, manifest: &Manifest) -> Self {
+        Self {
+            files: SnapshotFiles {
+                memory: directory.join("memory"),
+                state: directory.join("state"),
+                pages: None,
+            },
+            layer: DiskSpec { path: directory.join("disk"), format: manifest.subject.disk_format },
+            disk: manifest.subject.disk,
+            shape: manifest.subject.shape,
+        }
+    }
+
+    /// What a paused sandbox is saved as, found in the directory of its agent.
+    ///
+    /// # Errors
+    /// There is no such sandbox, or it is not paused.
+    pub fn of_paused(agent: &Utf8Path, id: &SandboxId) -> Result<Self> {
+        let record = record::read(&agent.join("sandboxes"), id).context("the sandbox has no record")?;
+        let paused = record.paused.context("the sandbox is not paused")?;
+        let saved = agent.join("snapshots").join(paused.snapshot.as_str());
+        let top = record.layers.first().context("the sandbox has no disk")?;
+        Ok(Self {
+            files: SnapshotFiles {
+                memory: agent.join("bases").join(record.base.to_string()).join("memory"),
+                state: saved.join("state"),
+                pages: Some(saved.join("pages")),
+            },
+            layer: DiskSpec { path: agent.join("disks").join(top.as_str()), format: DiskFormat::Qcow2 },
+            disk: record.disk,
+            shape: record.shape,
+        })
+    }
+}
+
 /// A machine's namespace and disk, before the machine.
 #[derive(Debug)]
-pub(crate) struct Ready {
+pub struct Ready {
+    origin: Origin,
     slot: Slot,
     connector: GuestConnector,
     spec: MachineSpec,
@@ -82,7 +136,7 @@ pub(crate) struct Ready {
 
 /// What a guest is asked once it runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Question {
+pub enum Question {
     /// `GET /health`, until the first byte of the answer.
     FirstByte,
     /// `POST /init` and then `true`, until the end of both answers.
@@ -91,11 +145,12 @@ pub(crate) enum Question {
 
 /// A machine whose guest has answered.
 #[derive(Debug)]
-pub(crate) struct Answered {
+pub struct Answered {
     /// From before the restore until the answer.
-    pub(crate) took: Duration,
+    pub took: Duration,
     vm: Box<dyn Vm>,
     slot: Slot,
+    memory: Utf8PathBuf,
     _directory: tempfile::TempDir,
 }
 
@@ -104,7 +159,7 @@ impl Floor {
     ///
     /// # Errors
     /// The snapshot is of another VMM or guest than these, or the network cannot be had.
-    pub(crate) async fn new(
+    pub async fn new(
         vmm: Arc<dyn Vmm>,
         guest: GuestBundle,
         directory: &Utf8Path,
@@ -127,13 +182,7 @@ impl Floor {
         Ok(Self {
             vmm,
             guest,
-            snapshot: SnapshotFiles {
-                memory: directory.join("memory"),
-                state: directory.join("state"),
-                pages: None,
-            },
-            layer: DiskSpec { path: directory.join("disk"), format: manifest.subject.disk_format },
-            manifest,
+            origin: Origin::of_template(directory, &manifest),
             slots: SlotPool::start(config).await.context("make network slots")?,
             instance,
             // Control sockets need a short path.
@@ -145,18 +194,26 @@ impl Floor {
     ///
     /// # Errors
     /// The namespace or the disk cannot be made.
-    pub(crate) async fn prepare(&self) -> Result<Ready> {
+    pub async fn prepare(&self) -> Result<Ready> {
+        self.prepare_from(self.origin.clone()).await
+    }
+
+    /// The same, to restore something else than the template.
+    ///
+    /// # Errors
+    /// As [`Floor::prepare`].
+    pub async fn prepare_from(&self, origin: Origin) -> Result<Ready> {
         let slot = self.slots.take().await.context("take a network slot")?;
         let directory = tempfile::tempdir_in(self.directory.path())?;
         let run_dir = Utf8PathBuf::from_path_buf(directory.path().to_owned())
             .map_err(|path| anyhow::anyhow!("{} is not UTF-8", path.display()))?;
         let disk = Qcow2Store
-            .clone_disk(&self.layer, &run_dir.join("disk"), self.manifest.subject.disk)
+            .clone_disk(&origin.layer, &run_dir.join("disk"), origin.disk)
             .context("clone the disk")?;
         let spec = MachineSpec {
             name: format!("wrenn-{}-floor-{}", self.instance, slot.number()),
             run_dir,
-            shape: self.manifest.subject.shape,
+            shape: origin.shape,
             guest: self.guest.clone(),
             disk: Some(disk),
             network: Some(NetworkSpec {
@@ -166,18 +223,18 @@ impl Floor {
             kernel_arguments: Vec::new(),
             keep_open: vec![slot.lock().context("share the slot's lock")?],
         };
-        Ok(Ready { connector: slot.connector(), slot, spec, _directory: directory })
+        Ok(Ready { origin, connector: slot.connector(), slot, spec, _directory: directory })
     }
 
     /// Restores and waits for the answer.
     ///
     /// # Errors
     /// The machine cannot be restored or its guest does not answer within a minute. Nothing is left then.
-    pub(crate) async fn restore(&self, ready: Ready, question: Question) -> Result<Answered> {
-        let Ready { slot, connector, spec, _directory } = ready;
+    pub async fn restore(&self, ready: Ready, question: Question) -> Result<Answered> {
+        let Ready { origin, slot, connector, spec, _directory } = ready;
         let begin = Instant::now();
         let outcome = timeout(BOUND, async {
-            let mut vm = self.vmm.restore(spec, &self.snapshot).await.context("restore")?;
+            let mut vm = self.vmm.restore(spec, &origin.files).await.context("restore")?;
             let answered = match vm.resume().await.context("let it run") {
                 Ok(()) => match question {
                     Question::FirstByte => first_byte(&connector).await,
@@ -189,7 +246,9 @@ impl Floor {
             anyhow::Ok((vm, answered.map(|()| took)))
         });
         match outcome.await {
-            Ok(Ok((vm, Ok(took)))) => Ok(Answered { took, vm, slot, _directory }),
+            Ok(Ok((vm, Ok(took)))) => {
+                Ok(Answered { took, vm, slot, memory: origin.files.memory, _directory })
+            }
             Ok(Ok((mut vm, Err(error)))) => {
                 vm.stop().await.context("stop the machine")?;
                 self.slots.release(slot).await;
@@ -207,11 +266,28 @@ impl Floor {
         }
     }
 
+    /// Stops a machine and writes its devices and its own pages into `directory`, which is to be empty. It stays
+    /// stopped.
+    ///
+    /// # Errors
+    /// The VMM cannot do it, or the disk is full.
+    pub async fn save(&self, answered: &mut Answered, directory: &Utf8Path) -> Result<Duration> {
+        let into = SnapshotFiles {
+            memory: answered.memory.clone(),
+            state: directory.join("state"),
+            pages: Some(directory.join("pages")),
+        };
+        let begin = Instant::now();
+        answered.vm.pause().await.context("stop the CPUs")?;
+        answered.vm.snapshot(&into).await.context("save devices and pages")?;
+        Ok(begin.elapsed())
+    }
+
     /// Ends a machine and gives back what it had.
     ///
     /// # Errors
     /// The VMM does not end.
-    pub(crate) async fn finish(&self, answered: Answered) -> Result<()> {
+    pub async fn finish(&self, answered: Answered) -> Result<()> {
         let Answered { mut vm, slot, .. } = answered;
         let stopped = vm.stop().await.context("stop the machine");
         self.slots.release(slot).await;
@@ -219,7 +295,7 @@ impl Floor {
     }
 
     /// Removes the slots that are left.
-    pub(crate) async fn close(self) {
+    pub async fn close(self) {
         self.slots.shutdown().await;
     }
 }
@@ -234,7 +310,7 @@ fn read_manifest(directory: &Utf8Path) -> Result<Manifest> {
 ///
 /// # Errors
 /// There is no QEMU.
-pub(crate) async fn driver_of(directory: &Utf8Path) -> Result<Arc<dyn Vmm>> {
+pub async fn driver_of(directory: &Utf8Path) -> Result<Arc<dyn Vmm>> {
     let accelerator = read_manifest(directory)?.subject.vmm.accelerator;
     let options = QemuOptions {
         accelerator: AcceleratorChoice::Always(accelerator),

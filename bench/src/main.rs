@@ -10,8 +10,6 @@
 
 #![allow(clippy::print_stdout, clippy::print_stderr, reason = "a command line program talks to people")]
 
-mod agent;
-mod floor;
 mod product;
 mod report;
 
@@ -25,15 +23,18 @@ use anyhow::{Context as _, Result, bail, ensure};
 use camino::{Utf8Path, Utf8PathBuf};
 use clap::Parser;
 use tokio::task::JoinSet;
-use wrenn_bench::{machine::Machine, memory::Memory, statistics::Samples};
+use wrenn_bench::{
+    agent,
+    floor::{self, Answered, Floor, Question},
+    machine::Machine,
+    memory::Memory,
+    statistics::Samples,
+};
 use wrenn_host_agent::{images::Images, network::Uplink};
 use wrenn_testkit::{Client, Stack, StackOptions, stack};
 use wrenn_types::{MemoryMib, Shape, Vcpus};
 
-use crate::{
-    floor::{Answered, Floor, Question},
-    report::{Load, MemoryRow, Results},
-};
+use crate::report::{Load, MemoryRow, Results};
 
 /// How many floors, and then creates, are measured before it is the other's turn.
 const TURN: usize = 10;

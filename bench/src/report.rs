@@ -3,12 +3,13 @@
 use std::{fmt::Write as _, time::Duration};
 
 use wrenn_bench::{
+    floor::Question,
     machine::Machine,
     memory::Memory,
     statistics::{Samples, Summary, ratio},
 };
 
-use crate::{floor::Question, product::Phases};
+use crate::product::Phases;
 
 /// One load, on the floor and through the API.
 #[derive(Debug, Default)]

@@ -78,7 +78,7 @@ enum Command {
     Up(stack::Arguments),
     /// Stop the stack that `up` started.
     Down(stack::Arguments),
-    /// Measure, into bench/RESULTS.md and bench/GUEST.md; `creates` or `guest` first: only that one.
+    /// Measure, into bench/RESULTS.md, PERSISTENCE.md and GUEST.md; `creates`, `persistence` or `guest` first: only that.
     Bench(stack::Arguments),
     /// Run the tests with their full counts, into bench/SOAK.md.
     Soak {

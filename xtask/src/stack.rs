@@ -49,21 +49,24 @@ pub(crate) fn run(repository: &Repository, command: &str, Arguments { arguments 
     )
 }
 
-/// Which of the two programs measures.
+/// Which of the programs measures.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Bench {
     /// Creates, into bench/RESULTS.md.
     Creates,
+    /// Pause, resume, snapshots, forks, into bench/PERSISTENCE.md.
+    Persistence,
     /// The guest agent, into bench/GUEST.md.
     Guest,
 }
 
 impl Bench {
-    /// A first word says which, and the rest is for that one; without a word it is both, or with arguments creates.
+    /// A first word says which, and the rest is for that one; without a word it is all, or with arguments creates.
     fn which(arguments: &[String]) -> (&'static [Self], &[String]) {
         match arguments.split_first() {
-            None => (&[Self::Creates, Self::Guest], arguments),
+            None => (&[Self::Creates, Self::Persistence, Self::Guest], arguments),
             Some((word, rest)) if word == "creates" => (&[Self::Creates], rest),
+            Some((word, rest)) if word == "persistence" => (&[Self::Persistence], rest),
             Some((word, rest)) if word == "guest" => (&[Self::Guest], rest),
             Some(_) => (&[Self::Creates], arguments),
         }
@@ -72,6 +75,7 @@ impl Bench {
     fn program(self) -> &'static str {
         match self {
             Self::Creates => "wrenn-bench",
+            Self::Persistence => "wrenn-bench-persistence",
             Self::Guest => "wrenn-bench-guest",
         }
     }
@@ -127,7 +131,8 @@ mod tests {
             let (benches, rest) = Bench::which(&words);
             (benches, rest.to_vec())
         };
-        assert_eq!(which(&[]), ([Bench::Creates, Bench::Guest].as_slice(), vec![]));
+        assert_eq!(which(&[]), ([Bench::Creates, Bench::Persistence, Bench::Guest].as_slice(), vec![]));
+        assert_eq!(which(&["persistence"]).0, [Bench::Persistence]);
         assert_eq!(which(&["guest", "--rounds", "1"]).0, [Bench::Guest]);
         assert_eq!(which(&["guest", "--rounds", "1"]).1, ["--rounds", "1"]);
         assert_eq!(

@@ -4,7 +4,8 @@
 //! passed, so its output is read here: each test that printed such a line counts as skipped, and is named.
 //!
 //! `make soak` runs the same tests with `WRENN_SOAK=1`, by which a test does its full count instead of a sample.
-//! Such a test prints lines `soak: what, how often, seed, outcome`; they go to bench/SOAK.md.
+//! Such a test prints lines `soak: what, how often, seed, outcome`; they go to bench/SOAK.md. A test program whose output
+//! nothing holds back prints them while it runs.
 
 use std::{
     fmt::{self, Write as _},
@@ -114,6 +115,8 @@ struct Report {
     soak: Vec<String>,
     /// Within the section that repeats the output of tests that passed.
     in_successes: bool,
+    /// Within the section that repeats the output of those that failed.
+    in_failures: bool,
     /// The test whose output is being read, until it is known to be skipped.
     test: Option<String>,
 }
@@ -122,19 +125,25 @@ impl Report {
     /// Takes one line and says what a person should see of it.
     fn line(&mut self, line: &str) -> Option<String> {
         if let Some((passed, failed, ignored)) = counts(line) {
-            (self.in_successes, self.test) = (false, None);
+            (self.in_successes, self.in_failures, self.test) = (false, false, None);
             self.passed += passed;
             self.failed += failed;
             self.ignored += ignored;
             return Some(line.to_owned());
         }
         if line == "failures:" {
-            (self.in_successes, self.test) = (false, None);
+            (self.in_successes, self.in_failures, self.test) = (false, true, None);
         } else if line == "successes:" {
             self.in_successes = true;
             return None;
         }
         if !self.in_successes {
+            // With one test at a time the name of the test stands before what it prints.
+            let said = line.split_once(" ... soak: ").filter(|(before, _)| before.starts_with("test "));
+            let said = line.strip_prefix("soak: ").or(said.map(|(_, said)| said));
+            if let Some(said) = said.filter(|_| !self.in_failures) {
+                self.soak.push(said.to_owned());
+            }
             return Some(line.to_owned());
         }
         if let Some(test) = line.strip_prefix("---- ").and_then(|line| line.strip_suffix(" stdout ----")) {
@@ -204,11 +213,15 @@ failures:
 
 ---- a::four stdout ----
 skipped: is what this prints before it fails
+soak: cycles, 2, seed 1, the third was not the same
 
 test result: FAILED. 2 passed; 1 failed; 1 ignored; 0 measured; 0 filtered out; finished in 0.10s
 
 running 1 test
 skipped: by a child of a test, which is not captured
+soak: kills, 2, seed 1, nothing lost
+test c::five ... soak: cycles, 3, seed 1, all the same
+ok
 test result: ok. 1 passed; 0 failed; 0 ignored; 0 measured; 0 filtered out; finished in 0.00s
 ";
 
@@ -217,7 +230,12 @@ test result: ok. 1 passed; 0 failed; 0 ignored; 0 measured; 0 filtered out; fini
         let mut report = Report::default();
         let shown: Vec<String> = OUTPUT.lines().filter_map(|line| report.line(line)).collect();
         assert_eq!(report.to_string(), "2 passed, 1 failed, 2 skipped");
-        assert_eq!(report.soak, ["forks, 500, seed 7, all good"]);
+        let soaks = [
+            "forks, 500, seed 7, all good",
+            "kills, 2, seed 1, nothing lost",
+            "cycles, 3, seed 1, all the same",
+        ];
+        assert_eq!(report.soak, soaks);
         assert!(shown.contains(&"skipped a::one: needs root".to_owned()), "{shown:#?}");
         assert!(!shown.contains(&"hello".to_owned()));
         assert!(shown.contains(&"---- a::four stdout ----".to_owned()));

@@ -1,13 +1,17 @@
 //! What an agent finds at its start, and what it makes of it: sandboxes that go on, and remains that go.
 //!
 //! ```text
-//!  records ─► which machines are somebody's (pure) ─► end the others ─► remove free slots
+//!  records ─► which machines are somebody's (pure) ─► end the others ─► remove free slots, at once or later
 //!     │
 //!     └─► each record ─► paused                     : known again, as it is
 //!                        a pause that was committed : the same; its machine was among the others
-//!                        a machine that was up      : adopted; let run and opened again if it stood still
+//!                        a machine that was up      : adopted; let run and opened again if it stood still;
+//!                                                     before one that was to take its place
 //!                        anything else              : half-made, and removed
 //! ```
+//!
+//! Records are gone through several at a time, because who uses a sandbox waits meanwhile: nothing that can wait is
+//! done before its machine answers.
 //!
 //! Only what is this instance's own is touched. A machine is known by the mark in its command line, a namespace by
 //! the owner in its slot's file, a directory by being in this instance's.
@@ -15,13 +19,14 @@
 use std::{collections::BTreeSet, io, sync::Arc, time::Duration};
 
 use camino::Utf8Path;
+use futures::StreamExt as _;
 use tokio::time::timeout;
 use wrenn_host_linux::process::find_by_argument;
 use wrenn_types::{InstanceId, SandboxId};
 use wrenn_vmm::{AdoptedMachine, VmmError};
 
 use crate::{
-    network::{self, Policy, PolicyError, SlotError, Uplink, addresses::SlotNumber},
+    network::{Policy, PolicyError, SlotError, addresses::SlotNumber},
     registry::Registry,
     sandbox::{
         SandboxSpec,
@@ -39,6 +44,8 @@ use crate::{
 
 /// How long a killed process may take to be gone.
 const KILL_BOUND: Duration = Duration::from_secs(10);
+/// How many sandboxes are taken over at the same time.
+const AT_ONCE: usize = 16;
 
 /// Something that was left could not be looked at or removed.
 #[derive(Debug, thiserror::Error)]
@@ -89,6 +96,13 @@ pub struct Stock {
     remains: Vec<SandboxDir>,
 }
 
+impl Stock {
+    /// Whether there are machines to go on with, for which somebody may be waiting.
+    pub fn has_machines(&self) -> bool {
+        self.left.iter().any(|(_, fate)| matches!(fate, Fate::Machine))
+    }
+}
+
 /// What a sandbox goes on as.
 #[derive(Debug)]
 enum Fate {
@@ -118,7 +132,7 @@ fn has_machine(record: &Record) -> bool {
     record.machine.as_ref().is_some_and(|machine| machine.up)
 }
 
-/// Reads what there is, and ends and removes what is nobody's. Called before the pool of slots is started.
+/// Reads what there is, and ends the machines that are nobody's. Their network slots can be collected then.
 ///
 /// # Errors
 /// The first thing that could not be read or removed: an agent must not start then, because it could give away
@@ -128,7 +142,6 @@ pub async fn take_stock(
     snapshots: &crate::snapshots::Snapshots,
     sandboxes_dir: &Utf8Path,
     machines_dir: &Utf8Path,
-    uplink: &Uplink,
 ) -> Result<Stock, CollectError> {
     let mut stock = Stock::default();
     let mut machines = BTreeSet::new();
@@ -138,6 +151,9 @@ pub async fn take_stock(
             stock.remains.push(dir);
             continue;
         };
+        // A machine that was being made in the place of one that stands still is half-made, even if it is up.
+        let is_back = record.former.is_some();
+        record.go_back();
         let saved = match saved_as(&record) {
             Some(id) => match snapshots.get(id) {
                 Ok(kept) => kept,
@@ -161,13 +177,16 @@ pub async fn take_stock(
         } else if let Some(machine) = record.machine.as_ref().filter(|_| has_machine(&record)) {
             machines.insert(Host::machine_name(instance, &record.id, &machine.name));
             directories.insert(machine.name.to_string());
-            stock.left.push((Ledger::new(dir, record), Fate::Machine));
+            let ledger = Ledger::new(dir, record.clone());
+            if is_back {
+                ledger.put(record).map_err(CollectError::Record)?;
+            }
+            stock.left.push((ledger, Fate::Machine));
         } else {
             stock.remains.push(dir);
         }
     }
     stock.ended = end_machines(instance, &machines).await.map_err(CollectError::Machines)?;
-    network::collect(instance, uplink).await.map_err(CollectError::Network)?;
     for entry in machines_dir.read_dir_utf8().map_err(CollectError::RunDir)? {
         let entry = entry.map_err(CollectError::RunDir)?;
         if !directories.contains(entry.file_name()) {
@@ -198,35 +217,57 @@ async fn end_machines(instance: &InstanceId, kept: &BTreeSet<String>) -> io::Res
 /// What is half-made could not be removed.
 pub async fn take_over(host: &Arc<Host>, registry: &Registry, stock: Stock) -> Result<Taken, CollectError> {
     let mut taken = Taken::default();
+    let mut ways = futures::stream::iter(stock.left)
+        .map(|(ledger, fate)| go_on(host, registry, Arc::new(ledger), fate))
+        .buffer_unordered(AT_ONCE);
+    while let Some(way) = ways.next().await {
+        match way? {
+            Way::Adopted(id) => taken.adopted.push(id),
+            Way::Paused(id) => taken.paused.push(id),
+            Way::Removed(id) => taken.removed.push(id),
+        }
+    }
     for dir in stock.remains {
         taken.removed.extend(dir.path().file_name().and_then(|name| name.parse().ok()));
         blocking(move || dir.remove()).await.map_err(CollectError::Record)?;
     }
-    for (ledger, fate) in stock.left {
-        let ledger = Arc::new(ledger);
-        let record = ledger.record();
-        let id = record.id.clone();
-        match fate {
-            Fate::Paused(kept) => {
-                registry.take_over(spec(record), Beginning::Paused(ledger, kept)).settled().await;
-                taken.paused.push(id);
-            }
-            Fate::Machine => match adopt(host, &ledger).await {
-                Ok(up) => {
-                    registry.take_over(spec(record), Beginning::Adopted(Box::new(up))).settled().await;
-                    taken.adopted.push(id);
-                }
-                Err(error) => {
-                    // It died while nobody looked, or it is beyond control: either way it is no sandbox any more.
-                    tracing::warn!(%id, error = &error as &dyn std::error::Error, "a sandbox could not be taken over");
-                    end_machine(host, &record).await.map_err(CollectError::Machines)?;
-                    ledger.remove().await.map_err(CollectError::Record)?;
-                    taken.removed.push(id);
-                }
-            },
-        }
-    }
     Ok(taken)
+}
+
+/// What became of a sandbox that was to go on.
+enum Way {
+    Adopted(SandboxId),
+    Paused(SandboxId),
+    Removed(SandboxId),
+}
+
+async fn go_on(
+    host: &Arc<Host>,
+    registry: &Registry,
+    ledger: Arc<Ledger>,
+    fate: Fate,
+) -> Result<Way, CollectError> {
+    let record = ledger.record();
+    let id = record.id.clone();
+    match fate {
+        Fate::Paused(kept) => {
+            registry.take_over(spec(record), Beginning::Paused(ledger, kept)).settled().await;
+            Ok(Way::Paused(id))
+        }
+        Fate::Machine => match adopt(host, &ledger).await {
+            Ok(up) => {
+                registry.take_over(spec(record), Beginning::Adopted(Box::new(up))).settled().await;
+                Ok(Way::Adopted(id))
+            }
+            Err(error) => {
+                // It died while nobody looked, or it is beyond control: either way it is no sandbox any more.
+                tracing::warn!(%id, error = &error as &dyn std::error::Error, "a sandbox could not be taken over");
+                end_machine(host, &record).await.map_err(CollectError::Machines)?;
+                ledger.remove().await.map_err(CollectError::Record)?;
+                Ok(Way::Removed(id))
+            }
+        },
+    }
 }
 
 /// Ends the machine of a record, if it lives, and removes its directory.

@@ -1,10 +1,13 @@
 //! The life of an agent: take over what an earlier one left, serve, and on the stop leave or end the sandboxes.
 //!
 //! ```text
-//!  instance id, directories ─► find the VMM ─► take stock ─► fill the slot pool ─► take over ─► serve ─► ready
-//!                                                                                                  │ stop
-//!                          remove the ready slots ◄─ leave or destroy every sandbox ◄─ close the socket
+//!  instance id, directories ─► take stock, find the VMM ─► start the slot pool ─► take over ─► serve ─► ready
+//!                                                                                                 │ stop
+//!                         remove the ready slots ◄─ leave or destroy every sandbox ◄─ close the socket
 //! ```
+//!
+//! Network slots that an earlier agent left free are removed before the pool starts, unless there are machines to go
+//! on with: then that is done beside the serving, because somebody may wait for them.
 
 use std::{
     fs::{self, DirBuilder},
@@ -28,7 +31,7 @@ use crate::{
     adopt::{self, CollectError},
     config::{AcceleratorFlag, Config, DiskDriver, OnStop},
     images::{Images, ImagesError},
-    network::{Policy, PoolConfig, SlotError, SlotPool, Uplink},
+    network::{self, Policy, PoolConfig, SlotError, SlotPool, Uplink},
     registry::Registry,
     rootfs::{FileStore, Qcow2Store, RootfsStore},
     rpc::Service,
@@ -114,6 +117,8 @@ pub struct Agent {
     on_stop: OnStop,
     stopping: CancellationToken,
     collector: tokio::task::JoinHandle<()>,
+    /// Removes what an earlier agent left of its free slots, where that was put off.
+    slot_collector: Option<tokio::task::JoinHandle<()>>,
     server: tokio::task::JoinHandle<io::Result<()>>,
 }
 
@@ -198,20 +203,33 @@ impl Agent {
         let images = Images::load(&config.images).map_err(StartError::Images)?;
         let uplink = config.uplink_netns.clone().map_or(Uplink::Host, Uplink::Named);
         let snapshots = Snapshots::open(&dir.join("agent")).map_err(StartError::Kept)?;
-        let stock = adopt::take_stock(&instance, &snapshots, &sandboxes_dir, &machines_dir, &uplink)
-            .await
-            .map_err(StartError::Collect)?;
+        let begin = std::time::Instant::now();
+        let (stock, found) = tokio::join!(
+            adopt::take_stock(&instance, &snapshots, &sandboxes_dir, &machines_dir),
+            find_vmm(&config, &images),
+        );
+        let stock = stock.map_err(StartError::Collect)?;
         if stock.ended > 0 {
             tracing::warn!(machines = stock.ended, "ended machines that an earlier agent left half-made");
         }
         let store =
             SnapshotStore::new(&config.snapshots, Utf8Path::new(RUN_DIR)).map_err(StartError::Snapshots)?;
-        let (vmm, accelerator_reason) = find_vmm(&config, &images).await.map_err(StartError::Vmm)?;
+        let (vmm, accelerator_reason) = found.map_err(StartError::Vmm)?;
         tracing::info!(vmm = ?vmm.identity(), reason = accelerator_reason, "virtual machine monitor found");
 
         let policy = Policy::resolve(&NetworkPolicy::simple(true), &config.dns_servers)
             .map_err(|error| StartError::Network(SlotError::Policy(error)))?;
-        let pool = PoolConfig { instance: instance.clone(), uplink, ready: config.ready_slots, policy };
+        let has_machines = stock.has_machines();
+        if !has_machines {
+            let collected = network::collect(&instance, &uplink).await;
+            collected.map_err(|error| StartError::Collect(CollectError::Network(error)))?;
+        }
+        let pool = PoolConfig {
+            instance: instance.clone(),
+            uplink: uplink.clone(),
+            ready: config.ready_slots,
+            policy,
+        };
         let slots = SlotPool::start(pool).await.map_err(StartError::Network)?;
         let disks: Arc<dyn RootfsStore> = match config.disks {
             DiskDriver::Qcow2 => Arc::new(Qcow2Store),
@@ -243,15 +261,30 @@ impl Agent {
         let registry = Arc::new(Registry::new(Arc::clone(&host)));
         let taken = adopt::take_over(&host, &registry, stock).await.map_err(StartError::Collect)?;
         if !(taken.adopted.is_empty() && taken.paused.is_empty() && taken.removed.is_empty()) {
-            tracing::info!(adopted = ?taken.adopted, paused = ?taken.paused, removed = ?taken.removed, "took over");
+            tracing::info!(adopted = ?taken.adopted, paused = ?taken.paused, removed = ?taken.removed, after = ?begin.elapsed(), "took over");
         }
-        let collector = tokio::spawn(collect(host));
         let facts = Arc::new(HostFacts { host_id, accelerator_reason });
         let socket = config.socket.unwrap_or_else(|| run_dir.join("agent.sock"));
         let stopping = CancellationToken::new();
         let server = serve(&socket, Arc::clone(&registry), facts, stopping.clone())?;
+        // Last, so that nobody's request waits for them.
+        let collector = tokio::spawn(collect(Arc::clone(&host)));
+        let slot_collector = has_machines.then(|| {
+            let instance = host.instance.clone();
+            tokio::spawn(async move { collect_slots(&instance, &uplink).await })
+        });
         let on_stop = config.on_stop;
-        Ok(Self { socket, machines_dir: machines, registry, slots, on_stop, stopping, collector, server })
+        Ok(Self {
+            socket,
+            machines_dir: machines,
+            registry,
+            slots,
+            on_stop,
+            stopping,
+            collector,
+            slot_collector,
+            server,
+        })
     }
 
     /// Where it listens.
@@ -278,9 +311,25 @@ impl Agent {
         self.server.abort();
         let _ = self.server.await;
         self.collector.abort();
+        if let Some(collecting) = self.slot_collector {
+            // Not broken off: half a slot would stay for the next start. Each of its steps is bounded.
+            let _ = collecting.await;
+        }
         let _ = fs::remove_file(&self.socket);
         self.slots.shutdown().await;
         drop(self.machines_dir);
+    }
+}
+
+/// Removes the slots that an earlier agent left and that nobody holds.
+async fn collect_slots(instance: &InstanceId, uplink: &Uplink) {
+    match network::collect_slots(instance, uplink).await {
+        Ok(collected) => tracing::debug!(?collected, "looked for network slots that were left"),
+        // Whoever uses one of the numbers next clears it.
+        Err(error) => tracing::warn!(
+            error = &error as &dyn std::error::Error,
+            "network slots that were left could not be removed"
+        ),
     }
 }
 
@@ -322,7 +371,7 @@ fn roots(sandboxes: &Utf8Path) -> SnapshotStoreResult<Roots> {
             .record
             .ok_or_else(|| unknown(io::Error::other(format!("{} has no record", left.dir.path()))))?;
         roots.layers.extend(record.layers_in_use().cloned());
-        roots.bases.insert(record.base);
+        roots.bases.extend(record.bases_in_use().cloned());
     }
     Ok(roots)
 }

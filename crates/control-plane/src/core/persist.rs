@@ -214,7 +214,7 @@ impl Core {
 
     /// Writes what the host says once it has done what it was told.
     async fn observe(
-        &self,
+        self: &Arc<Self>,
         id: &SandboxId,
         generation: i64,
         observed: &Observed,
@@ -244,20 +244,15 @@ impl Core {
         }
     }
 
-    /// Why a command was not carried out. What the sandbox is now is written first, if its host tells.
+    /// Why a command was not carried out. What the sandbox is now is written first, if its host tells; a host that is
+    /// away is asked when it is back.
     pub(super) async fn explain_failure(
-        &self,
+        self: &Arc<Self>,
         id: &SandboxId,
         generation: i64,
         error: HostError,
     ) -> CoreError {
-        if let Err(unsettled) = watch::settle_now(self, id).await {
-            tracing::warn!(
-                %id,
-                error = &unsettled as &dyn std::error::Error,
-                "what became of a sandbox is not known yet"
-            );
-        }
+        watch::settle_when_back(self, id, generation).await;
         match self.store.sandbox_of_host(id).await {
             Ok(Some(row)) if row.generation > generation => self.overtaken(id).await,
             Ok(Some(row)) if row.state().is_final() => wrong_state(id, &row),

@@ -9,7 +9,7 @@
 //!
 //! `deleting` is an order: whoever gives it tries to carry it out, and the sweep does so until its host has.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use jiff::{SignedDuration, Timestamp};
 use serde_json::json;
@@ -64,7 +64,11 @@ impl Order {
 /// What became of a snapshot.
 #[derive(Debug)]
 pub(crate) enum Snapshotting {
-    Done(Template),
+    Done {
+        template: Template,
+        /// How long the sandbox stood still.
+        stopped: Duration,
+    },
     /// It goes on.
     UnderWay(Sandbox),
 }
@@ -113,12 +117,19 @@ impl Core {
             })
         };
         match timeout(self.bounds.lifecycle_answer, task).await {
-            Ok(done) => done.map_err(CoreError::Task)?.map(Snapshotting::Done),
+            Ok(done) => {
+                let (template, stopped) = done.map_err(CoreError::Task)??;
+                Ok(Snapshotting::Done { template, stopped })
+            }
             Err(_) => Ok(Snapshotting::UnderWay(public(&self.row(caller.team, &sandbox).await?)?)),
         }
     }
 
-    async fn take_snapshot(self: &Arc<Self>, team: TeamId, order: &Order) -> Result<Template, CoreError> {
+    async fn take_snapshot(
+        self: &Arc<Self>,
+        team: TeamId,
+        order: &Order,
+    ) -> Result<(Template, Duration), CoreError> {
         if let Some(name) = &order.name {
             if self.is_platform(name.as_str()) {
                 return Err(CoreError::NameReserved(name.clone()));
@@ -129,6 +140,7 @@ impl Core {
             }
         }
         let Capture { id, captured, .. } = self.capture(team, &order.sandbox).await?;
+        let stopped = captured.stopped;
         let name = match &order.name {
             Some(name) => name.clone(),
             None => id.as_str().parse().map_err(malformed)?,
@@ -143,7 +155,7 @@ impl Core {
                         let core = Arc::clone(self);
                         self.tasks.spawn(async move { core.carry_out_deletion(&replaced).await });
                     }
-                    return template(&row);
+                    return Ok((template(&row)?, stopped));
                 }
                 // Somebody else has just taken it, and it may be taken from them.
                 Made::Taken if order.overwrite => {}

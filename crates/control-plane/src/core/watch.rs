@@ -6,6 +6,10 @@
 //!    └───────── bounded backoff ◄── the stream ends, or the host does not answer ──┘
 //! ```
 //!
+//! A host that was there and is gone is tried again after a few milliseconds, because an agent that has died is
+//! followed by one that has adopted its sandboxes before it listens. What was commanded of the one that died is
+//! settled as soon as the next one is in sync ([`settle_when_back`]).
+//!
 //! The database is read *before* the host is asked, so that a sandbox that comes up in between is not taken
 //! for one that the host has lost. Every change is a compare-and-set, so several control planes can follow
 //! the same host. Nobody's request waits for any of this.
@@ -26,8 +30,10 @@ use crate::{
     store::{HostRow, SandboxRow, Store},
 };
 
-const FIRST_PAUSE: Duration = Duration::from_millis(50);
-const LONGEST_PAUSE: Duration = Duration::from_secs(2);
+/// The pause after a connection that was in sync; a socket that nobody listens on costs nothing to try.
+const FIRST_PAUSE: Duration = Duration::from_millis(5);
+/// No pause is longer.
+const LONGEST_PAUSE: Duration = Duration::from_millis(200);
 /// All states but those of a sandbox that is to end, or has: what a host says of one that is there counts there.
 const THERE: [SandboxState; 7] = [
     SandboxState::Starting,
@@ -41,31 +47,46 @@ const THERE: [SandboxState; 7] = [
 /// How long a host may take to say all that it has.
 const SNAPSHOT: Duration = Duration::from_secs(15);
 
+/// What is known of the connection to a host. Owned by the task that follows it.
+#[derive(Debug)]
+struct Contact {
+    /// When it was last in sync.
+    last: Instant,
+    /// Whether the last connection came as far as that.
+    in_sync: bool,
+    /// Its sandboxes were called missing since.
+    called_missing: bool,
+}
+
 /// Follows the host until the control plane stops.
 pub(crate) async fn follow_host(core: Arc<Core>) {
     let stop = core.stop.clone();
     let mut pause = FIRST_PAUSE;
-    let mut last_seen = Instant::now();
-    let mut called_missing = false;
+    let mut contact = Contact { last: Instant::now(), in_sync: true, called_missing: false };
     while !stop.is_cancelled() {
-        let begin = Instant::now();
-        let outcome = stop.run_until_cancelled(follow_once(&core, &mut called_missing)).await;
+        let is_news = std::mem::take(&mut contact.in_sync);
+        let outcome = stop.run_until_cancelled(follow_once(&core, &mut contact)).await;
         let Some(outcome) = outcome else { break };
-        if begin.elapsed() > LONGEST_PAUSE {
-            // It was connected for a while: that it is away is news.
-            last_seen = Instant::now();
+        if contact.in_sync {
+            contact.last = Instant::now();
             pause = FIRST_PAUSE;
         }
         match &outcome {
             Ok(()) => tracing::info!("the host agent ended the watch"),
-            Err(error) => tracing::info!(
+            // Once for each absence.
+            Err(error) if is_news || contact.in_sync => tracing::info!(
                 error = error as &dyn std::error::Error,
                 cause = error.source(),
                 "the host agent is not connected"
             ),
+            Err(error) => tracing::debug!(
+                error = error as &dyn std::error::Error,
+                cause = error.source(),
+                "the host agent is still not connected"
+            ),
         }
-        if !called_missing && last_seen.elapsed() > core.bounds.host_missing {
-            called_missing = call_missing(&core).await;
+        if !contact.called_missing && contact.last.elapsed() > core.bounds.host_missing {
+            contact.called_missing = call_missing(&core).await;
         }
         let _ = stop.run_until_cancelled(sleep(pause)).await;
         pause = (pause * 2).min(LONGEST_PAUSE);
@@ -86,7 +107,7 @@ async fn call_missing(core: &Core) -> bool {
 }
 
 /// One connection to the host, from its beginning to its end.
-async fn follow_once(core: &Arc<Core>, called_missing: &mut bool) -> Result<(), CoreError> {
+async fn follow_once(core: &Arc<Core>, contact: &mut Contact) -> Result<(), CoreError> {
     let facts = core.host.facts().await?;
     let host = facts.id.clone();
     let row = HostRow {
@@ -108,8 +129,9 @@ async fn follow_once(core: &Arc<Core>, called_missing: &mut bool) -> Result<(), 
         CoreError::Host(crate::host::HostError::Malformed { what: "the watch did not come into sync" })
     })??;
     apply_all(core, &known, &seen).await?;
+    // Wakes who waits for the host to be back, too.
     core.host_id.send_replace(Some(host.clone()));
-    *called_missing = false;
+    (contact.in_sync, contact.called_missing) = (true, false);
     tracing::info!(%host, sandboxes = seen.len(), "following the host");
 
     // What was too young to be judged just now is not when its grace is over.
@@ -204,10 +226,13 @@ async fn apply_one(core: &Core, observed: &Observed) -> Result<(), CoreError> {
 }
 
 /// Asks the host about one sandbox and writes what it says: what was to become of it has failed, so nothing is on
-/// its way any more.
-pub(super) async fn settle_now(core: &Core, id: &SandboxId) -> Result<(), CoreError> {
+/// its way any more. A row that was intended otherwise since is left alone.
+pub(super) async fn settle_now(core: &Core, id: &SandboxId, generation: i64) -> Result<(), CoreError> {
     let row = patient(core).sandbox_of_host(id).await?;
-    let Some(row) = row.as_ref().and_then(known).filter(|row| !row.state.is_final()) else { return Ok(()) };
+    let row = row.as_ref().and_then(known);
+    let Some(row) = row.filter(|row| !row.state.is_final() && row.generation == generation) else {
+        return Ok(());
+    };
     let action = match core.host.sandbox(id).await? {
         Some(observed) => settle(&row, &observed, Timestamp::MAX),
         None => absent(&row, Timestamp::MAX),
@@ -216,6 +241,35 @@ pub(super) async fn settle_now(core: &Core, id: &SandboxId) -> Result<(), CoreEr
         Some(action) => apply(core, action).await,
         None => Ok(()),
     }
+}
+
+/// Does [`settle_now`], and if the host is away, does it again when it is back. Returns before that: a task goes on,
+/// for as long as a comparison would take the intent for one that is on its way; after that, comparisons settle it.
+pub(super) async fn settle_when_back(core: &Arc<Core>, id: &SandboxId, generation: i64) {
+    // From before the first attempt on, so that no return in between is missed.
+    let mut host = core.host_id.subscribe();
+    let Err(error) = settle_now(core, id, generation).await else { return };
+    tracing::info!(
+        %id,
+        error = &error as &dyn std::error::Error,
+        "what became of a sandbox is found out when its host is back"
+    );
+    let (core, id) = (Arc::clone(core), id.clone());
+    let tasks = core.tasks.clone();
+    tasks.spawn(async move {
+        let settled = async {
+            while host.changed().await.is_ok() {
+                match settle_now(&core, &id, generation).await {
+                    Ok(()) => break,
+                    Err(error) => tracing::info!(
+                        %id, error = &error as &dyn std::error::Error, "a sandbox is not settled yet"
+                    ),
+                }
+            }
+            core.moved.notify_waiters();
+        };
+        let _ = core.stop.run_until_cancelled(timeout(core.bounds.start_grace, settled)).await;
+    });
 }
 
 /// What a host says is said once: its writing can wait for a database that is away for a moment, and if it

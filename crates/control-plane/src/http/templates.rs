@@ -7,14 +7,18 @@ use axum::{
     extract::State,
     response::{IntoResponse, Response},
 };
-use http::StatusCode;
+use http::{HeaderName, StatusCode};
 use wrenn_api::{SnapshotRequest, Template, TemplateKind};
 
 use super::{
     error::{ApiError, Errors},
     extract::{JsonBody, Name, Pairs},
+    sandboxes::phase_timing,
 };
-use crate::core::{Caller, Core, CoreError, Order, Snapshotting};
+use crate::{
+    core::{Caller, Core, CoreError, Order, Snapshotting},
+    host::Phase,
+};
 
 type Shared = State<Arc<Core>>;
 
@@ -61,7 +65,8 @@ pub(super) async fn list(
     params(("overwrite" = Option<bool>, Query, description = "Replace the snapshot that has the name.")),
     request_body = SnapshotRequest,
     responses(
-        (status = 201, description = "The snapshot", body = Template),
+        (status = 201, description = "The snapshot. The header Server-Timing says how long the sandbox stood still.",
+            body = Template, headers(("server-timing" = String, description = "`stopped` in milliseconds"))),
         (status = 202, description = "It is still being made.", body = wrenn_api::Sandbox),
         Errors
     )
@@ -74,7 +79,11 @@ pub(super) async fn snapshot(
 ) -> Result<Response, ApiError> {
     let order = Order::new(asked, flag(&mut pairs, "overwrite")?)?;
     Ok(match core.snapshot(&caller, order).await? {
-        Snapshotting::Done(template) => (StatusCode::CREATED, Json(template)).into_response(),
+        Snapshotting::Done { template, stopped } => {
+            let timing = phase_timing(&[Phase { name: "stopped".to_owned(), duration: stopped }]);
+            let headers = [(HeaderName::from_static("server-timing"), timing)];
+            (StatusCode::CREATED, headers, Json(template)).into_response()
+        }
         Snapshotting::UnderWay(sandbox) => (StatusCode::ACCEPTED, Json(sandbox)).into_response(),
     })
 }

@@ -4,6 +4,7 @@ use std::time::{Duration, Instant};
 
 use connectrpc::ConnectError;
 use serde_json::json;
+use wrenn_control_plane::Bounds;
 
 use super::support::{World, agent::QUIET, eventually, postgres::Cluster, short_bounds};
 
@@ -65,6 +66,34 @@ async fn a_sandbox_that_ends_by_itself_is_known_to_have() {
     let refused = world.client.shell(&id, "true").await;
     assert_eq!((refused.status.as_u16(), refused.code().as_str()), (409, "invalid_state"));
     assert!(refused.text().contains("signal 9"), "{}", refused.text());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_asked_of_a_host_that_was_away_is_settled_when_it_is_back() {
+    // No comparison would take the intent for a lost one, nor the host for a missing one.
+    let never = Duration::from_secs(3600);
+    let bounds = Bounds { start_grace: never, sweep: never, host_missing: never, ..short_bounds() };
+    let mut world = World::with(bounds, Cluster::shared().database().await).await;
+    let (paused, snapshotted) = (world.sandbox().await, world.sandbox().await);
+    world.agent.go_away().await;
+    let answer = world.client.post(&format!("/v1/sandboxes/{paused}/pause"), json!({})).await;
+    assert_eq!((answer.status.as_u16(), answer.code().as_str()), (503, "host_unavailable"));
+    let answer = world.client.post("/v1/snapshots", json!({ "sandbox_id": snapshotted })).await;
+    assert_eq!((answer.status.as_u16(), answer.code().as_str()), (503, "host_unavailable"));
+    assert_eq!(status(&world, &paused).await, "pausing");
+    assert_eq!(status(&world, &snapshotted).await, "snapshotting");
+    world.agent.serve();
+    for id in [&paused, &snapshotted] {
+        eventually("it runs, as its host says", async || status(&world, id).await == "running").await;
+        assert_eq!(world.client.shell(id, "true").await.status, 200);
+    }
+    let answer = world.client.post(&format!("/v1/sandboxes/{paused}/pause"), json!({})).await;
+    assert_eq!(
+        (answer.status.as_u16(), &answer.json()["status"]),
+        (200, &json!("paused")),
+        "{}",
+        answer.text()
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]

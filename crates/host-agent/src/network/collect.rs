@@ -43,13 +43,31 @@ enum Found {
 /// Something could not be listed, or something of `instance` not be removed. What could be removed is.
 pub async fn collect(instance: &InstanceId, uplink: &Uplink) -> Result<Collected, SlotError> {
     let uplink = Arc::new(OpenUplink::open(instance, uplink).await.map_err(SlotError::Uplink)?);
+    let collected = collect_from(&uplink).await?;
+    if collected.held.is_empty() {
+        uplink.withdraw().await.map_err(SlotError::Uplink)?;
+    }
+    Ok(collected)
+}
+
+/// Removes every slot that nobody holds, and leaves the uplink's rules alone: for an agent that has begun to use slots
+/// already, because somebody waits for the sandboxes that it has taken over. What is in use is locked.
+///
+/// # Errors
+/// As [`collect`].
+pub async fn collect_slots(instance: &InstanceId, uplink: &Uplink) -> Result<Collected, SlotError> {
+    let uplink = Arc::new(OpenUplink::open(instance, uplink).await.map_err(SlotError::Uplink)?);
+    collect_from(&uplink).await
+}
+
+async fn collect_from(uplink: &Arc<OpenUplink>) -> Result<Collected, SlotError> {
     let mut numbers = list(SLOTS_DIR, "")?;
     numbers.extend(list(netns::NAMES, NAMESPACE_PREFIX)?);
     let links = uplink.netlink.list(OUTER_PREFIX).await.map_err(SlotError::Links)?;
     numbers.extend(links.iter().filter_map(|name| number_in(name, OUTER_PREFIX)));
 
     let mut outcomes =
-        futures::stream::iter(numbers).map(|number| look_at(Arc::clone(&uplink), number)).buffered(AT_ONCE);
+        futures::stream::iter(numbers).map(|number| look_at(Arc::clone(uplink), number)).buffered(AT_ONCE);
     let mut collected = Collected::default();
     let mut first_error = None;
     while let Some(outcome) = outcomes.next().await {
@@ -61,9 +79,6 @@ pub async fn collect(instance: &InstanceId, uplink: &Uplink) -> Result<Collected
                 first_error.get_or_insert(error);
             }
         }
-    }
-    if collected.held.is_empty() {
-        uplink.withdraw().await.map_err(SlotError::Uplink)?;
     }
     first_error.map_or(Ok(collected), Err)
 }

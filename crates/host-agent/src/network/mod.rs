@@ -50,7 +50,7 @@ mod stock;
 mod tests;
 mod uplink;
 
-pub use collect::{Collected, collect};
+pub use collect::{Collected, collect, collect_slots};
 pub use error::SlotError;
 pub use netlink::NetlinkError;
 pub use networks::Networks;

@@ -102,7 +102,8 @@ impl SlotPool {
             dismantling: JoinSet::new(),
             permits: Arc::new(Semaphore::new(DISMANTLING)),
             given: 0,
-            refill_at: Some(Instant::now()),
+            // An agent that follows another has sandboxes to take over first.
+            refill_at: Some(Instant::now() + HOLD_BACK),
             stopping: Vec::new(),
             stopped: false,
         };

@@ -402,6 +402,7 @@ impl WithSlot {
                     machine: Some(machine),
                     paused: None,
                     capture: None,
+                    former: None,
                 };
                 let make = blocking(move || {
                     SandboxDir::create(&host.sandboxes_dir, &record)
@@ -411,11 +412,7 @@ impl WithSlot {
             }
             Recording::Change(ledger) => {
                 let former = ledger.record();
-                let change = ledger.change(|record| {
-                    record.machine = Some(machine);
-                    record.layers = layers;
-                    record.base = base;
-                });
+                let change = ledger.change(|record| record.begin_machine(machine, base, layers));
                 let changed = self.before.course.timer.time("record", change).await;
                 changed.map(|()| (ledger, Some(former)))
             }

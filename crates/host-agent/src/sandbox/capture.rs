@@ -1,10 +1,10 @@
 //! A capture: what a sandbox is becomes a snapshot.
 //!
 //! ```text
-//!  prepare the guest · make the directory · record ─► stop ─► save devices and pages ─┬─ pause ─► commit; the machine stays stopped
-//!      │                                                                              │
-//!      │ not in time: marked unprepared (pause),                                      └─ live ─► next overlay on top ─► let it run,
-//!      ▼ or given up (live)                                                                      /init ─► commit
+//!  note ─► prepare the guest · make the directory · record ─► stop ─► save devices and pages ─┬─ pause ─► commit; the machine
+//!             │                                                                              │           stays stopped
+//!             │ not in time: marked unprepared (pause),                                      └─ live ─► next overlay on top ─►
+//!             ▼ or given up (live)                                                              let it run, /init ─► commit
 //! ```
 //!
 //! Whatever fails, the machine runs again and its guest is open, as before; nothing half-made is left. The one
@@ -127,10 +127,14 @@ pub async fn capture(
     };
     let about_to =
         CaptureRecord { snapshot: into.clone(), pause: kind == Kind::Pause, next_layer: next.clone() };
+    // Before the guest is asked: an agent that follows this one opens only a guest of which it knows that it stands still.
+    let noted = up.ledger.note(|record| record.capture = Some(about_to));
+    noted.map_err(CaptureError::Record)?;
     let stood = Instant::now();
     let (prepared, recorded, making) = tokio::join!(
         guest::prepare(&connector, Some(&record.access_token), PREPARE_BOUND),
-        up.ledger.change(|record| record.capture = Some(about_to)),
+        // The same once more, and durable before there is a snapshot.
+        up.ledger.change(|_| {}),
         begin(host, into),
     );
     let prepared = match (prepared, kind) {

@@ -75,6 +75,20 @@ pub struct Record {
     pub paused: Option<PausedRecord>,
     /// A capture that is under way.
     pub capture: Option<CaptureRecord>,
+    /// What it is while another machine is made in its place. While this is here, it is the sandbox.
+    #[serde(default)]
+    pub former: Option<FormerRecord>,
+}
+
+/// A machine that stands still while another one is made in its place, and goes on if that fails.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FormerRecord {
+    /// The machine.
+    pub machine: MachineRecord,
+    /// What its memory differs from.
+    pub base: BaseKey,
+    /// Its disk above the base's, top first.
+    pub layers: Vec<LayerId>,
 }
 
 /// How the machine of a sandbox is found again.
@@ -109,9 +123,40 @@ pub struct CaptureRecord {
 }
 
 impl Record {
-    /// Every layer that may be in use: those of the disk, and the one that is to come.
+    /// Every layer that may be in use: those of the disk, the one that is to come, and those of a former machine.
     pub fn layers_in_use(&self) -> impl Iterator<Item = &LayerId> {
-        self.layers.iter().chain(self.capture.iter().filter_map(|capture| capture.next_layer.as_ref()))
+        let to_come = self.capture.iter().filter_map(|capture| capture.next_layer.as_ref());
+        let former = self.former.iter().flat_map(|former| &former.layers);
+        self.layers.iter().chain(to_come).chain(former)
+    }
+
+    /// Every base that may be in use.
+    pub fn bases_in_use(&self) -> impl Iterator<Item = &BaseKey> {
+        std::iter::once(&self.base).chain(self.former.iter().map(|former| &former.base))
+    }
+
+    /// Another machine is made: it is not the sandbox before that is said ([`Record::settle`]). A machine that is
+    /// there, and is the sandbox, can be gone back to until then.
+    pub fn begin_machine(&mut self, machine: MachineRecord, base: BaseKey, layers: Vec<LayerId>) {
+        let former = FormerRecord {
+            machine: machine.clone(),
+            base: std::mem::replace(&mut self.base, base),
+            layers: std::mem::replace(&mut self.layers, layers),
+        };
+        let before = self.machine.replace(machine);
+        self.former = before.filter(|before| before.up).map(|machine| FormerRecord { machine, ..former });
+    }
+
+    /// The machine that was made last is the sandbox.
+    pub fn settle(&mut self) {
+        (self.paused, self.former) = (None, None);
+    }
+
+    /// The machine that was made last is not the sandbox, if there was one before it.
+    pub fn go_back(&mut self) {
+        if let Some(FormerRecord { machine, base, layers }) = self.former.take() {
+            (self.machine, self.base, self.layers) = (Some(machine), base, layers);
+        }
     }
 }
 
@@ -332,7 +377,50 @@ mod tests {
             machine: Some(MachineRecord { name: LayerId::random(), slot: 7, up: true }),
             paused: None,
             capture: None,
+            former: None,
         }
+    }
+
+    #[test]
+    fn a_machine_that_is_replaced_can_be_gone_back_to_until_the_new_one_is_the_sandbox() {
+        let before = record();
+        let machine = MachineRecord { name: LayerId::random(), slot: 8, up: false };
+        let base: BaseKey = format!("{}.{}", "2".repeat(32), "3".repeat(16)).parse().unwrap();
+        let layers = vec![machine.name.clone(), LayerId::random()];
+        let mut during = before.clone();
+        during.begin_machine(machine.clone(), base.clone(), layers.clone());
+        assert!(
+            before.layers.iter().chain(&layers).all(|layer| during.layers_in_use().any(|used| used == layer))
+        );
+        assert!([&before.base, &base].iter().all(|base| during.bases_in_use().any(|used| used == *base)));
+        let text = serde_json::to_vec(&during).unwrap();
+        assert_eq!(serde_json::from_slice::<Record>(&text).unwrap(), during, "the next agent reads it");
+        let mut back = during.clone();
+        back.go_back();
+        assert_eq!(back, before);
+        during.settle();
+        assert_eq!((during.machine.as_ref(), &during.base, &during.layers), (Some(&machine), &base, &layers));
+        let settled = during.clone();
+        during.go_back();
+        assert_eq!(during, settled, "there is nothing to go back to any more");
+    }
+
+    #[test]
+    fn what_is_saved_or_half_made_is_no_machine_to_go_back_to() {
+        for machine in [None, Some(MachineRecord { name: LayerId::random(), slot: 7, up: false })] {
+            let mut record = Record { machine, ..record() };
+            let (base, next) = (record.base.clone(), LayerId::random());
+            record.begin_machine(MachineRecord { name: next.clone(), slot: 8, up: false }, base, vec![next]);
+            assert_eq!(record.former, None);
+        }
+    }
+
+    #[test]
+    fn a_record_of_an_agent_that_knew_no_former_machine_is_read() {
+        let record = record();
+        let mut value = serde_json::to_value(&record).unwrap();
+        value.as_object_mut().unwrap().remove("former").unwrap();
+        assert_eq!(serde_json::from_value::<Record>(value).unwrap(), record);
     }
 
     #[test]

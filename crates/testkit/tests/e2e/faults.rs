@@ -32,7 +32,7 @@ pub(crate) fn cases() -> Vec<OwnCase> {
 }
 
 /// What of an instance is on the machine: processes and directories.
-fn left_of(instance: &str) -> Result<Vec<String>> {
+pub(crate) fn left_of(instance: &str) -> Result<Vec<String>> {
     let mut left = Vec::new();
     if process_exists(&format!("guest=wrenn-{instance}-"))? {
         left.push("a machine".to_owned());
@@ -136,7 +136,7 @@ async fn kill_everything() -> Result<()> {
 }
 
 /// The process id of the host agent of a stack.
-fn agent_of(stack: &Stack) -> Result<Pid> {
+pub(crate) fn agent_of(stack: &Stack) -> Result<Pid> {
     let pids = descendants(stack.pid().context("it runs")?);
     let is_agent = |pid: &u32| {
         let line = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
@@ -243,7 +243,7 @@ async fn recovers(running: &Stack) -> bool {
     matches!(client.get("/v1/sandboxes").await, Ok(answer) if answer.status.as_u16() == 200)
 }
 
-async fn eventually<F: Future<Output = bool>>(bound: Duration, mut is: impl FnMut() -> F) -> bool {
+pub(crate) async fn eventually<F: Future<Output = bool>>(bound: Duration, mut is: impl FnMut() -> F) -> bool {
     let end = tokio::time::Instant::now() + bound;
     loop {
         if is().await {

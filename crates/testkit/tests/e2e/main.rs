@@ -13,8 +13,10 @@ mod faults;
 mod files;
 mod identity;
 mod isolation;
+mod kills;
 mod lifecycle;
 mod persistence;
+mod soak;
 mod streams;
 
 use std::{process::ExitCode, sync::Arc};
@@ -40,7 +42,7 @@ fn main() -> ExitCode {
     .into_iter()
     .flatten()
     .collect();
-    let own = faults::cases();
+    let own: Vec<_> = [faults::cases(), soak::cases(), kills::cases()].into_iter().flatten().collect();
 
     if let Some(reason) = stack::cannot_run() {
         println!("{reason}");

@@ -4,7 +4,7 @@
 //!            ┌───────────────── pause, from the restart policy ◄──────────────┐
 //!            ▼                                                                │
 //!   ──► start it ──► wait until it is ready ──► publish ──► wait ──► it ended by itself
-//!            │             │ (bounded)                        │               │ too often
+//!            │             │ (bounded)                        │               │ young, too often
 //!            ▼             ▼                                  ▼               ▼
 //!        failure: at the first start at once              told to stop     failure
 //! ```
@@ -117,13 +117,13 @@ pub enum KeeperError {
         /// The end of its log.
         tail: Vec<String>,
     },
-    /// It ended again and again.
-    #[error("{role} ended {times} times within a minute, so it is not started again")]
+    /// It ended again and again, and never served for long.
+    #[error("{role} ended {times} times in a row soon after its start, so it is not started again")]
     TooOften {
         /// Which child.
         role: Role,
         /// How often.
-        times: usize,
+        times: u32,
         /// How the last time went.
         #[source]
         last: Box<KeeperError>,
@@ -222,6 +222,20 @@ struct Running {
     stdout: Option<ChildStdout>,
     log_start: u64,
     started: Instant,
+    ready_at: Option<Instant>,
+}
+
+/// The end of a child that nobody asked for.
+struct Death {
+    error: KeeperError,
+    /// How long it had been ready, if it ever was.
+    ready_for: Option<Duration>,
+}
+
+impl Death {
+    fn unready(error: KeeperError) -> Self {
+        Self { error, ready_for: None }
+    }
 }
 
 struct Keeping {
@@ -237,17 +251,17 @@ impl Keeping {
         let mut policy = RestartPolicy::default();
         loop {
             let first = self.publish.borrow().is_none();
-            let ended = match self.start_and_wait().await {
+            let Death { error, ready_for } = match self.start_and_wait().await {
                 Ok(()) => return Ok(()),
-                Err(error) if first && !matches!(error, KeeperError::Ended { .. }) => return Err(error),
-                Err(error) => error,
+                Err(death) if first && death.ready_for.is_none() => return Err(death.error),
+                Err(death) => death,
             };
-            match policy.ended(Instant::now()) {
+            match policy.ended(ready_for) {
                 Verdict::GiveUp(times) => {
-                    return Err(KeeperError::TooOften { role, times, last: Box::new(ended) });
+                    return Err(KeeperError::TooOften { role, times, last: Box::new(error) });
                 }
                 Verdict::StartAfter(pause) => {
-                    self.shared.observe(Event::Restarting { role, why: ended.to_string(), pause });
+                    self.shared.observe(Event::Restarting { role, why: error.to_string(), pause });
                     tokio::select! {
                         () = tokio::time::sleep(pause) => {}
                         () = self.stop.cancelled() => return Ok(()),
@@ -258,7 +272,7 @@ impl Keeping {
     }
 
     /// One life of the child; fine only if it was told to stop.
-    async fn start_and_wait(&self) -> Result<(), KeeperError> {
+    async fn start_and_wait(&self) -> Result<(), Death> {
         let role = self.recipe.role;
         self.shared.observe(Event::Starting { role });
         if let Readiness::Postgres(cluster) = &self.recipe.readiness {
@@ -268,16 +282,20 @@ impl Keeping {
             };
             // Stopping does not wait for this: a cluster half made is made anew at the next start.
             tokio::select! {
-                result = prepared => result.map_err(|source| KeeperError::Prepare { role, source })?,
+                result = prepared => {
+                    result.map_err(|source| Death::unready(KeeperError::Prepare { role, source }))?;
+                }
                 () = self.stop.cancelled() => return Ok(()),
             }
         }
-        let mut running = self.start().map_err(|source| KeeperError::Start { role, source })?;
+        let mut running =
+            self.start().map_err(|source| Death::unready(KeeperError::Start { role, source }))?;
         let result = self.attend(&mut running).await;
+        let ready_for = running.ready_at.map(|since| since.elapsed());
         // Whatever happened, the process is gone when this returns.
         self.end(&mut running).await;
         self.shared.record(role, None);
-        result
+        result.map_err(|error| Death { error, ready_for })
     }
 
     fn start(&self) -> io::Result<Running> {
@@ -294,7 +312,7 @@ impl Keeping {
         let raw = child.id().and_then(|pid| i32::try_from(pid).ok());
         let pid = raw.and_then(Pid::from_raw).ok_or_else(|| io::Error::other("it ended at once"))?;
         self.shared.record(self.recipe.role, ProcessIdentity::of(pid.as_raw_nonzero().get()));
-        Ok(Running { child, pid, stdout, log_start, started: Instant::now() })
+        Ok(Running { child, pid, stdout, log_start, started: Instant::now(), ready_at: None })
     }
 
     async fn attend(&self, running: &mut Running) -> Result<(), KeeperError> {
@@ -304,6 +322,7 @@ impl Keeping {
             Outcome::Stop => return Ok(()),
         };
         self.shared.observe(Event::Ready { role, after: running.started.elapsed() });
+        running.ready_at = Some(Instant::now());
         self.publish.send_replace(Some(ready));
         tokio::select! {
             status = running.child.wait() => Err(KeeperError::Ended {

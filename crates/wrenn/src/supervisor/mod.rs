@@ -11,8 +11,8 @@
 //!                                        done ◄─ postgres ◄─ agent ◄─ control plane   (in this order, each bounded)
 //! ```
 //!
-//! - Each child has a keeper (see `keeper.rs`): a child that ends by itself is started again, and one that ends again
-//!   and again takes the stack down with an error that shows the end of its log.
+//! - Each child has a keeper (see `keeper.rs`): a child that ends by itself is started again, at once if it had served
+//!   for a while, and one that dies young again and again takes the stack down with an error that shows the end of its log.
 //! - Stopping the agent destroys the sandboxes that run. It is stopped after the control plane, so that no create comes in
 //!   between, and before the database.
 //! - A second signal makes stopping quick: children are killed, and the next start collects what they leave.
@@ -181,7 +181,12 @@ impl fmt::Display for Event {
             }
             Self::Ready { role, after } => write!(f, "{role} is ready after {:.1} s", after.as_secs_f64()),
             Self::Restarting { why, pause, .. } => {
-                write!(f, "{why}\nstarting it again in {:.1} s", pause.as_secs_f64())
+                let when = if pause.is_zero() {
+                    "now".to_owned()
+                } else {
+                    format!("in {:.1} s", pause.as_secs_f64())
+                };
+                write!(f, "{why}\nstarting it again {when}")
             }
             Self::Stopping { role } => write!(f, "stopping {role}"),
             Self::Killing { role } => write!(f, "killing {role}"),

@@ -16,7 +16,7 @@ use crate::{
         capture::{self, Kind},
         machine::Machine,
         queue::Verb,
-        record::{Ledger, PausedRecord},
+        record::{Ledger, PausedRecord, Record},
         source::{From, SourceError},
     },
     snapshot_store::SnapshotStoreError,
@@ -130,8 +130,8 @@ impl Driver {
         let up = self.bring_up(recording, persona, From::Itself(snapshot)).await;
         let up = up.map_err(OperationError::BringUp)?;
         // From here on the machine is the sandbox. If this cannot be written, the next agent goes back to what
-        // was saved, so it must not be removed.
-        if let Err(error) = up.ledger.change(|record| record.paused = None).await {
+        // was before, saved or a machine that stands still, so that must not be removed.
+        if let Err(error) = up.ledger.change(Record::settle).await {
             let Up { machine, .. } = up;
             self.leave(machine).await;
             return Err(OperationError::Record(error));

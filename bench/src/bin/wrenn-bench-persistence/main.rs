@@ -1,0 +1,296 @@
+//! What it costs that sandboxes persist, for `make bench`: pause, resume, snapshot, rollback and fork, at several sizes
+//! of memory of which several parts are dirty, each beside the least that anyone needs.
+//!
+//! ```text
+//!  a stack of its own ─► for each size: template ─► idle clones: memory of each
+//!                             └─► for each dirty part: a sandbox that holds it
+//!                                   ─► pause ─► floor: restore to first byte, save ─► resume to first command, in turns
+//!                                   ─► snapshot ─► rollback, in turns ─► fork of 1 ─► fork of 20 ─► PERSISTENCE.md
+//! ```
+//!
+//! The floor restores what the product has just saved, with the same driver and arguments, and saves it again. Nothing
+//! is warmed up, trimmed or tried again: what fails is counted, and then the program fails too. What does not fit into
+//! the machine's memory is left out, and the report says so.
+
+#![allow(clippy::print_stdout, clippy::print_stderr, reason = "a command line program talks to people")]
+
+mod api;
+mod report;
+
+use std::{path::PathBuf, time::Duration};
+
+use anyhow::{Context as _, Result, bail, ensure};
+use camino::{Utf8Path, Utf8PathBuf};
+use clap::Parser;
+use wrenn_bench::{
+    agent,
+    floor::{self, Floor, Origin, Question},
+    machine::{self, Machine},
+};
+use wrenn_host_agent::{images::Images, network::Uplink};
+use wrenn_testkit::{Stack, StackOptions, stack};
+use wrenn_types::{MemoryMib, Shape, Vcpus};
+
+use crate::{
+    api::{Api, MEBIBYTE},
+    report::{Case, Results, Size},
+};
+
+/// Above so many dirty bytes a case has fewer rounds, because each writes and reads them several times.
+const MUCH: u64 = 256 * MEBIBYTE;
+/// How many rounds such a case has at most.
+const FEW: usize = 3;
+/// The part of the memory that is available which forks may take.
+const SHARE: (u64, u64) = (2, 3);
+/// What a fork takes beside its dirty pages: the VMM, and what a guest dirties when it goes on.
+const CLONE: u64 = 160 * MEBIBYTE;
+/// How long idle clones are left alone before the memory is read.
+const IDLE: Duration = Duration::from_secs(3);
+
+#[derive(Debug, Parser)]
+#[command(name = "wrenn-bench-persistence", about = "Measure what persists, into bench/PERSISTENCE.md")]
+struct Arguments {
+    /// How many rounds, where little is dirty.
+    #[arg(long, default_value_t = 10)]
+    count: usize,
+    /// Sizes of memory in MiB.
+    #[arg(long, value_delimiter = ',', default_values_t = [256, 1024, 4096])]
+    memory: Vec<u64>,
+    /// Percents of it that a program in the guest has written.
+    #[arg(long, value_delimiter = ',', default_values_t = [1, 50])]
+    dirty: Vec<u64>,
+    /// How many children the large fork has.
+    #[arg(long, default_value_t = 20)]
+    children: u32,
+    /// How many idle clones the memory of one is taken from.
+    #[arg(long, default_value_t = 10)]
+    clones: u32,
+    /// Where the results go.
+    #[arg(long, default_value = concat!(env!("CARGO_MANIFEST_DIR"), "/PERSISTENCE.md"))]
+    output: PathBuf,
+}
+
+#[tokio::main]
+async fn main() -> Result<()> {
+    let arguments = Arguments::parse();
+    if let Some(reason) = stack::cannot_run() {
+        bail!("nothing can be measured here: {reason}");
+    }
+    eprintln!("starting a stack");
+    let stack = Stack::start(StackOptions::default()).await?;
+    let measured = tokio::select! {
+        measured = measure(&arguments, &stack) => measured,
+        signal = tokio::signal::ctrl_c() => signal.map_err(Into::into).and_then(|()| bail!("interrupted")),
+    };
+    let stopped = stack.stop().await;
+    let results = measured?;
+    stopped?;
+    let (text, output) = (results.markdown(), &arguments.output);
+    std::fs::write(output, &text).with_context(|| format!("write {}", output.display()))?;
+    println!("{text}");
+    eprintln!("written to {}", output.display());
+    print!("{}", results.ratio_lines());
+    let failures = results.failures();
+    ensure!(failures.is_empty(), "{} operations failed:\n{}", failures.len(), failures.join("\n"));
+    Ok(())
+}
+
+/// What all measurements share.
+struct Bench<'a> {
+    arguments: &'a Arguments,
+    api: Api,
+    floor: &'a Floor,
+    /// The directory of the stack's agent.
+    agent: Utf8PathBuf,
+    /// For what the floor saves, on the same file system.
+    saved: tempfile::TempDir,
+}
+
+async fn measure(arguments: &Arguments, stack: &Stack) -> Result<Results> {
+    let utf8 = |path: PathBuf| {
+        Utf8PathBuf::from_path_buf(path).map_err(|path| anyhow::anyhow!("{} is not UTF-8", path.display()))
+    };
+    let before = machine::load();
+    let socket = Utf8Path::new("/run/wrenn").join(stack.instance()?).join("agent.sock");
+    eprintln!("making the warm snapshots that are not there");
+    let mut directory = None;
+    for memory in &arguments.memory {
+        let shape = Shape { vcpus: Vcpus::default(), memory: MemoryMib::new(i64::try_from(*memory)?)? };
+        directory = Some(agent::prepare_template(&socket, "base", shape).await?.directory);
+    }
+    let directory = directory.context("no size of memory is given")?;
+    let images = Images::load(&utf8(stack::images()?)?)?;
+    let vmm = floor::driver_of(&directory).await?;
+    let agent = utf8(stack.dir().join("agent"))?;
+    let machine = Machine::here(
+        format!("{} {}, {}", vmm.identity().name, vmm.identity().version, vmm.identity().machine),
+        format!("{:?}", vmm.identity().accelerator).to_lowercase(),
+        &agent,
+    );
+    let uplink = Uplink::Named(stack.uplink().name().parse()?);
+    let floor = Floor::new(vmm, images.guest().bundle.clone(), &directory, uplink, 1).await?;
+    let saved = tempfile::tempdir_in(stack.dir())?;
+    let bench = Bench { arguments, api: Api::new(stack.client()), floor: &floor, agent, saved };
+    let sizes = bench.sizes().await;
+    floor.close().await;
+    Ok(Results {
+        machine,
+        date: jiff::Zoned::now().date().to_string(),
+        load: [before, machine::load()],
+        sizes: sizes?,
+        children: arguments.children,
+        clones: arguments.clones,
+    })
+}
+
+impl Bench<'_> {
+    async fn sizes(mut self) -> Result<Vec<Size>> {
+        let mut sizes = Vec::new();
+        for memory in self.arguments.memory.clone() {
+            eprintln!("{memory} MiB: {} idle clones", self.arguments.clones);
+            let clone_bytes = self.idle_clones(memory).await?;
+            let mut cases = Vec::new();
+            for percent in self.arguments.dirty.clone() {
+                cases.push(self.case(memory, percent).await?);
+            }
+            sizes.push(Size { memory_mib: memory, clone_bytes, cases });
+        }
+        Ok(sizes)
+    }
+
+    /// What the machine has less of for each clone that does nothing.
+    async fn idle_clones(&mut self, memory: u64) -> Result<i64> {
+        let mut ids = Vec::new();
+        // The first one maps the template, and the others share it.
+        ids.push(self.api.create(memory).await?);
+        tokio::time::sleep(IDLE).await;
+        let before = available()?;
+        for _ in 0..self.arguments.clones {
+            ids.push(self.api.create(memory).await?);
+        }
+        tokio::time::sleep(IDLE).await;
+        let taken = i64::try_from(before)? - i64::try_from(available()?)?;
+        for id in &ids {
+            self.api.delete(id).await?;
+        }
+        Ok(taken / i64::from(self.arguments.clones.max(1)))
+    }
+
+    async fn case(&mut self, memory: u64, percent: u64) -> Result<Case> {
+        let dirty = memory * MEBIBYTE * percent / 100;
+        let count = if dirty > MUCH { FEW.min(self.arguments.count) } else { self.arguments.count };
+        eprintln!("{memory} MiB, {percent}% dirty: {count} rounds");
+        let mut case = Case::new(percent);
+        let id = self.api.create(memory).await?;
+        self.api.dirty(&id, dirty).await?;
+        for _ in 0..count {
+            self.pause_and_resume(&id, &mut case).await?;
+        }
+        for _ in 0..count {
+            self.snapshot_and_rollback(&id, &mut case).await?;
+        }
+        for _ in 0..count {
+            case.fork_one.add(self.api.fork(&id, 1).await);
+        }
+        let children = self.arguments.children;
+        let needed = u64::from(children) * (dirty + CLONE);
+        let (numerator, denominator) = SHARE;
+        if needed > available()? / denominator * numerator {
+            case.left_out = Some(needed);
+        } else {
+            case.fork_many.add(self.api.fork(&id, children).await);
+        }
+        self.api.delete(&id).await?;
+        Ok(case)
+    }
+
+    async fn pause_and_resume(&mut self, id: &str, case: &mut Case) -> Result<()> {
+        let paused = self.api.pause(id).await;
+        let is_paused = paused.is_ok();
+        case.pause.add(paused);
+        if !is_paused {
+            return Ok(());
+        }
+        case.paused_bytes = directory_bytes(&self.agent)?;
+        let origin = Origin::of_paused(&self.agent, &id.parse()?)?;
+        let ready = self.floor.prepare_from(origin).await?;
+        let answered = self.floor.restore(ready, Question::FirstByte).await;
+        case.floor_resume.add(answered.as_ref().map(|answered| answered.took));
+        if let Ok(mut answered) = answered {
+            let into = tempfile::tempdir_in(self.saved.path())?;
+            let directory = Utf8Path::from_path(into.path()).context("the directory is not UTF-8")?;
+            case.floor_pause.add(self.floor.save(&mut answered, directory).await);
+            self.floor.finish(answered).await?;
+        }
+        case.resume.add(self.api.resume_and_run(id).await);
+        Ok(())
+    }
+
+    async fn snapshot_and_rollback(&mut self, id: &str, case: &mut Case) -> Result<()> {
+        match self.api.snapshot(id, "bench").await {
+            Ok(made) => {
+                case.snapshot.add(Ok::<_, anyhow::Error>(made.took));
+                case.stopped.add(Ok::<_, anyhow::Error>(made.stopped));
+                case.rollback.add(self.api.rollback_and_run(id, "bench").await);
+                self.api.forget_snapshot("bench").await?;
+            }
+            Err(error) => case.snapshot.add(Err::<Duration, _>(error)),
+        }
+        Ok(())
+    }
+}
+
+/// What the host could give to a new program.
+fn available() -> Result<u64> {
+    let text = std::fs::read_to_string("/proc/meminfo").context("read /proc/meminfo")?;
+    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"));
+    let kib = line.and_then(|line| line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok());
+    Ok(kib.context("/proc/meminfo names no MemAvailable")? * 1024)
+}
+
+/// What the saved states and the layers in the directory of an agent take on the disk.
+fn directory_bytes(agent: &Utf8Path) -> Result<u64> {
+    use std::os::unix::fs::MetadataExt as _;
+    let mut sum = 0;
+    let mut directories = vec![agent.join("snapshots"), agent.join("disks")];
+    while let Some(directory) = directories.pop() {
+        for entry in directory.read_dir_utf8().with_context(|| format!("list {directory}"))? {
+            let entry = entry?;
+            let about = entry.metadata()?;
+            if about.is_dir() {
+                directories.push(entry.into_path());
+            } else {
+                sum += about.blocks() * 512;
+            }
+        }
+    }
+    Ok(sum)
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory as _;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Arguments::command().debug_assert();
+        let arguments = Arguments::parse_from(["bench", "--memory", "256,512", "--dirty", "1"]);
+        assert_eq!((arguments.memory, arguments.dirty), (vec![256, 512], vec![1]));
+    }
+
+    #[test]
+    fn what_a_directory_takes_is_counted_in_blocks() {
+        let agent = tempfile::tempdir().unwrap();
+        let agent = Utf8Path::from_path(agent.path()).unwrap();
+        std::fs::create_dir_all(agent.join("snapshots/one")).unwrap();
+        std::fs::create_dir(agent.join("disks")).unwrap();
+        assert_eq!(directory_bytes(agent).unwrap(), 0);
+        std::fs::write(agent.join("snapshots/one/pages"), vec![1; 65536]).unwrap();
+        std::fs::File::create(agent.join("disks/sparse")).unwrap().set_len(1 << 30).unwrap();
+        let bytes = directory_bytes(agent).unwrap();
+        assert!((65536..1 << 20).contains(&bytes), "{bytes}");
+        assert!(available().unwrap() > 0);
+    }
+}
