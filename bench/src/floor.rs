@@ -222,6 +222,7 @@ impl Floor {
             }),
             kernel_arguments: Vec::new(),
             keep_open: vec![slot.lock().context("share the slot's lock")?],
+            control_group: None,
         };
         Ok(Ready { origin, connector: slot.connector(), slot, spec, _directory: directory })
     }

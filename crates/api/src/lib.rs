@@ -5,6 +5,7 @@
 //! - [`sandbox`]: create, list and get.
 //! - [`persist`]: pause, resume, fork, rollback, snapshot; what a sandbox may reach and when its time is over.
 //! - [`exec`]: one command and its output, and the processes of a sandbox.
+//! - [`metrics`]: what a sandbox has used, over time.
 //! - [`files`]: entries of the guest's file system.
 //! - [`stream`]: the JSON frames of `exec/stream`, `processes/{selector}/stream` and the terminal.
 //! - [`template`], [`health`]: what a sandbox starts from, and whether the server answers.
@@ -19,6 +20,7 @@ pub mod error;
 pub mod exec;
 pub mod files;
 pub mod health;
+pub mod metrics;
 pub mod persist;
 pub mod sandbox;
 pub mod stream;
@@ -32,6 +34,7 @@ pub use files::{
     EntryType, FileEntry, FileEntryBody, FileList, ListFilesRequest, MoveFileRequest, PathRequest,
 };
 pub use health::Health;
+pub use metrics::{Metrics, MetricsPoint, MetricsRange};
 pub use persist::{
     ForkRequest, Network, PauseRequest, ResumeRequest, RollbackRequest, SnapshotRequest, TimeoutRequest,
 };

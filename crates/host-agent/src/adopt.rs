@@ -26,6 +26,7 @@ use wrenn_types::{InstanceId, SandboxId};
 use wrenn_vmm::{AdoptedMachine, VmmError};
 
 use crate::{
+    limits::Limits,
     network::{Policy, PolicyError, SlotError, addresses::SlotNumber},
     registry::Registry,
     sandbox::{
@@ -142,6 +143,7 @@ pub async fn take_stock(
     snapshots: &crate::snapshots::Snapshots,
     sandboxes_dir: &Utf8Path,
     machines_dir: &Utf8Path,
+    limits: &Limits,
 ) -> Result<Stock, CollectError> {
     let mut stock = Stock::default();
     let mut machines = BTreeSet::new();
@@ -187,6 +189,8 @@ pub async fn take_stock(
         }
     }
     stock.ended = end_machines(instance, &machines).await.map_err(CollectError::Machines)?;
+    let mark = Host::machine_mark(instance);
+    limits.keep_only(|name| machines.contains(&format!("{mark}{name}")));
     for entry in machines_dir.read_dir_utf8().map_err(CollectError::RunDir)? {
         let entry = entry.map_err(CollectError::RunDir)?;
         if !directories.contains(entry.file_name()) {
@@ -278,6 +282,7 @@ async fn end_machine(host: &Host, record: &Record) -> io::Result<()> {
         timeout(KILL_BOUND, found.process.kill_and_wait()).await??;
     }
     remove_run_dir(&host.run_dir(&machine.name));
+    host.limits.end(&record.id, &machine.name);
     Ok(())
 }
 
@@ -327,6 +332,7 @@ async fn adopt(host: &Arc<Host>, ledger: &Arc<Ledger>) -> Result<Up, AdoptError>
     vm.resume().await.map_err(AdoptError::Machine)?;
     let machine = Machine {
         id: record.id.clone(),
+        name: machine.name.clone(),
         vm,
         slot,
         run_dir,

@@ -31,6 +31,13 @@ use crate::{
     adopt::{self, CollectError},
     config::{AcceleratorFlag, Config, DiskDriver, OnStop},
     images::{Images, ImagesError},
+    limits::Limits,
+    metrics::{
+        Metrics,
+        endpoint::{self, Listener, MetricsAddress},
+        operations::Operations,
+        sampler::Sampler,
+    },
     network::{self, Policy, PoolConfig, SlotError, SlotPool, Uplink},
     registry::Registry,
     rootfs::{FileStore, Qcow2Store, RootfsStore},
@@ -93,6 +100,18 @@ pub enum StartError {
     /// The directory of the sandboxes' own snapshots cannot be used.
     #[error("the snapshots of sandboxes cannot be used")]
     Kept(#[source] SnapshotStoreError),
+    /// The measurements cannot be kept, or what they are taken of is not there.
+    #[error("the measurements of sandboxes could not be begun")]
+    Sampler(#[source] io::Error),
+    /// Nobody can listen there.
+    #[error("could not listen on {address} for measurements")]
+    Metrics {
+        /// Where.
+        address: std::net::SocketAddr,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
     /// The network is not there.
     #[error("the network slots could not be prepared")]
     Network(#[source] SlotError),
@@ -119,6 +138,10 @@ pub struct Agent {
     collector: tokio::task::JoinHandle<()>,
     /// Removes what an earlier agent left of its free slots, where that was put off.
     slot_collector: Option<tokio::task::JoinHandle<()>>,
+    /// Measures until the second of the two is cancelled, after the sandboxes have ended or were left.
+    sampler: (tokio::task::JoinHandle<()>, CancellationToken),
+    metrics_socket: Option<Utf8PathBuf>,
+    limits: Limits,
     server: tokio::task::JoinHandle<io::Result<()>>,
 }
 
@@ -203,9 +226,11 @@ impl Agent {
         let images = Images::load(&config.images).map_err(StartError::Images)?;
         let uplink = config.uplink_netns.clone().map_or(Uplink::Host, Uplink::Named);
         let snapshots = Snapshots::open(&dir.join("agent")).map_err(StartError::Kept)?;
+        let limits = Limits::open(&instance);
+        tracing::info!("{limits}");
         let begin = std::time::Instant::now();
         let (stock, found) = tokio::join!(
-            adopt::take_stock(&instance, &snapshots, &sandboxes_dir, &machines_dir),
+            adopt::take_stock(&instance, &snapshots, &sandboxes_dir, &machines_dir, &limits),
             find_vmm(&config, &images),
         );
         let stock = stock.map_err(StartError::Collect)?;
@@ -219,6 +244,7 @@ impl Agent {
 
         let policy = Policy::resolve(&NetworkPolicy::simple(true), &config.dns_servers)
             .map_err(|error| StartError::Network(SlotError::Policy(error)))?;
+        let outside = uplink.namespace().map_err(StartError::Sampler)?;
         let has_machines = stock.has_machines();
         if !has_machines {
             let collected = network::collect(&instance, &uplink).await;
@@ -257,15 +283,30 @@ impl Agent {
             dns_servers: config.dns_servers,
             default_disk,
             unreachable: Arc::default(),
+            operations: Operations::default(),
+            metrics: Arc::new(Metrics::default()),
+            limits: limits.clone(),
         });
         let registry = Arc::new(Registry::new(Arc::clone(&host)));
         let taken = adopt::take_over(&host, &registry, stock).await.map_err(StartError::Collect)?;
         if !(taken.adopted.is_empty() && taken.paused.is_empty() && taken.removed.is_empty()) {
             tracing::info!(adopted = ?taken.adopted, paused = ?taken.paused, removed = ?taken.removed, after = ?begin.elapsed(), "took over");
         }
+        let (series, metrics) = (dir.join("agent/series"), Arc::clone(&host.metrics));
+        let sampler = Sampler::new(Arc::clone(&registry), metrics, &series, &outside);
+        let sampler = sampler.await.map_err(StartError::Sampler)?;
+        let measuring = CancellationToken::new();
+        let sampler = (tokio::spawn(sampler.run(measuring.clone())), measuring);
         let facts = Arc::new(HostFacts { host_id, accelerator_reason });
         let socket = config.socket.unwrap_or_else(|| run_dir.join("agent.sock"));
         let stopping = CancellationToken::new();
+        let beside = || MetricsAddress::Unix(socket.with_file_name("metrics.sock"));
+        let (listener, metrics_socket) = listen(config.metrics.unwrap_or_else(beside)).await?;
+        if let Some(listener) = listener {
+            let serving =
+                endpoint::serve(listener, Arc::clone(&registry), Arc::clone(&facts), stopping.clone());
+            tokio::spawn(serving);
+        }
         let server = serve(&socket, Arc::clone(&registry), facts, stopping.clone())?;
         // Last, so that nobody's request waits for them.
         let collector = tokio::spawn(collect(Arc::clone(&host)));
@@ -283,6 +324,9 @@ impl Agent {
             stopping,
             collector,
             slot_collector,
+            sampler,
+            metrics_socket,
+            limits,
             server,
         })
     }
@@ -315,8 +359,16 @@ impl Agent {
             // Not broken off: half a slot would stay for the next start. Each of its steps is bounded.
             let _ = collecting.await;
         }
-        let _ = fs::remove_file(&self.socket);
+        let (sampler, measuring) = self.sampler;
+        measuring.cancel();
+        if tokio::time::timeout(DRAIN_BOUND, sampler).await.is_err() {
+            tracing::warn!("the newest measurements could not be kept within {DRAIN_BOUND:?}");
+        }
+        for socket in [Some(self.socket), self.metrics_socket].into_iter().flatten() {
+            let _ = fs::remove_file(socket);
+        }
         self.slots.shutdown().await;
+        self.limits.close();
         drop(self.machines_dir);
     }
 }
@@ -376,13 +428,21 @@ fn roots(sandboxes: &Utf8Path) -> SnapshotStoreResult<Roots> {
     Ok(roots)
 }
 
-/// Binds the socket, readable by its owner only from the first moment on, and serves it.
-fn serve(
-    socket: &Utf8Path,
-    registry: Arc<Registry>,
-    facts: Arc<HostFacts>,
-    stopping: CancellationToken,
-) -> Result<tokio::task::JoinHandle<io::Result<()>>, StartError> {
+/// Listens for those who want measurements, and says which file is to be removed afterwards.
+async fn listen(address: MetricsAddress) -> Result<(Option<Listener>, Option<Utf8PathBuf>), StartError> {
+    match address {
+        MetricsAddress::Off => Ok((None, None)),
+        MetricsAddress::Unix(path) => Ok((Some(Listener::Unix(bind(&path)?)), Some(path))),
+        MetricsAddress::Loopback(address) => {
+            let listener = tokio::net::TcpListener::bind(address).await;
+            let listener = listener.map_err(|source| StartError::Metrics { address, source })?;
+            Ok((Some(Listener::Tcp(listener)), None))
+        }
+    }
+}
+
+/// Makes a socket, usable by its owner only from the first moment on.
+fn bind(socket: &Utf8Path) -> Result<UnixListener, StartError> {
     // Bound under another name, narrowed, then moved into place: nobody can connect in between, and the
     // socket of an agent that was killed is replaced in one step.
     let fresh = Utf8PathBuf::from(format!("{socket}.new"));
@@ -393,7 +453,17 @@ fn serve(
     let listener = UnixListener::bind(&fresh).map_err(failed("listen on", &fresh))?;
     fs::set_permissions(&fresh, fs::Permissions::from_mode(0o600)).map_err(failed("narrow", &fresh))?;
     fs::rename(&fresh, socket).map_err(failed("put into place", socket))?;
+    Ok(listener)
+}
 
+/// Serves the commands.
+fn serve(
+    socket: &Utf8Path,
+    registry: Arc<Registry>,
+    facts: Arc<HostFacts>,
+    stopping: CancellationToken,
+) -> Result<tokio::task::JoinHandle<io::Result<()>>, StartError> {
+    let listener = bind(socket)?;
     let service = Arc::new(Service::new(Arc::clone(&registry), facts));
     let connect = service.register(connectrpc::Router::new());
     let router =

@@ -4,7 +4,7 @@ use std::net::Ipv4Addr;
 
 use camino::Utf8PathBuf;
 
-use crate::network::NamespaceName;
+use crate::{metrics::endpoint::MetricsAddress, network::NamespaceName};
 
 /// Flags of `wrenn agent`.
 #[derive(Debug, Clone, clap::Args)]
@@ -52,6 +52,12 @@ pub struct Config {
     /// How root disks are kept.
     #[arg(long, value_enum, default_value_t = DiskDriver::Qcow2)]
     pub disks: DiskDriver,
+
+    /// Where `GET /metrics` is served for Prometheus: a loopback address such as 127.0.0.1:9464, which every user
+    /// of the host can read, an absolute path of a Unix socket, or `off`; when not given, the socket
+    /// `metrics.sock` beside that of the agent, which only its owner can use.
+    #[arg(long, env = "WRENN_AGENT_METRICS")]
+    pub metrics: Option<MetricsAddress>,
 
     /// What becomes of running sandboxes when the agent is stopped; paused ones stay in any case.
     #[arg(long, value_enum, default_value_t = OnStop::Leave)]

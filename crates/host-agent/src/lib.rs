@@ -15,6 +15,8 @@
 //! - [`warm`]: the snapshot from which every create is restored.
 //! - [`network`], [`rootfs`], [`images`], [`snapshot_store`]: what a sandbox is made of.
 //! - [`snapshots`]: what sandboxes were saved as, and the layers of their disks.
+//! - [`metrics`]: what sandboxes use, over time, and what the agent tells of itself.
+//! - [`limits`]: what each machine may have of the host.
 //! - [`adopt`]: after a crash or a restart, goes on with what was left, and ends what is half-made; only what is
 //!   this instance's own.
 //!
@@ -30,6 +32,8 @@ pub mod agent;
 pub mod config;
 pub mod guest;
 pub mod images;
+pub mod limits;
+pub mod metrics;
 pub mod network;
 pub mod registry;
 pub mod rootfs;

@@ -26,6 +26,7 @@ use crate::{
     warm::{WarmRequest, blocking},
 };
 
+mod metrics;
 mod policy;
 
 /// The service. Cheap to clone.
@@ -195,6 +196,7 @@ fn reason(reason: EndReason) -> wire::EndReason {
         EndReason::GuestShutdown => wire::EndReason::END_REASON_GUEST_SHUTDOWN,
         EndReason::GuestPanic => wire::EndReason::END_REASON_GUEST_PANIC,
         EndReason::VmmCrash => wire::EndReason::END_REASON_VMM_CRASH,
+        EndReason::Oom => wire::EndReason::END_REASON_OOM,
         EndReason::StartFailed => wire::EndReason::END_REASON_START_FAILED,
         EndReason::AgentStopped => wire::EndReason::END_REASON_AGENT_STOPPED,
     }
@@ -483,6 +485,18 @@ impl wire::HostAgentService for Service {
         }
     }
 
+    async fn get_sandbox_metrics(
+        &self,
+        _context: RequestContext,
+        request: ServiceRequest<'_, wire::GetSandboxMetricsRequest>,
+    ) -> ServiceResult<wire::GetSandboxMetricsResponse> {
+        let handle = self.find(request.sandbox_id)?;
+        let host = self.registry.host();
+        let points = host.metrics.points(&handle.spec().id, i64::from(request.range_seconds) * 1000);
+        let points = points.iter().map(metrics::point).collect();
+        Response::ok(wire::GetSandboxMetricsResponse { points, ..Default::default() })
+    }
+
     async fn list_templates(
         &self,
         _context: RequestContext,
@@ -545,6 +559,7 @@ impl wire::HostAgentService for Service {
             accelerator_reason: self.facts.accelerator_reason.clone(),
             running: u32::try_from(running).unwrap_or(u32::MAX),
             default_disk_mib: host.default_disk.get().into(),
+            limits: host.limits.to_string(),
             ..Default::default()
         })
     }

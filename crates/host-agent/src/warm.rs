@@ -302,6 +302,7 @@ impl Warm {
             }),
             kernel_arguments: Vec::new(),
             keep_open: vec![slot.lock().map_err(WarmError::Slot)?],
+            control_group: None,
         };
         let failed = |operation| move |source| WarmError::Machine { operation, source };
         let outcome = match self.parts.vmm.boot(machine, Some(&files.memory)).await.map_err(failed("boot")) {

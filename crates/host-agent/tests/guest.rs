@@ -138,6 +138,7 @@ impl Lab {
             }),
             kernel_arguments: Vec::new(),
             keep_open: vec![slot.lock()?],
+            control_group: None,
         };
         let vm = if let Some(saved) = saved {
             let mut vm = self.vmm.restore(spec, &self.files(saved)).await?;

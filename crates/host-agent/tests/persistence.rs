@@ -14,6 +14,7 @@ use wrenn_host_agent::{
     Agent, Config,
     config::{AcceleratorFlag, DiskDriver, OnStop},
     guest::ENVD_PORT,
+    limits::Limits,
     registry::Registry,
     sandbox::{Handle, Outcome, SandboxSpec, Settings, Stage, Update, queue::Verb},
 };
@@ -41,6 +42,9 @@ fn main() -> ExitCode {
         trial("persistence::a_snapshot_outlives_everything_else", |place| Box::pin(snapshots(place))),
         trial("persistence::another_agent_goes_on_where_one_left", |place| Box::pin(adoption(place))),
         trial("persistence::a_clock_pauses_and_does_not_destroy", |place| Box::pin(clock(place))),
+        trial("persistence::what_was_measured_outlives_machines_and_agents", |place| {
+            Box::pin(measured(place))
+        }),
     ];
     libtest_mimic::run(&arguments, trials).exit_code()
 }
@@ -86,6 +90,7 @@ impl Place {
             accelerator: AcceleratorFlag::Tcg,
             qemu: None,
             disks: DiskDriver::Qcow2,
+            metrics: None,
             on_stop,
         })
         .await?)
@@ -360,5 +365,104 @@ async fn clock(place: Arc<Place>) -> Result<()> {
     ensure!(run(&handle, KEPT).await? == kept, "nothing is lost");
     ensure!(handle.status().settings.timeout == InactivityTimeout::new(0)?, "the clock is off");
     agent.stop().await;
+    Ok(())
+}
+
+/// What the agent tells Prometheus.
+async fn exposition(agent: &Agent) -> Result<String> {
+    let socket = agent.socket().with_file_name("metrics.sock");
+    let mode = std::os::unix::fs::PermissionsExt::mode(&std::fs::metadata(&socket)?.permissions());
+    ensure!(mode & 0o777 == 0o600, "{mode:o}");
+    let mut stream = tokio::net::UnixStream::connect(&socket).await?;
+    stream.write_all(b"GET /metrics HTTP/1.1\r\nHost: agent\r\nConnection: close\r\n\r\n").await?;
+    let mut answer = String::new();
+    tokio::time::timeout(BOUND, stream.read_to_string(&mut answer)).await??;
+    let (head, body) = answer.split_once("\r\n\r\n").context("an answer has a head")?;
+    ensure!(head.starts_with("HTTP/1.1 200") && head.contains("text/plain; version=0.0.4"), "{head}");
+    Ok(body.to_owned())
+}
+
+async fn measured(place: Arc<Place>) -> Result<()> {
+    let agent = place.agent(OnStop::Destroy).await?;
+    let handle = create(agent.registry(), spec(None)).await?;
+    let id = handle.spec().id.clone();
+    let metrics = Arc::clone(&agent.registry().host().metrics);
+    let limits = agent.registry().host().limits.clone();
+    match &limits {
+        Limits::Groups(groups) => {
+            let names = groups.names()?;
+            ensure!(names.len() == 1 && names[0].starts_with(id.as_str()), "{names:?}");
+            let vmm = handle.footing().and_then(|footing| footing.pid).context("it has a process")?;
+            ensure!(groups.group(&names[0]).processes()? == [vmm], "it is in its control group");
+        }
+        Limits::Absent(_) => println!("skipped: {limits}"),
+    }
+    // What it sends to nowhere goes through its link all the same.
+    run(
+        &handle,
+        "setsid bash -c 'while :; do echo > /dev/udp/192.0.2.1/9; done' </dev/null >/dev/null 2>&1 &",
+    )
+    .await?;
+    let end = tokio::time::Instant::now() + BOUND;
+    loop {
+        let points = metrics.points(&id, 600_000);
+        let busy =
+            points.iter().filter(|point| point.values.cpu_percent > 10.0 && point.values.memory_kib > 1000);
+        if busy.count() >= 3 && points.iter().any(|point| point.values.sent_per_second > 0.0) {
+            break;
+        }
+        ensure!(tokio::time::Instant::now() < end, "it does not show that it is busy: {points:?}");
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    let told = exposition(&agent).await?;
+    for line in [
+        "wrenn_sandboxes{state=\"running\"} 1".to_owned(),
+        "wrenn_network_slots{state=\"used\"} 1".to_owned(),
+        "wrenn_operation_duration_seconds_count{operation=\"create\"} 1".to_owned(),
+        format!("wrenn_memory_promised_bytes {}", u64::from(handle.spec().shape.memory.get()) << 20),
+    ] {
+        ensure!(told.lines().any(|found| found == line), "{line} is not in {told}");
+    }
+    ensure!(told.contains(&format!("wrenn_sandbox_cpu_seconds_total{{sandbox=\"{id}\"}} ")), "{told}");
+
+    pause(&handle).await?;
+    let file = place.path().join(format!("agent/series/{id}.json"));
+    while !file.exists() {
+        ensure!(tokio::time::Instant::now() < end, "a pause puts what was measured into its file");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    let before = metrics.points(&id, 3_600_000);
+    ensure!(exposition(&agent).await?.contains("wrenn_sandboxes{state=\"paused\"} 1"), "it is paused");
+    let socket = agent.socket().with_file_name("metrics.sock");
+    agent.stop().await;
+    ensure!(!socket.exists(), "nothing is left of the socket");
+
+    let agent = place.agent(OnStop::Destroy).await?;
+    let metrics = Arc::clone(&agent.registry().host().metrics);
+    let after = metrics.points(&id, 3_600_000);
+    ensure!(!after.is_empty() && after.len() == before.len(), "{before:?} became {after:?}");
+    for (one, other) in before.iter().zip(&after) {
+        ensure!(one.values == other.values && (one.at - other.at).abs() < 100, "{one:?} became {other:?}");
+    }
+    let handle = agent.registry().get(&id).context("it is known")?;
+    let resumed = jiff::Timestamp::now().as_millisecond();
+    resume(&handle).await?;
+    while metrics.points(&id, 600_000).is_empty() {
+        ensure!(tokio::time::Instant::now() < end, "it is measured again");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    ensure!(
+        metrics.points(&id, 600_000).iter().all(|point| point.at > resumed),
+        "not for when it was paused"
+    );
+    agent.registry().destroy(&id, None).await?;
+    while file.exists() || !metrics.points(&id, 86_400_000).is_empty() {
+        ensure!(tokio::time::Instant::now() < end, "nothing is kept of what is gone");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    agent.stop().await;
+    if let Limits::Groups(groups) = &limits {
+        ensure!(groups.names().is_err(), "nor of its control group");
+    }
     Ok(())
 }

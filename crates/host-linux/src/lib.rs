@@ -2,9 +2,11 @@
 //!
 //! This is one of the two crates that may hold `unsafe` code; every block carries its argument.
 
+pub mod cgroup;
 pub mod conntrack;
 pub mod lock;
 pub mod netns;
 pub mod process;
 pub mod tap;
 pub mod tsc;
+pub mod usage;

@@ -123,6 +123,8 @@ pub enum EndReason {
     GuestPanic,
     /// The virtual machine monitor died.
     VmmCrash,
+    /// It needed more of the host's memory than it may have, and the host's kernel ended it.
+    Oom,
     /// It never came up.
     StartFailed,
     /// The host agent stopped, or found it without an owner at its start.
@@ -138,6 +140,7 @@ impl fmt::Display for EndReason {
             Self::GuestShutdown => "the guest powered itself off",
             Self::GuestPanic => "the guest's kernel panicked",
             Self::VmmCrash => "the virtual machine monitor died",
+            Self::Oom => "it needed more of the host's memory than it may have",
             Self::StartFailed => "it did not come up",
             Self::AgentStopped => "the host agent stopped",
         })

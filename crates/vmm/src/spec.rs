@@ -99,6 +99,9 @@ pub struct MachineSpec {
     pub kernel_arguments: Vec<String>,
     /// Open files that the VMM process keeps for as long as it lives (the lock of its slot).
     pub keep_open: Vec<OwnedFd>,
+    /// The control group in which the VMM process is from before its program runs: its `cgroup.procs`, opened for
+    /// writing. None: that of whoever starts it.
+    pub control_group: Option<OwnedFd>,
 }
 
 /// The files of a snapshot, in one directory of its own.

@@ -67,6 +67,7 @@ impl Lab {
             network: None,
             kernel_arguments: Vec::new(),
             keep_open: Vec::new(),
+            control_group: None,
         }
     }
 

@@ -239,6 +239,24 @@ async fn create_list_get_rm() {
 }
 
 #[tokio::test]
+async fn what_a_sandbox_has_used() {
+    let api = FakeApi::start().await;
+    let id = api.put_sandbox();
+    let output = say(&api, &["sandbox", "metrics", &id]).await;
+    let lines: Vec<_> = stdout(&output).lines().map(str::split_whitespace).map(Vec::from_iter).collect();
+    assert_eq!(lines[0], ["TIME", "CPU", "MEMORY", "DISK", "SENT", "RECEIVED"]);
+    let row = ["2027-01-15T08:00:00Z", "97.2", "%", "64", "MiB", "12", "KiB", "9", "B/s", "0", "B/s"];
+    assert_eq!(lines[1], row);
+    let output = say(&api, &["sandbox", "metrics", &id, "--range", "24h", "-o", "json"]).await;
+    let metrics: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!((&metrics["range"], &metrics["points"][0]["cpu_pct"]), (&json!("24h"), &json!(97.25)));
+    let output = say(&api, &["sandbox", "metrics", &id, "--range", "5m"]).await;
+    assert!(output.status.success() && stderr(&output).contains("--range 24h"), "{}", stderr(&output));
+    let output = say(&api, &["sandbox", "metrics", &id, "--range", "3h"]).await;
+    assert!(output.status.code() == Some(2) && stderr(&output).contains("5m"), "{}", stderr(&output));
+}
+
+#[tokio::test]
 async fn pause_resume_rollback() {
     let api = FakeApi::start().await;
     // The second takes its time, which is waited for.

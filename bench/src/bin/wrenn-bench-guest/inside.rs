@@ -109,6 +109,7 @@ impl Machine {
             }),
             kernel_arguments: Vec::new(),
             keep_open: vec![slot.lock()?],
+            control_group: None,
         };
         let vm = vmm.boot(spec, Some(&memory)).await.context("boot")?;
         let machine = Self { vm, slot, slots, outside, _directory: directory };

@@ -34,6 +34,9 @@ pub(crate) enum CoreError {
         /// Why it is in it, where that is known.
         reason: Option<String>,
     },
+    /// Nothing is known of what the sandbox used: it has not run yet, or is gone.
+    #[error("sandbox {0} is {1}: there are no measurements of it")]
+    NoMetrics(SandboxId, SandboxState),
     /// The sandbox was destroyed while something else was done to it.
     #[error("sandbox {0} was destroyed meanwhile")]
     Destroyed(SandboxId),

@@ -3,7 +3,7 @@
 //! - [`auth`]: whose key it is. [`spec`]: what may be asked for.
 //! - [`lifecycle`]: create, list, get, delete, ping. [`persist`]: pause, resume, rollback. [`snapshots`] and
 //!   [`fork`]: copies. [`settings`]: what a sandbox may reach, and when its time is over.
-//! - [`exec`]: commands and processes. [`files`]: files.
+//! - [`metrics`]: what a sandbox has used. [`exec`]: commands and processes. [`files`]: files.
 //! - [`plan`] and [`watch`]: what hosts say, compared with the database. [`busy`]: what the watch leaves alone.
 //! - [`recorder`]: the audit log and the times of last use.
 
@@ -14,6 +14,7 @@ mod exec;
 mod files;
 mod fork;
 mod lifecycle;
+mod metrics;
 mod persist;
 mod plan;
 mod recorder;

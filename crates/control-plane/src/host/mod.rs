@@ -314,6 +314,18 @@ impl HostClient {
         Ok(())
     }
 
+    /// What a sandbox has used, over time.
+    pub(crate) async fn metrics(
+        &self,
+        id: &SandboxId,
+        range_seconds: u32,
+    ) -> Result<Vec<proto::MetricsPoint>, HostError> {
+        let sandbox_id = id.to_string();
+        let request = proto::GetSandboxMetricsRequest { sandbox_id, range_seconds, ..Default::default() };
+        let answer = self.rpc.get_sandbox_metrics_with_options(request, self.question()).await?;
+        Ok(answer.into_owned().points)
+    }
+
     /// What sandboxes can be made from.
     pub(crate) async fn templates(&self) -> Result<Vec<proto::Template>, HostError> {
         let request = proto::ListTemplatesRequest::default();
@@ -408,6 +420,7 @@ fn observed(sandbox: proto::Sandbox) -> Result<Observed, HostError> {
         Some(Wire::END_REASON_DEADLINE) => EndReason::Deadline,
         Some(Wire::END_REASON_GUEST_SHUTDOWN) => EndReason::GuestShutdown,
         Some(Wire::END_REASON_GUEST_PANIC) => EndReason::GuestPanic,
+        Some(Wire::END_REASON_OOM) => EndReason::Oom,
         Some(Wire::END_REASON_START_FAILED) => EndReason::StartFailed,
         Some(Wire::END_REASON_AGENT_STOPPED) => EndReason::AgentStopped,
         Some(Wire::END_REASON_VMM_CRASH | Wire::END_REASON_UNSPECIFIED) | None => EndReason::VmmCrash,

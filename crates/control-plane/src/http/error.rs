@@ -90,7 +90,7 @@ fn core_parts(error: &CoreError) -> Parts {
             (StatusCode::BAD_REQUEST, ErrorCode::InvalidRequest)
         }
         CoreError::NoKey | CoreError::UnknownKey => (StatusCode::UNAUTHORIZED, ErrorCode::Unauthorized),
-        CoreError::NoSuchSandbox(_) | CoreError::NoSuchSnapshot(_) => {
+        CoreError::NoSuchSandbox(_) | CoreError::NoSuchSnapshot(_) | CoreError::NoMetrics(..) => {
             (StatusCode::NOT_FOUND, ErrorCode::NotFound)
         }
         CoreError::NotRunning { .. } => (StatusCode::CONFLICT, ErrorCode::InvalidState),

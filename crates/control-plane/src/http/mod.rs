@@ -15,6 +15,7 @@ mod error;
 mod exec;
 mod extract;
 mod files;
+mod metrics;
 mod multipart;
 mod persist;
 mod sandboxes;
@@ -79,6 +80,7 @@ fn sandbox_routes() -> OpenApiRouter<Arc<Core>> {
         .routes(routes!(sandboxes::create, sandboxes::list))
         .routes(routes!(sandboxes::get, sandboxes::delete))
         .routes(routes!(sandboxes::ping))
+        .routes(routes!(metrics::metrics))
         .routes(routes!(persist::pause))
         .routes(routes!(persist::resume))
         .routes(routes!(persist::rollback))

@@ -11,6 +11,7 @@ mod commands;
 mod faults;
 mod files;
 mod lifecycle;
+mod metrics;
 mod openapi;
 mod persist;
 mod settings;

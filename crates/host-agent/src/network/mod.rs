@@ -56,6 +56,6 @@ pub use netlink::NetlinkError;
 pub use networks::Networks;
 pub use nft::NftError;
 pub use policy::{Bandwidth, Policy, PolicyError};
-pub use pool::{PoolConfig, SlotPool};
+pub use pool::{PoolConfig, SlotCounts, SlotPool};
 pub use slot::{GuestConnector, Slot};
 pub use uplink::{NamespaceName, Uplink, UplinkError};

@@ -68,12 +68,22 @@ pub struct SlotPool {
     requests: mpsc::UnboundedSender<Request>,
 }
 
+/// How many slots there are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct SlotCounts {
+    /// In a sandbox's hands.
+    pub used: usize,
+    /// Made ahead.
+    pub ready: usize,
+}
+
 /// What the keeper is asked for.
 #[derive(Debug)]
 pub(super) enum Request {
     Take { slot: oneshot::Sender<Result<Slot, SlotError>> },
     Adopt { number: SlotNumber, policy: Policy, slot: oneshot::Sender<Result<Slot, SlotError>> },
     Return { prepared: Prepared, done: Option<oneshot::Sender<()>> },
+    Count { counts: oneshot::Sender<SlotCounts> },
     Shutdown { done: oneshot::Sender<usize> },
 }
 
@@ -154,6 +164,13 @@ impl SlotPool {
         if self.requests.send(Request::Return { prepared, done: Some(done) }).is_ok() {
             let _ = released.await;
         }
+    }
+
+    /// How many slots there are; nothing once the pool is gone.
+    pub async fn counts(&self) -> Option<SlotCounts> {
+        let (counts, counted) = oneshot::channel();
+        self.requests.send(Request::Count { counts }).ok()?;
+        counted.await.ok()
     }
 
     /// Dismantles all slots that nobody has, and removes the uplink's rules if no slot is left. Answers how
@@ -256,6 +273,9 @@ impl Keeper {
             Request::Return { prepared, done } => {
                 self.given -= 1;
                 self.dismantle(prepared, done);
+            }
+            Request::Count { counts } => {
+                let _ = counts.send(SlotCounts { used: self.given, ready: self.ready.len() });
             }
             Request::Shutdown { done } => {
                 self.stopping.push(done);

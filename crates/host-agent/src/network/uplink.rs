@@ -23,6 +23,21 @@ pub enum Uplink {
     Named(NamespaceName),
 }
 
+impl Uplink {
+    /// Opens the namespace.
+    ///
+    /// # Errors
+    /// It is not there.
+    pub fn namespace(&self) -> io::Result<NetworkNamespace> {
+        match self {
+            Self::Host => NetworkNamespace::current(),
+            Self::Named(name) => {
+                NetworkNamespace::open(Utf8Path::new(netns::NAMES).join(&name.0).as_std_path())
+            }
+        }
+    }
+}
+
 /// The name of a network namespace: 1 to 64 letters, digits, `.`, `_` and `-`, not beginning with a dot.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct NamespaceName(String);
@@ -102,13 +117,7 @@ impl OpenUplink {
         let directory = |path, source| UplinkError::Directory { path, source };
         netns::prepare_names().map_err(|source| directory(netns::NAMES, source))?;
         make_slots_dir().map_err(|source| directory(SLOTS_DIR, source))?;
-        let namespace = match uplink {
-            Uplink::Host => NetworkNamespace::current(),
-            Uplink::Named(name) => {
-                NetworkNamespace::open(Utf8Path::new(netns::NAMES).join(&name.0).as_std_path())
-            }
-        }
-        .map_err(UplinkError::Namespace)?;
+        let namespace = uplink.namespace().map_err(UplinkError::Namespace)?;
         let netlink = Netlink::open(&namespace).await.map_err(UplinkError::Netlink)?;
         Ok(Self { instance: instance.clone(), group, namespace, netlink })
     }

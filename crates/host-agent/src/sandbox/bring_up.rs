@@ -81,6 +81,9 @@ pub enum BringUpError {
     /// The machine could not be restored.
     #[error("the machine could not be restored")]
     Restore(#[source] VmmError),
+    /// No control group could be made for the machine.
+    #[error("the machine could not be limited")]
+    Limits(#[source] io::Error),
     /// The guest could not become itself.
     #[error("the guest could not take its identity")]
     Identity(#[source] GuestError),
@@ -440,31 +443,38 @@ impl Recorded {
             (Err(source), _) => Err(BringUpError::RunDir { path: run_dir.clone(), source }),
             (Ok(()), Err(error)) => Err(BringUpError::Slot(error)),
             (Ok(()), Ok(lock)) => {
-                let machine = MachineSpec {
-                    name: Host::machine_name(&host.instance, &record.id, &self.before.before.layer),
-                    run_dir: run_dir.clone(),
-                    shape: record.shape,
-                    guest: host.images.guest().bundle.clone(),
-                    disk: Some(self.before.before.disk.clone()),
-                    network: Some(NetworkSpec {
-                        namespace: self.before.slot.netns_path().to_owned(),
-                        tap: self.before.slot.tap().to_owned(),
-                    }),
-                    kernel_arguments: Vec::new(),
-                    keep_open: vec![lock],
-                };
-                let files = self.before.before.source.files.clone();
-                course
-                    .step("restore", RESTORE_BOUND, async {
-                        host.vmm.restore(machine, &files).await.map_err(BringUpError::Restore)
-                    })
-                    .await
+                match host.limits.begin(&record.id, &self.before.before.layer, record.shape) {
+                    Err(source) => Err(BringUpError::Limits(source)),
+                    Ok(control_group) => {
+                        let machine = MachineSpec {
+                            name: Host::machine_name(&host.instance, &record.id, &self.before.before.layer),
+                            run_dir: run_dir.clone(),
+                            shape: record.shape,
+                            guest: host.images.guest().bundle.clone(),
+                            disk: Some(self.before.before.disk.clone()),
+                            network: Some(NetworkSpec {
+                                namespace: self.before.slot.netns_path().to_owned(),
+                                tap: self.before.slot.tap().to_owned(),
+                            }),
+                            kernel_arguments: Vec::new(),
+                            keep_open: vec![lock],
+                            control_group,
+                        };
+                        let files = self.before.before.source.files.clone();
+                        course
+                            .step("restore", RESTORE_BOUND, async {
+                                host.vmm.restore(machine, &files).await.map_err(BringUpError::Restore)
+                            })
+                            .await
+                    }
+                }
             }
         };
         match restored {
             Ok(vm) => Ok(Restored { before: self, run_dir, vm }),
             Err(error) => {
                 remove_run_dir(&run_dir);
+                host.limits.end(&record.id, &self.before.before.layer);
                 Err(self.undo(error).await)
             }
         }
@@ -526,6 +536,7 @@ impl Restored {
                 let Recorded { before: WithSlot { before, slot }, ledger, .. } = self.before;
                 let machine = Machine {
                     id: record.id,
+                    name: before.layer.clone(),
                     vm: self.vm,
                     slot,
                     run_dir: self.run_dir,
@@ -555,6 +566,8 @@ impl Restored {
         }
         drop(self.vm);
         remove_run_dir(&self.run_dir);
+        let (id, layer) = (self.before.ledger.record().id, &self.before.before.before.layer);
+        self.before.before.before.course.host.limits.end(&id, layer);
         self.before.undo(error).await
     }
 }

@@ -8,6 +8,7 @@
 //! What cannot be done leaves the sandbox as it was. Whatever ends it, everything is taken down, and the end is
 //! published after nothing is left.
 
+mod counted;
 mod error;
 mod verbs;
 
@@ -28,7 +29,7 @@ use wrenn_types::{EndReason, SnapshotId, TimeoutAction};
 use wrenn_vmm::{ExitReason, VmmError};
 
 use super::{
-    Deadline, End, Guest, Handle, Outcome, PausedStatus, SandboxSpec, Shared, Stage, Status,
+    Deadline, End, Footing, Guest, Handle, Outcome, PausedStatus, SandboxSpec, Shared, Stage, Status,
     activity::Activity,
     bring_up::{self, BringUpError, Cancel, Persona, Recording, Up},
     host::Host,
@@ -37,7 +38,7 @@ use super::{
     record::Ledger,
     source::From,
 };
-use crate::{snapshots::Kept, warm::blocking};
+use crate::{metrics::operations::Operation, snapshots::Kept, warm::blocking};
 
 /// How long after a clock's action failed it is tried again.
 const RETRY: Duration = Duration::from_secs(30);
@@ -146,10 +147,18 @@ impl Driver {
     async fn drive(self, beginning: Beginning) {
         (self.published)(&self.handle);
         let end = match beginning {
-            Beginning::Create => match self.create().await {
-                Ok(up) => self.live(Residence::Up(Box::new(up))).await,
-                Err(error) => Some(self.failed(error)),
-            },
+            Beginning::Create => {
+                let begun = Instant::now();
+                let created = self.create().await;
+                // One that was destroyed on its way is neither done nor failed.
+                if !matches!(created, Err(BringUpError::Cancelled(_))) {
+                    self.count(Operation::Create, begun, created.is_ok());
+                }
+                match created {
+                    Ok(up) => self.live(Residence::Up(Box::new(up))).await,
+                    Err(error) => Some(self.failed(error)),
+                }
+            }
             Beginning::Adopted(mut up) => {
                 self.enter(&mut up);
                 self.live(Residence::Up(up)).await
@@ -210,7 +219,13 @@ impl Driver {
     /// Opens the way to a machine's guest, and publishes that it runs.
     fn enter(&self, up: &mut Up) {
         let shared = &self.handle.inner;
-        *shared.guest() = Some(Guest { connector: up.machine.connector(), idle: up.idle.take() });
+        let footing = Footing {
+            pid: up.machine.vm.pid(),
+            slot: up.machine.slot.number(),
+            ledger: Arc::clone(&up.ledger),
+        };
+        let (connector, idle) = (up.machine.connector(), up.idle.take());
+        *shared.guest() = Some(Guest { connector, idle, footing });
         shared.activity.touch();
         let started = up.ledger.record().started_at;
         self.publish(|status| {
@@ -298,7 +313,15 @@ impl Driver {
     async fn live(&self, mut residence: Residence) -> Option<End> {
         loop {
             let (next, reply) = match self.next_event(&mut residence).await {
-                Event::Exited(reason) => return Some(self.take_down(residence, exited(&reason)).await),
+                Event::Exited(reason) => {
+                    let end = match &residence {
+                        Residence::Up(up) if self.host.limits.was_out_of_memory(&up.machine) => {
+                            ended(EndReason::Oom)
+                        }
+                        _ => exited(&reason),
+                    };
+                    return Some(self.take_down(residence, end).await);
+                }
                 // What is saved outlives its agent.
                 Event::Asked(Next::End(EndReason::AgentStopped))
                     if matches!(residence, Residence::Paused(_)) =>
@@ -333,7 +356,7 @@ impl Driver {
                 }
                 Event::Asked(Next::Do(verb)) => {
                     self.note_generation(residence.ledger());
-                    let (next, outcome) = self.perform(residence, verb).await;
+                    let (next, outcome) = self.perform_counted(residence, verb).await;
                     (next, Some(outcome))
                 }
             };
@@ -367,7 +390,7 @@ impl Driver {
         residence: Residence,
         deadline: bool,
     ) -> (Residence, Option<Result<Outcome, OperationError>>) {
-        let (next, outcome) = self.perform(residence, Verb::Pause).await;
+        let (next, outcome) = self.perform_counted(residence, Verb::Pause).await;
         let failure = outcome.err().map(|error| chain(&error));
         if let Some(failure) = &failure {
             tracing::warn!(id = %self.handle.spec().id, failure, "a pause that a clock asked for failed; the sandbox runs");

@@ -10,13 +10,16 @@ use wrenn_vmm::{DiskSpec, Vmm};
 use super::record;
 use crate::{
     images::Images,
+    limits::Limits,
+    metrics::{Metrics, operations::Operations},
     network::SlotPool,
     rootfs::RootfsStore,
     snapshots::{Kept, Snapshots},
     warm::{Warm, blocking},
 };
 
-/// What every sandbox on this host is made with. Shared, and never changed after the start.
+/// What every sandbox on this host is made with. Shared; what is in it does not change
+/// after the start, but what is counted.
 #[derive(Debug)]
 pub struct Host {
     /// Whose processes, namespaces and files these are.
@@ -43,6 +46,12 @@ pub struct Host {
     pub default_disk: DiskMib,
     /// Told when something may have become unreachable.
     pub unreachable: Arc<Notify>,
+    /// How many creates, pauses, … there were.
+    pub operations: Operations,
+    /// What sandboxes use.
+    pub metrics: Arc<Metrics>,
+    /// What each machine may have of the host.
+    pub limits: Limits,
 }
 
 impl Host {
@@ -67,9 +76,13 @@ impl Host {
     /// What the layers of a sandbox's disk take of the host's, if it is there.
     #[must_use]
     pub fn disk_used_bytes(&self, id: &SandboxId) -> Option<u64> {
-        let record = record::read(&self.sandboxes_dir, id)?;
-        let sizes =
-            record.layers.iter().map(|layer| self.disks.used_bytes(&self.snapshots.layer_path(layer)));
+        self.bytes_of_layers(&record::read(&self.sandboxes_dir, id)?.layers)
+    }
+
+    /// What layers take of the host's disk, if they are all there.
+    #[must_use]
+    pub fn bytes_of_layers(&self, layers: &[LayerId]) -> Option<u64> {
+        let sizes = layers.iter().map(|layer| self.disks.used_bytes(&self.snapshots.layer_path(layer)));
         sizes.sum::<Result<u64, _>>().ok()
     }
 

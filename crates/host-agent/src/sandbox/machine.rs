@@ -4,7 +4,7 @@ use std::io;
 
 use camino::{Utf8Path, Utf8PathBuf};
 use tokio::sync::watch;
-use wrenn_types::SandboxId;
+use wrenn_types::{LayerId, SandboxId};
 use wrenn_vmm::{ExitReason, Vm, VmmError};
 
 use super::host::Host;
@@ -15,6 +15,8 @@ use crate::network::{GuestConnector, Slot};
 pub struct Machine {
     /// Whose it is.
     pub id: SandboxId,
+    /// The layer on which it was started.
+    pub name: LayerId,
     /// The VMM.
     pub vm: Box<dyn Vm>,
     /// Its network.
@@ -52,6 +54,7 @@ impl Machine {
         self.vm.stop().await?;
         drop(self.vm);
         remove_run_dir(&self.run_dir);
+        host.limits.end(&self.id, &self.name);
         host.slots.release(self.slot).await;
         Ok(())
     }

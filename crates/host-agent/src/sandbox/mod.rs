@@ -48,13 +48,14 @@ use self::{
     bring_up::BringUpError,
     driver::OperationError,
     queue::{Denied, RequestQueue, Verb},
+    record::Ledger,
 };
 use crate::{
     guest::{
         ENVD_PORT, IdleConnection,
         loopback::{self, GuestStream},
     },
-    network::GuestConnector,
+    network::{GuestConnector, addresses::SlotNumber},
 };
 
 /// What a sandbox is to be: a create request, parsed and within its bounds.
@@ -154,6 +155,18 @@ pub enum Stage {
 }
 
 impl Stage {
+    /// All of them, in the order of a life.
+    pub const ALL: [Self; 8] = [
+        Self::Starting,
+        Self::Running,
+        Self::Pausing,
+        Self::Paused,
+        Self::Resuming,
+        Self::Snapshotting,
+        Self::Stopping,
+        Self::Stopped,
+    ];
+
     /// Whether it is in a state in which it stays until somebody asks for another.
     #[must_use]
     pub fn is_settled(self) -> bool {
@@ -291,6 +304,18 @@ struct Guest {
     connector: GuestConnector,
     /// Taken by the first who connects to the guest's agent.
     idle: Option<IdleConnection>,
+    footing: Footing,
+}
+
+/// What of the host a machine stands on: where what it uses is counted.
+#[derive(Debug, Clone)]
+pub struct Footing {
+    /// Its VMM; none where it is no process.
+    pub pid: Option<u32>,
+    /// Its network slot.
+    pub slot: SlotNumber,
+    /// Its record, which tells of its disk.
+    pub ledger: Arc<Ledger>,
 }
 
 impl Shared {
@@ -344,6 +369,12 @@ impl Handle {
     #[must_use]
     pub fn connector(&self) -> Option<GuestConnector> {
         self.inner.guest().as_ref().map(|guest| guest.connector.clone())
+    }
+
+    /// What its machine stands on, while it has one that runs.
+    #[must_use]
+    pub fn footing(&self) -> Option<Footing> {
+        self.inner.guest().as_ref().map(|guest| guest.footing.clone())
     }
 
     /// A connection to a port of its guest, while it has one: to the guest's agent the one on which it became

@@ -273,6 +273,12 @@ impl Ledger {
         self.record.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
+    /// The layers of its disk, top first.
+    #[must_use]
+    pub fn layers(&self) -> Vec<LayerId> {
+        self.record.lock().unwrap_or_else(PoisonError::into_inner).layers.clone()
+    }
+
     /// Puts another record in the place of the present one, durably. Blocks on the disk.
     ///
     /// # Errors

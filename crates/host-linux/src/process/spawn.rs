@@ -40,6 +40,7 @@ pub struct Spawn {
     user: Option<(u32, u32)>,
     bind_mounts: Vec<(PathBuf, PathBuf)>,
     new_session: bool,
+    control_group: Option<OwnedFd>,
     keep_open: Vec<OwnedFd>,
     streams: [Option<OwnedFd>; 3],
     current_dir: Option<PathBuf>,
@@ -60,6 +61,7 @@ impl Spawn {
             user: None,
             bind_mounts: Vec::new(),
             new_session: false,
+            control_group: None,
             keep_open: Vec::new(),
             streams: [None, None, None],
             current_dir: None,
@@ -117,6 +119,14 @@ impl Spawn {
     #[must_use]
     pub fn new_session(mut self) -> Self {
         self.new_session = true;
+        self
+    }
+
+    /// The control group in which it is from before its program runs: the file `cgroup.procs` of it, opened for
+    /// writing (`crate::cgroup::Group::entrance`).
+    #[must_use]
+    pub fn control_group(mut self, entrance: OwnedFd) -> Self {
+        self.control_group = Some(entrance);
         self
     }
 
@@ -256,6 +266,7 @@ struct Plan {
     user: Option<(u32, u32)>,
     bind_mounts: Vec<(CString, CString)>,
     new_session: bool,
+    control_group: Option<OwnedFd>,
     keep_open: Vec<OwnedFd>,
     /// All above 2, so that arranging one never overwrites another.
     streams: [OwnedFd; 3],
@@ -332,6 +343,7 @@ fn plan(spawn: Spawn, name: &str, report: *mut Report) -> Result<Plan, SpawnErro
         user: spawn.user,
         bind_mounts,
         new_session: spawn.new_session,
+        control_group: spawn.control_group,
         keep_open: spawn.keep_open,
         streams: [stream(input)?, stream(output)?, stream(error)?],
         current_dir: spawn.current_dir.map(|path| text(path.as_os_str())).transpose()?,
@@ -476,6 +488,11 @@ unsafe fn prepare_and_execute(plan: &Plan) -> (Step, c_int) {
         }
         if plan.new_session {
             must!(NewSession, libc::setsid());
+        }
+        if let Some(group) = &plan.control_group {
+            // Zero is whoever writes it. It is a process of its own by now, though its memory is the parent's: what it
+            // allocates from here on counts for the group, and what the parent allocates does not.
+            must!(EnterControlGroup, libc::write(group.as_raw_fd(), c"0".as_ptr().cast(), 1));
         }
         if let Some(namespace) = &plan.namespace {
             must!(EnterNetworkNamespace, libc::setns(namespace.as_raw_fd(), libc::CLONE_NEWNET));

@@ -10,6 +10,8 @@ pub enum Step {
     ResetSignals = 1,
     /// It becomes the leader of a new session.
     NewSession,
+    /// It moves into its control group.
+    EnterControlGroup,
     /// It enters its network namespace.
     EnterNetworkNamespace,
     /// It leaves the parent's mount namespace.
@@ -33,9 +35,10 @@ pub enum Step {
 }
 
 impl Step {
-    pub(super) const ALL: [Self; 12] = [
+    pub(super) const ALL: [Self; 13] = [
         Self::ResetSignals,
         Self::NewSession,
+        Self::EnterControlGroup,
         Self::EnterNetworkNamespace,
         Self::NewMountNamespace,
         Self::BindMount,
@@ -54,6 +57,7 @@ impl fmt::Display for Step {
         f.write_str(match self {
             Self::ResetSignals => "reset the signals",
             Self::NewSession => "start a session",
+            Self::EnterControlGroup => "enter the control group",
             Self::EnterNetworkNamespace => "enter the network namespace",
             Self::NewMountNamespace => "make a mount namespace",
             Self::BindMount => "mount a directory",

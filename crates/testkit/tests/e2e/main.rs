@@ -15,6 +15,7 @@ mod identity;
 mod isolation;
 mod kills;
 mod lifecycle;
+mod metrics;
 mod persistence;
 mod soak;
 mod streams;
@@ -31,6 +32,7 @@ fn main() -> ExitCode {
     let shared: Vec<Case> = [
         lifecycle::cases(),
         persistence::cases(),
+        metrics::cases(),
         exec::cases(),
         files::cases(),
         streams::cases(),

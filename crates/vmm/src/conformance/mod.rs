@@ -145,6 +145,7 @@ impl<'a> Bench<'a> {
             network: None,
             kernel_arguments: Vec::new(),
             keep_open: Vec::<OwnedFd>::new(),
+            control_group: None,
         }
     }
 

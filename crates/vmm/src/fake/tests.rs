@@ -19,6 +19,7 @@ fn spec(directory: &tempfile::TempDir, name: &str) -> MachineSpec {
         network: None,
         kernel_arguments: Vec::new(),
         keep_open: Vec::new(),
+        control_group: None,
     }
 }
 

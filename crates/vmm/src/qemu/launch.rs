@@ -81,6 +81,9 @@ pub(super) async fn start(
     if let Some(network) = &spec.network {
         spawn = spawn.network_namespace(network.namespace.as_std_path());
     }
+    if let Some(group) = spec.control_group {
+        spawn = spawn.control_group(group);
+    }
     for descriptor in spec.keep_open {
         spawn = spawn.keep_open(descriptor);
     }

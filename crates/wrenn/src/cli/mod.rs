@@ -17,6 +17,7 @@ mod copy;
 mod exec;
 mod failure;
 mod interrupts;
+mod metrics;
 mod output;
 mod persist;
 mod run;

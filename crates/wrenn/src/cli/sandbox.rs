@@ -1,4 +1,5 @@
-//! `wrenn sandbox …`: create, list, get, exec, shell, cp, rm. What keeps a sandbox is in [`super::persist`].
+//! `wrenn sandbox …`: create, list, get, exec, shell, cp, rm. What keeps a sandbox is in [`super::persist`], what
+//! it has used in [`super::metrics`].
 
 use std::{collections::BTreeMap, time::Instant};
 
@@ -12,6 +13,7 @@ use super::{
     exec::{self, CommandArguments, Sink},
     failure::{Failure, OF_COMMAND},
     interrupts::Interrupts,
+    metrics,
     output::{Output, table},
     persist,
     run::ResourceArguments,
@@ -51,6 +53,8 @@ pub(super) enum Command {
     Network(persist::NetworkCommand),
     /// Show when the time of a sandbox is over and what happens then, or change it
     Timeout(persist::TimeoutCommand),
+    /// Show what a sandbox has used
+    Metrics(metrics::Arguments),
     /// Destroy sandboxes
     Rm(RemoveArguments),
 }
@@ -150,6 +154,7 @@ impl Command {
             Self::Rollback(arguments) => arguments.execute(&client, output).await,
             Self::Network(arguments) => arguments.execute(&client, output).await,
             Self::Timeout(arguments) => arguments.execute(&client, output).await,
+            Self::Metrics(arguments) => arguments.execute(&client, output).await,
             Self::Exec(arguments) => run(&client, arguments, output).await,
             Self::Shell(arguments) => arguments.execute(&client, output).await,
             Self::Cp(arguments) => arguments.execute(&client, output).await,

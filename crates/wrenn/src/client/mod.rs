@@ -25,7 +25,8 @@ use std::time::Duration;
 
 use ::http::{Method, StatusCode};
 use wrenn_api::{
-    BackgroundProcess, CreateSandbox, ExecRequest, ExecResponse, Health, Sandbox, SandboxStatus,
+    BackgroundProcess, CreateSandbox, ExecRequest, ExecResponse, Health, Metrics, MetricsRange, Sandbox,
+    SandboxStatus,
 };
 use wrenn_types::SandboxId;
 
@@ -137,6 +138,15 @@ impl Client {
     /// It is not known.
     pub async fn get(&self, id: &SandboxId) -> Result<Sandbox, ClientError> {
         Ok(self.transport.ask(Call::new(Method::GET, path_of(id, ""))).await?.value)
+    }
+
+    /// What a sandbox has used.
+    ///
+    /// # Errors
+    /// It has not run yet, or is gone.
+    pub async fn metrics(&self, id: &SandboxId, range: MetricsRange) -> Result<Metrics, ClientError> {
+        let path = path_of(id, &format!("/metrics?range={}", range.as_str()));
+        Ok(self.transport.ask(Call::new(Method::GET, path)).await?.value)
     }
 
     /// Destroys a sandbox; one that is gone already stays so.

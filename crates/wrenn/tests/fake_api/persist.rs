@@ -30,6 +30,7 @@ pub(super) fn routes() -> Router<Arc<Shared>> {
             post(async |state, path, body| change(state, path, body, "rollback").await),
         )
         .route("/v1/sandboxes/{id}/fork", post(fork))
+        .route("/v1/sandboxes/{id}/metrics", get(metrics))
         .route("/v1/sandboxes/{id}/network", get(network).put(set_network))
         .route("/v1/sandboxes/{id}/timeout", patch(timeout))
         .route("/v1/snapshots", post(snapshot).get(snapshots))
@@ -165,4 +166,15 @@ async fn delete_snapshot(State(shared): State<Arc<Shared>>, Path(name): Path<Str
         Some(_) => StatusCode::NO_CONTENT.into_response(),
         None => not_found(&name),
     }
+}
+
+async fn metrics(Path(id): Path<String>, RawQuery(query): RawQuery) -> Json<Value> {
+    let range = query.unwrap_or_default().replace("range=", "");
+    let point = json!({
+        "timestamp_unix": 1_800_000_000, "timestamp_unix_ms": 1_800_000_000_500_i64, "cpu_pct": 97.25,
+        "mem_bytes": 64 << 20, "disk_bytes": 12_345, "net_sent_bytes_per_sec": 9, "net_received_bytes_per_sec": 0,
+    });
+    // Nothing is known of the last five minutes.
+    let points = if range == "5m" { json!([]) } else { json!([point]) };
+    Json(json!({ "sandbox_id": id, "range": range, "points": points }))
 }
