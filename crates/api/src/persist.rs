@@ -123,11 +123,12 @@ pub struct Network {
     /// IPv4 networks that it may not reach.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub deny_cidrs: Option<Vec<String>>,
-    /// Names whose addresses it may reach; `*.example.com` means every name below.
+    /// Names that it may reach, over TCP; `*.example.com` means every name below. On ports 80 and 443 a connection
+    /// has to name one of them (in the `Host` header, or as the server name of TLS).
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(example = json!(["pypi.org", "*.pythonhosted.org"]))]
     pub allow_domains: Option<Vec<String>>,
-    /// Names that are not resolved for it.
+    /// Names that are not resolved for it, and that no connection to ports 80 and 443 may name.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub deny_domains: Option<Vec<String>>,
     /// Up to three addresses that are asked for names; the host's choice when there is none.

@@ -6,6 +6,7 @@ pub mod cgroup;
 pub mod conntrack;
 pub mod lock;
 pub mod netns;
+pub mod privileges;
 pub mod process;
 pub mod tap;
 pub mod tsc;

@@ -139,6 +139,18 @@ impl Process {
         Ok(())
     }
 
+    /// Lets the kernel forget it, if it has ended and is a child of ours that nobody has reaped. That it is none is no
+    /// error.
+    ///
+    /// # Errors
+    /// The kernel says so.
+    pub fn reap_if_ours(&self) -> io::Result<()> {
+        match reap(self, WaitIdOptions::EXITED | WaitIdOptions::NOHANG) {
+            Err(error) if error.raw_os_error() == Some(rustix::io::Errno::CHILD.raw_os_error()) => Ok(()),
+            outcome => outcome.map(drop),
+        }
+    }
+
     /// Kills it and waits until it has ended.
     ///
     /// # Errors

@@ -17,7 +17,7 @@ use std::{
 use anyhow::{Context as _, Result, ensure};
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
-    net::{TcpListener, TcpStream},
+    net::{TcpListener, TcpStream, UdpSocket},
     time::timeout,
 };
 use wrenn_host_linux::netns::{self, NetworkNamespace};
@@ -89,7 +89,29 @@ impl Uplink {
         run_ip(&namespace, "link set world1 up").await?;
         run_ip(&namespace, "route add default via 100.127.255.1").await?;
         self.ip("route replace default via 100.127.255.2").await?;
-        self.serve_in(&namespace, SocketAddr::from((INTERNET, PORT))).await
+        self.serve_in(&namespace, SocketAddr::from((INTERNET, PORT))).await?;
+        self.serve_names(&namespace).await
+    }
+
+    /// A name server on [`INTERNET`], for which every name is that address.
+    async fn serve_names(&mut self, namespace: &NetworkNamespace) -> Result<()> {
+        let socket = namespace
+            .run(|| {
+                let socket = std::net::UdpSocket::bind((INTERNET, 53))?;
+                socket.set_nonblocking(true)?;
+                io::Result::Ok(socket)
+            })
+            .await??;
+        let socket = UdpSocket::from_std(socket)?;
+        self.servers.push(tokio::spawn(async move {
+            let mut message = [0; 512];
+            while let Ok((length, from)) = socket.recv_from(&mut message).await {
+                if let Some(answer) = answer_with_internet(&message[..length]) {
+                    let _ = socket.send_to(&answer, from).await;
+                }
+            }
+        }));
+        Ok(())
     }
 
     async fn ip(&self, words: &str) -> Result<()> {
@@ -211,6 +233,19 @@ impl Drop for Uplink {
         let _ = netns::remove_name(&self.path);
         let _ = netns::remove_name(Path::new(&format!("{}-net", self.path.display())));
     }
+}
+
+/// The answer to one question for an address.
+fn answer_with_internet(question: &[u8]) -> Option<Vec<u8>> {
+    const HEADER: usize = 12;
+    let end = HEADER + question.get(HEADER..)?.iter().position(|byte| *byte == 0)? + 5;
+    let mut answer = question.get(..end)?.to_vec();
+    // An answer without error, with one record, and nothing else.
+    answer[2..HEADER].copy_from_slice(&[0x81, 0x80, 0, 1, 0, 1, 0, 0, 0, 0]);
+    // The name of the question; an IPv4 address of the internet; a minute; four bytes.
+    answer.extend([0xc0, 0x0c, 0, 1, 0, 1, 0, 0, 0, 60, 0, 4]);
+    answer.extend(INTERNET.octets());
+    Some(answer)
 }
 
 async fn run_ip(namespace: &NetworkNamespace, words: &str) -> Result<()> {

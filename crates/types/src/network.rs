@@ -138,8 +138,9 @@ impl DomainPattern {
     }
 }
 
-/// Whether it is a name that a resolver can be asked for and a TLS client can name.
-fn is_domain_name(name: &str) -> bool {
+/// Whether it is a name that a resolver can be asked for and a TLS client can name, without a dot at its end.
+#[must_use]
+pub fn is_domain_name(name: &str) -> bool {
     let is_label = |label: &str| {
         (1..=63).contains(&label.len())
             && label.bytes().all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_'))
@@ -198,6 +199,9 @@ fn shortened(text: &str) -> String {
 ///
 /// With an allow list (of networks, of domains, or both) nothing that is on none of them is reached. A deny
 /// list is stronger than an allow list. Without `internet` nothing is reached, whatever the lists say.
+///
+/// Domains are about what a guest asks a name server for, and about the name in a connection to port 80 or 443.
+/// By a name on the allow list it reaches TCP ports of the addresses that it was answered for that name.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct NetworkPolicy {
@@ -209,10 +213,10 @@ pub struct NetworkPolicy {
     /// Networks that it may not reach.
     #[serde(default)]
     pub deny_cidrs: Vec<Cidr>,
-    /// Names whose addresses it may reach.
+    /// Names that are resolved for it and whose addresses it may reach.
     #[serde(default)]
     pub allow_domains: Vec<DomainPattern>,
-    /// Names that are not resolved for it.
+    /// Names that are not resolved for it, and that no connection of it may name.
     #[serde(default)]
     pub deny_domains: Vec<DomainPattern>,
     /// Who is asked for names; none means the host's choice.

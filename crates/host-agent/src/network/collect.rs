@@ -13,6 +13,7 @@ use wrenn_types::InstanceId;
 use super::{
     addresses::{NAMESPACE_PREFIX, OUTER_PREFIX, SLOTS_DIR, SlotNumber},
     error::SlotError,
+    filter::MARK_SUFFIX,
     lease::Lease,
     making,
     uplink::{OpenUplink, Uplink},
@@ -118,5 +119,7 @@ fn list(path: &'static str, prefix: &str) -> Result<BTreeSet<SlotNumber>, SlotEr
 }
 
 fn number_in(name: &str, prefix: &str) -> Option<SlotNumber> {
-    name.strip_prefix(prefix)?.parse().ok()
+    let number = name.strip_prefix(prefix)?;
+    // A slot of which nothing but its domain filter is left is one too.
+    number.strip_suffix(MARK_SUFFIX).unwrap_or(number).parse().ok()
 }

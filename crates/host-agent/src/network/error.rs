@@ -3,7 +3,8 @@
 use std::{io, time::Duration};
 
 use super::{
-    addresses::SlotNumber, netlink::NetlinkError, nft::NftError, policy::PolicyError, uplink::UplinkError,
+    addresses::SlotNumber, filter::FilterError, netlink::NetlinkError, nft::NftError, policy::PolicyError,
+    uplink::UplinkError,
 };
 
 /// What went wrong with a slot.
@@ -83,6 +84,15 @@ pub enum SlotError {
         /// Why.
         #[source]
         source: io::Error,
+    },
+    /// There is no domain filter, or it did not take its rules.
+    #[error("the domain filter of slot {number} is not there")]
+    Filter {
+        /// Which slot.
+        number: SlotNumber,
+        /// Why.
+        #[source]
+        source: FilterError,
     },
     /// The policy cannot be.
     #[error("the network policy cannot be put in force")]

@@ -4,7 +4,7 @@
 //!  lease ─► namespace, settings, tap0 ─► its rules ─► veth pair ─► links up: prepared
 //!                                         └── nothing is up before they are there
 //!
-//!  prepared ─► links deleted ─► connections forgotten ─► name removed ─► lease removed
+//!  prepared ─► links deleted ─► filter ended, connections forgotten ─► name removed ─► lease removed
 //! ```
 //!
 //! A slot is never used twice. What a sandbox could have left in a namespace goes with the namespace, and
@@ -18,6 +18,7 @@ use wrenn_host_linux::{conntrack, netns, netns::NetworkNamespace, tap};
 use super::{
     addresses::{GATEWAY, GUEST, GUEST_MAC, GUEST_PREFIX, INNER, SlotNumber, TAP, TAP_MAC, VETH_PREFIX},
     error::SlotError,
+    filter::{self, Filter},
     lease::{Lease, Leases},
     netlink::Netlink,
     nft,
@@ -37,6 +38,27 @@ pub(super) struct Prepared {
     pub(super) policy: Option<Policy>,
     /// Where it ends.
     pub(super) uplink: Arc<OpenUplink>,
+    /// Its domain filter, once it has needed one.
+    pub(super) filter: Option<Filter>,
+}
+
+impl Prepared {
+    /// Tells the domain filter a policy, and starts it if the policy needs one. One that is there already stays
+    /// when the policy needs none, for the streams that go through it.
+    pub(super) async fn filter_with(&mut self, policy: &Policy) -> Result<(), SlotError> {
+        let number = self.lease.number();
+        let failed = |source| SlotError::Filter { number, source };
+        let rules = policy.rules().clone();
+        match &self.filter {
+            Some(filter) => filter.tell(rules).await.map_err(failed)?,
+            None if policy.is_filtered() || filter::was_started(number).map_err(failed)? => {
+                let filter = Filter::open(number, self.namespace.clone(), rules).await.map_err(failed)?;
+                self.filter = Some(filter);
+            }
+            None => {}
+        }
+        Ok(())
+    }
 }
 
 /// Settings of a namespace. They are there before its links, which take theirs from `default`.
@@ -72,11 +94,19 @@ pub(super) async fn make(
     }
     let error = match build(&uplink, number, &policy).await {
         Ok(namespace) => {
-            let prepared = Prepared { lease, namespace, policy: Some(policy.clone()), uplink };
-            match shaping::apply(&prepared, Some(Bandwidth::default()), policy.bandwidth()).await {
+            let mut prepared =
+                Prepared { lease, namespace, policy: Some(policy.clone()), uplink, filter: None };
+            let whole = async {
+                prepared.filter_with(&policy).await?;
+                shaping::apply(&prepared, Some(Bandwidth::default()), policy.bandwidth()).await
+            };
+            match whole.await {
                 Ok(()) => return Ok(prepared),
                 Err(error) => {
-                    let Prepared { lease: unused, uplink, .. } = prepared;
+                    let Prepared { lease: unused, uplink, filter, .. } = prepared;
+                    if let Some(filter) = filter {
+                        filter.end().await;
+                    }
                     undo(&uplink, unused).await;
                     error
                 }
@@ -109,12 +139,13 @@ pub(super) async fn adopt(
     let lease = leases.adopt(number, &uplink.instance)?;
     let namespace = NetworkNamespace::open(number.namespace().as_std_path())
         .map_err(|source| SlotError::Namespace { number, source })?;
-    nft::load(&namespace, ruleset::slot_again(&uplink.instance, number, &policy))
+    let mut prepared = Prepared { lease, namespace, policy: None, uplink, filter: None };
+    prepared.filter_with(&policy).await?;
+    nft::load(&prepared.namespace, ruleset::slot_again(&prepared.uplink.instance, number, &policy))
         .await
         .map_err(|source| SlotError::Rules { number, source })?;
-    let bandwidth = policy.bandwidth();
-    let prepared = Prepared { lease, namespace, policy: Some(policy), uplink };
-    shaping::apply(&prepared, None, bandwidth).await?;
+    shaping::apply(&prepared, None, policy.bandwidth()).await?;
+    prepared.policy = Some(policy);
     Ok(prepared)
 }
 
@@ -188,7 +219,9 @@ pub(super) async fn dismantle(uplink: &OpenUplink, lease: Lease) -> Result<(), S
 async fn clear(uplink: &OpenUplink, number: SlotNumber) -> Result<(), SlotError> {
     uplink.netlink.delete(&number.outer()).await.map_err(|source| SlotError::Link { number, source })?;
     // Nothing passes any more. The kernel takes its time for each of the rest, so they go side by side.
-    tokio::try_join!(clear_inside(number), forget_connections(uplink, number))?;
+    let filters =
+        async { filter::end_leftovers(number).await.map_err(|source| SlotError::Filter { number, source }) };
+    tokio::try_join!(clear_inside(number), forget_connections(uplink, number), filters)?;
     // An unmount waits for the kernel too, and has no other way to do it than on a thread.
     let name = number.namespace();
     let removed = tokio::task::spawn_blocking(move || netns::remove_name(name.as_std_path()));

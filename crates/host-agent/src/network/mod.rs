@@ -18,6 +18,8 @@
 //!   the name servers that the policy names. This host, other sandboxes, private, link-local and metadata
 //!   addresses and IPv6 are never reached ([`policy::UNREACHABLE`], [`ruleset`]). How fast, the policy may
 //!   say too. All of it changes while the guest runs ([`Slot::apply`]).
+//! - **Names.** Where the policy says something about names, a process of the slot's own answers the guest's
+//!   questions for them, and carries what they open ([`filter`]).
 //! - **Whose it is.** Numbers are the machine's, and several stacks share it. The lease of a number is an
 //!   flock on `/run/wrenn/slots/N`; the VMM inherits it, so that it outlives the agent. The links of a stack
 //!   carry its instance id as their group, and its rules match only that group.
@@ -26,7 +28,7 @@
 //!   one [adopts](SlotPool::adopt) it; in between its rules are in force, and it keeps its connections.
 //!
 //! What is on the path of a create: taking a slot from the queue, and for a sandbox with less than the
-//! internet one run of `nft`. Everything else happens before or after.
+//! internet one run of `nft`, and where names matter the start of a filter. Everything else happens before or after.
 //!
 //! What a host must offer: root, `/dev/net/tun`, nftables. In the uplink `net.ipv4.ip_forward` is turned on
 //! if it was off, and stays on. Rules of others that forbid forwarding (a default of Docker's, for one) are
@@ -35,6 +37,7 @@
 pub mod addresses;
 mod collect;
 mod error;
+pub mod filter;
 mod lease;
 mod making;
 mod netlink;

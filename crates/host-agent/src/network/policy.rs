@@ -3,13 +3,17 @@
 //! ```text
 //!  NetworkPolicy ─ resolve ─► Policy ─ ruleset ─► the contents of sets that the rules look into
 //!  the owner's words          checked and whole     └── say what Policy::reaches says
+//!                               └ rules, where they are about names ─► the domain filter
 //! ```
 
 use std::{net::Ipv4Addr, num::NonZeroU64};
 
 use wrenn_types::{Cidr, NetworkPolicy};
 
-use super::networks::Networks;
+use super::{
+    filter::{Rules, WEB_PORTS},
+    networks::Networks,
+};
 
 const fn network(a: u8, b: u8, c: u8, d: u8, prefix: u8) -> Cidr {
     match Cidr::new(Ipv4Addr::new(a, b, c, d), prefix) {
@@ -41,11 +45,10 @@ pub const DNS_PORTS: [u16; 2] = [53, 853];
 /// What one sandbox may reach: checked, with the host's choices filled in, and ready to become rules.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Policy {
-    internet: bool,
     reachable: Networks,
-    /// In the order in which they are asked.
-    name_servers: Vec<Ipv4Addr>,
     bandwidth: Bandwidth,
+    /// The owner's words, with the name servers in the order in which they are asked.
+    rules: Rules,
 }
 
 /// How much a sandbox may send and receive, in bits per second. None: as much as there is.
@@ -76,21 +79,13 @@ pub enum PolicyError {
         /// Where it is, or where its beginning is.
         network: Cidr,
     },
-    /// There are rules about names.
-    #[error("this host cannot allow or deny by domain name")]
-    DomainsUnsupported,
 }
 
 impl Policy {
     /// Nothing at all.
     #[must_use]
     pub fn offline() -> Self {
-        Self {
-            internet: false,
-            reachable: Networks::everything(),
-            name_servers: Vec::new(),
-            bandwidth: Bandwidth::default(),
-        }
+        Self { reachable: Networks::everything(), bandwidth: Bandwidth::default(), rules: Rules::default() }
     }
 
     /// What the owner of a sandbox says, as something that can be put in force. Where the owner names no
@@ -99,53 +94,82 @@ impl Policy {
     /// # Errors
     /// [`PolicyError`] says what is wrong with it.
     pub fn resolve(policy: &NetworkPolicy, host_dns: &[Ipv4Addr]) -> Result<Self, PolicyError> {
-        if !policy.allow_domains.is_empty() || !policy.deny_domains.is_empty() {
-            return Err(PolicyError::DomainsUnsupported);
-        }
         let unreachable = Networks::merged(UNREACHABLE);
         if let Some(&allowed) = policy.allow_cidrs.iter().find(|allowed| unreachable.covers(**allowed)) {
             let network = UNREACHABLE.into_iter().find(|network| network.overlaps(allowed));
             return Err(PolicyError::UnreachableNetwork { allowed, network: network.unwrap_or(allowed) });
         }
-        let allowed = if policy.allow_cidrs.is_empty() {
+        let allowed = if policy.allow_cidrs.is_empty() && policy.allow_domains.is_empty() {
             Networks::everything()
         } else {
             Networks::merged(policy.allow_cidrs.iter().copied())
         };
-        let reachable = allowed.without(&Networks::merged(policy.deny_cidrs.iter().copied()));
+        let denied = Networks::merged(policy.deny_cidrs.iter().copied());
+        let reachable = allowed.without(&denied);
+        let mut rules = Rules {
+            internet: policy.internet,
+            allow_cidrs: policy.allow_cidrs.clone(),
+            deny_cidrs: policy.deny_cidrs.clone(),
+            allow_domains: policy.allow_domains.clone(),
+            deny_domains: policy.deny_domains.clone(),
+            name_servers: Vec::new(),
+        };
+        // Where names matter the guest asks the filter, and the filter asks them.
+        let may_ask = |server| {
+            if rules.are_about_names() { !denied.contains(server) } else { reachable.contains(server) }
+        };
         let servers = if policy.dns_servers.is_empty() { host_dns } else { &policy.dns_servers };
         let mut name_servers = Vec::with_capacity(servers.len());
         for &server in servers {
             if let Some(network) = UNREACHABLE.into_iter().find(|network| network.contains(server)) {
                 return Err(PolicyError::UnreachableServer { server, network });
             }
-            if reachable.contains(server) && !name_servers.contains(&server) {
+            if may_ask(server) && !name_servers.contains(&server) {
                 name_servers.push(server);
             }
         }
         let bandwidth =
             Bandwidth { egress: policy.egress_bits_per_second, ingress: policy.ingress_bits_per_second };
-        Ok(Self { internet: policy.internet, reachable, name_servers, bandwidth })
+        rules.name_servers = name_servers;
+        Ok(Self { reachable, bandwidth, rules })
     }
 
     /// Whether it may reach the internet. Without it, it reaches nothing at all, name servers included.
     #[must_use]
     pub fn internet(&self) -> bool {
-        self.internet
+        self.rules.internet
     }
 
-    /// What its lists leave: what is allowed and not denied. Without lists it is everything, and what no
-    /// sandbox may reach is still to be taken away from it.
+    /// What its lists of networks leave: what is allowed and not denied. Without lists it is everything, and what no
+    /// sandbox may reach is still to be taken away from it. What names open is not in it.
     #[must_use]
     pub fn reachable(&self) -> &Networks {
         &self.reachable
     }
 
-    /// The only machines that it may ask for names, in the order in which they are asked. All of them are in
-    /// what its lists leave.
+    /// The only machines that it may ask for names, in the order in which they are asked. What it asks
+    /// them is asked by the domain filter where there is one.
     #[must_use]
     pub fn name_servers(&self) -> &[Ipv4Addr] {
-        &self.name_servers
+        &self.rules.name_servers
+    }
+
+    /// Whether it needs a domain filter.
+    #[must_use]
+    pub fn is_filtered(&self) -> bool {
+        self.rules.internet && self.rules.are_about_names()
+    }
+
+    /// Whether the domain filter has to look into every connection to a web port.
+    #[must_use]
+    pub fn looks_for_names(&self) -> bool {
+        self.rules.internet && self.rules.names_are_denied()
+    }
+
+    /// What a domain filter has to know.
+    #[must_use]
+    pub fn rules(&self) -> &Rules {
+        &self.rules
     }
 
     /// How much it may send and receive.
@@ -154,13 +178,15 @@ impl Policy {
         self.bandwidth
     }
 
-    /// Whether it reaches a TCP or UDP port of an address. The rules are made to say the same.
+    /// Whether it reaches a TCP or UDP port of an address by itself, and not through a domain filter. The rules
+    /// are made to say the same.
     #[must_use]
     pub fn reaches(&self, address: Ipv4Addr, port: u16) -> bool {
-        self.internet
+        self.internet()
             && !UNREACHABLE.iter().any(|network| network.contains(address))
             && self.reachable.contains(address)
-            && (!DNS_PORTS.contains(&port) || self.name_servers.contains(&address))
+            && !(self.looks_for_names() && WEB_PORTS.contains(&port))
+            && (!DNS_PORTS.contains(&port) || (!self.is_filtered() && self.name_servers().contains(&address)))
     }
 }
 
@@ -180,16 +206,31 @@ pub(super) mod tests {
         let reachable = networks().prop_filter("unreachable", move |network| !unreachable.covers(*network));
         let servers = vec((0_u32..64).prop_map(|low| Ipv4Addr::from_bits(0xcb00_7100 | low)), 0..4);
         let limits = || option::of(any::<u64>().prop_filter_map("zero", NonZeroU64::new));
-        (any::<bool>(), vec(reachable, 0..6), vec(networks(), 0..6), servers, limits(), limits()).prop_map(
-            |(internet, allow_cidrs, deny_cidrs, dns_servers, egress, ingress)| NetworkPolicy {
-                allow_cidrs,
-                deny_cidrs,
-                dns_servers,
-                egress_bits_per_second: egress,
-                ingress_bits_per_second: ingress,
-                ..NetworkPolicy::simple(internet)
-            },
-        )
+        let domains = || vec("(\\*\\.)?[a-c]\\.[xy]".prop_map(|text| text.parse().unwrap()), 0..3);
+        // As often as not there are none.
+        let domains = || prop_oneof![Just(Vec::new()), domains()];
+        let names = (domains(), domains());
+        (any::<bool>(), vec(reachable, 0..6), vec(networks(), 0..6), names, servers, limits(), limits())
+            .prop_map(
+                |(
+                    internet,
+                    allow_cidrs,
+                    deny_cidrs,
+                    (allow_domains, deny_domains),
+                    dns_servers,
+                    egress,
+                    ingress,
+                )| NetworkPolicy {
+                    allow_cidrs,
+                    deny_cidrs,
+                    allow_domains,
+                    deny_domains,
+                    dns_servers,
+                    egress_bits_per_second: egress,
+                    ingress_bits_per_second: ingress,
+                    ..NetworkPolicy::simple(internet)
+                },
+            )
     }
 
     #[test]
@@ -259,12 +300,23 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn names_are_refused_and_not_forgotten() {
-        for list in [true, false] {
+    fn names_need_a_filter() {
+        let (server, other) = (Ipv4Addr::new(9, 9, 9, 9), Ipv4Addr::new(203, 0, 113, 10));
+        for allow in [true, false] {
             let mut words = NetworkPolicy::simple(true);
-            let domains = if list { &mut words.allow_domains } else { &mut words.deny_domains };
+            let domains = if allow { &mut words.allow_domains } else { &mut words.deny_domains };
             domains.push("example.com".parse().unwrap());
-            assert_eq!(Policy::resolve(&words, &[]), Err(PolicyError::DomainsUnsupported));
+            let policy = Policy::resolve(&words, &[server]).unwrap();
+            assert!(policy.is_filtered() && policy.looks_for_names() != allow);
+            assert_eq!(policy.name_servers(), [server], "the filter asks it");
+            assert!(!policy.reaches(server, 53) && !policy.reaches(other, 443), "and nobody else");
+            assert_eq!(
+                policy.reaches(other, 22),
+                !allow,
+                "an allow list of names opens no address by itself"
+            );
+            words.internet = false;
+            assert!(!Policy::resolve(&words, &[server]).unwrap().is_filtered());
         }
     }
 
@@ -286,9 +338,10 @@ pub(super) mod tests {
             let policy = Policy::resolve(&words, &[]).unwrap();
             let reached = policy.reaches(address, port);
             let denied = words.deny_cidrs.iter().any(|network| network.contains(address));
-            let allowed = words.allow_cidrs.is_empty()
+            let allowed = (words.allow_cidrs.is_empty() && words.allow_domains.is_empty())
                 || words.allow_cidrs.iter().any(|network| network.contains(address));
-            let asks = !DNS_PORTS.contains(&port) || words.dns_servers.contains(&address);
+            let names = !words.allow_domains.is_empty() || !words.deny_domains.is_empty();
+            let asks = !DNS_PORTS.contains(&port) || (!names && words.dns_servers.contains(&address));
             prop_assert_eq!(reached, words.internet && allowed && !denied && asks);
         }
     }

@@ -380,8 +380,11 @@ impl Keeper {
         self.dismantling.spawn(async move {
             // The semaphore is never closed.
             let _permit = permits.acquire().await;
-            let Prepared { lease, namespace, uplink, .. } = prepared;
+            let Prepared { lease, namespace, uplink, filter, .. } = prepared;
             drop(namespace);
+            if let Some(filter) = filter {
+                filter.end().await;
+            }
             let number = lease.number();
             if let Err(error) = making::dismantle(&uplink, lease).await {
                 let error = &error as &dyn std::error::Error;

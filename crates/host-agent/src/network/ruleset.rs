@@ -15,11 +15,15 @@
 //!   end of that has to be one that the policy still allows (`arriving`).
 //! - What the policy forbids is refused with an ICMP message, or with a reset where a connection was open,
 //!   so that a program in the guest sees an error instead of a timeout. What is forged is dropped.
-//! - The rules of a slot never change. What a policy decides are the contents of three sets that they look
+//! - Where names matter, `to_filter` hands the guest's questions for names, and the connections that no list of
+//!   networks leaves open, to the domain filter ([`super::filter`]) in the namespace; what it sends out passes
+//!   `asking` here, and then the uplink's rules as everything does.
+//! - The rules of a slot never change. What a policy decides are the contents of five sets that they look
 //!   into ([`SETS`]), and those are changed by transactions ([`change`]): there is no moment without rules.
 //! - **What a transaction is worth.** The kernel exchanges the contents of one set at once. But it does so
 //!   set by set, those with ranges last, and a packet may be between two lookups meanwhile. So all lists of a
-//!   policy are one set; the internet comes after the lists and goes before them; and a table that is in use
+//!   policy are one set; what is said of a whole TAP device comes after the lists where it opens, and before them
+//!   where it closes; and a table that is in use
 //!   is never replaced by another one, whose rules would count before its ranges do: tables and sets stay,
 //!   and their contents are exchanged ([`slot_again`], [`uplink`]).
 //! - The uplink's table matches only links of the group that is the instance's id as a number. No rule of
@@ -33,6 +37,7 @@ use super::{
     addresses::{
         GATEWAY, GUEST, GUEST_MAC, INNER, OUTER_PREFIX, SlotNumber, TAP, VETH_NETWORK, VETH_NETWORK_PREFIX,
     },
+    filter::{NAMES_PORT, STREAMS_PORT, USER, WEB_PORTS},
     policy::{DNS_PORTS, Policy, UNREACHABLE},
 };
 
@@ -40,25 +45,28 @@ use super::{
 /// the host share, and one guest must not be able to fill it.
 const CONNECTIONS: u32 = 4096;
 
-/// The sets that a policy fills: `offline`, `reachable` and `name_servers`, each with what it puts into it.
+/// The sets that a policy fills, each with what it puts into it.
 ///
 /// A TAP device that is `offline` reaches nothing. That is said by an addition, because a transaction that
-/// only adds is quick: a slot that was prepared with the internet loses it without delay.
-const SETS: [(&str, &str, Contents); 3] = [
-    (
-        "offline",
-        "type ifname",
-        |policy| {
-            if policy.internet() { Vec::new() } else { vec![format!("\"{TAP}\"")] }
-        },
-    ),
+/// only adds is quick: a slot that was prepared with the internet loses it without delay. One that is `named` reaches
+/// no web port but through the domain filter, and one that is `filtered` has one.
+const SETS: [(&str, &str, Contents); 5] = [
+    ("offline", "type ifname", |policy| tap_if(!policy.internet())),
+    ("named", "type ifname", |policy| tap_if(policy.looks_for_names())),
+    ("filtered", "type ifname", |policy| tap_if(policy.is_filtered())),
     ("reachable", "type ipv4_addr; flags interval", |policy| policy.reachable().elements()),
     ("name_servers", "type ipv4_addr", |policy| {
-        let mut servers = policy.name_servers().to_vec();
+        // The guest's own questions go to the filter where there is one.
+        let servers = if policy.is_filtered() { &[] } else { policy.name_servers() };
+        let mut servers = servers.to_vec();
         servers.sort_unstable();
         servers.iter().map(ToString::to_string).collect()
     }),
 ];
+
+fn tap_if(said: bool) -> Vec<String> {
+    if said { vec![format!("\"{TAP}\"")] } else { Vec::new() }
+}
 
 /// The definition of the set of what no sandbox reaches.
 const UNREACHABLE_KIND: &str = "type ipv4_addr; flags interval";
@@ -115,6 +123,7 @@ fn slot_tables(instance: &InstanceId, slot: SlotNumber, policy: &Policy) -> Stri
     let unreachable = unreachable();
     let mac = mac(GUEST_MAC);
     let [dns, dns_over_tls] = DNS_PORTS;
+    let [http, https] = WEB_PORTS;
     format!(
         "table netdev wrenn {{
 	comment \"{owner}\"
@@ -141,16 +150,53 @@ table inet wrenn {{
 
 	# The policy. A TAP device that is offline reaches nothing.
 {sets}
-	# To the namespace itself: answers to the agent's connections, which begin here.
+	# Where names matter: to the domain filter, which learns from the kernel where it was meant to go.
+	chain prerouting {{
+		type nat hook prerouting priority dstnat; policy accept;
+		iifname @offline accept
+		iifname @filtered goto to_filter
+	}}
+
+	chain to_filter {{
+		ip daddr @unreachable accept
+		udp dport {dns} redirect to :{NAMES_PORT}
+		tcp dport {dns} redirect to :{NAMES_PORT}
+		iifname @named tcp dport {{ {http}, {https} }} redirect to :{STREAMS_PORT}
+		ip daddr != @reachable meta l4proto tcp redirect to :{STREAMS_PORT}
+	}}
+
+	# To the namespace itself: answers to the agent's connections, which begin here, what was redirected, and
+	# answers to the filter.
 	chain input {{
 		type filter hook input priority filter; policy drop;
-		iifname \"{TAP}\" ip saddr {GUEST} ct state established accept
+		iifname \"{TAP}\" ip saddr {GUEST} ct direction reply ct state established accept
+		iifname @offline drop
+		iifname \"{TAP}\" ip saddr {GUEST} ct status dnat ct direction original goto heard
+		iifname \"{INNER}\" ct direction reply ct state established,related accept
+	}}
+
+	chain heard {{
+		ct state invalid drop
+		ct state new ct count over {CONNECTIONS} drop
+		tcp dport {{ {NAMES_PORT}, {STREAMS_PORT} }} accept
+		udp dport {NAMES_PORT} accept
+		drop
 	}}
 
 	# From the namespace itself: those connections, and refusals.
 	chain output {{
 		type filter hook output priority filter; policy drop;
 		oifname \"{TAP}\" ip daddr {GUEST} accept
+		oifname \"{INNER}\" goto asking
+	}}
+
+	# What the filter asks, and nobody else in here.
+	chain asking {{
+		ip daddr @unreachable drop
+		ct state established accept
+		ct state new ct count over {CONNECTIONS} drop
+		meta skuid {USER} meta l4proto {{ tcp, udp }} accept
+		drop
 	}}
 
 	chain forward {{
@@ -167,6 +213,7 @@ table inet wrenn {{
 		ip daddr != @reachable goto refuse
 		meta l4proto != {{ icmp, tcp, udp }} goto refuse
 		meta l4proto {{ tcp, udp }} th dport {{ {dns}, {dns_over_tls} }} ip daddr != @name_servers goto refuse
+		iifname @named meta l4proto {{ tcp, udp }} th dport {{ {http}, {https} }} goto refuse
 		ct state new ct count over {CONNECTIONS} drop
 		accept
 	}}
@@ -175,6 +222,7 @@ table inet wrenn {{
 	chain arriving {{
 		ct original ip daddr != @reachable drop
 		meta l4proto {{ tcp, udp }} th sport {{ {dns}, {dns_over_tls} }} ip saddr != @name_servers drop
+		oifname @named meta l4proto {{ tcp, udp }} th sport {{ {http}, {https} }} drop
 		accept
 	}}
 
@@ -193,7 +241,7 @@ table inet wrenn {{
 }
 
 /// Puts a policy in force in a slot's namespace instead of the former one; none where that is unknown. The
-/// answer is up to two transactions, to be loaded one after the other.
+/// answer is up to three transactions, to be loaded one after the other.
 ///
 /// At no moment does a packet pass that neither of the policies lets pass, and none is refused that both of
 /// them let pass, so that what may go on is not interrupted.
@@ -203,12 +251,20 @@ table inet wrenn {{
 /// take the internet away from a prepared slot is quick.
 #[must_use]
 pub fn change(former: Option<&Policy>, policy: &Policy) -> Vec<String> {
-    let [offline, reachable, name_servers] = SETS.map(|set| Difference::of(set, former, policy));
+    let [offline, named, filtered, reachable, name_servers] =
+        SETS.map(|set| Difference::of(set, former, policy));
     // These go together: whoever is a name server is also reachable, so that no mixture of the former and
-    // the new contents lets more pass than one of the policies.
-    let lists = [reachable.delete, reachable.add, name_servers.delete, name_servers.add].concat();
-    let transactions = if policy.internet() { [lists, offline.delete] } else { [offline.add, lists] };
-    transactions.into_iter().filter(|text| !text.is_empty()).collect()
+    // the new contents lets more pass than one of the policies. What is redirected passes the filter's rules.
+    let lists = [filtered, reachable, name_servers].map(|set| set.delete + &set.add).concat();
+    let (mut before, mut after) = (String::new(), String::new());
+    for (set, closes) in [(offline, !policy.internet()), (named, policy.looks_for_names())] {
+        if closes {
+            before += &set.add;
+        } else {
+            after += &set.delete;
+        }
+    }
+    [before, lists, after].into_iter().filter(|text| !text.is_empty()).collect()
 }
 
 /// How the contents of one set become others.
@@ -447,8 +503,13 @@ mod tests {
         let refused = tap_in("offline")
             || UNREACHABLE.iter().any(|network| network.contains(address))
             || !within("reachable")
-            || (matches!(port, 53 | 853) && !within("name_servers"));
+            || (matches!(port, 53 | 853) && !within("name_servers"))
+            || (matches!(port, 80 | 443) && tap_in("named"));
         !refused
+    }
+
+    fn ports() -> impl Strategy<Value = u16> {
+        prop_oneof![50_u16..56, Just(80), Just(443)]
     }
 
     fn policies() -> impl Strategy<Value = Policy> {
@@ -460,7 +521,7 @@ mod tests {
         fn a_change_leads_to_the_new_policy(former in policies(), policy in policies()) {
             for known in [true, false] {
                 let texts = change(known.then_some(&former), &policy);
-                prop_assert!(texts.len() <= 2);
+                prop_assert!(texts.len() <= 3);
                 let changed = texts.iter().fold(contents(&former), |sets, text| perform(text, sets));
                 prop_assert_eq!(&changed, &contents(&policy));
             }
@@ -470,7 +531,7 @@ mod tests {
         /// Whichever of the sets are exchanged already when a packet comes.
         #[test]
         fn on_the_way_nothing_passes_and_nothing_is_refused_against_both(
-            former in policies(), policy in policies(), low in 0_u32..64, port in 50_u16..56, known: bool,
+            former in policies(), policy in policies(), low in 0_u32..64, port in ports(), known: bool,
         ) {
             let address = Ipv4Addr::from_bits(0xcb00_7100 | low);
             let (before, after) = (former.reaches(address, port), policy.reaches(address, port));
@@ -493,7 +554,7 @@ mod tests {
         }
 
         #[test]
-        fn the_sets_say_what_the_policy_says(policy in policies(), low in 0_u32..64, any: u32, port in 50_u16..56) {
+        fn the_sets_say_what_the_policy_says(policy in policies(), low in 0_u32..64, any: u32, port in ports()) {
             let sets = contents(&policy);
             for bits in [0xcb00_7100 | low, any] {
                 for port in [port, 853] {

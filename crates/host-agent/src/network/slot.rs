@@ -89,8 +89,9 @@ impl Slot {
     }
 
     /// Puts a policy in force, before the guest runs or while it does. A policy that is in force already
-    /// costs nothing; another one is a run of `nft`, or two. What the new one forbids ends at once, open
-    /// connections included, and what both of them allow is not interrupted.
+    /// costs nothing; another one is a run of `nft`, or up to three. What the new one forbids ends at once, open
+    /// connections included, and what both of them allow is not interrupted. One exception: a connection to a web
+    /// port that began when names did not matter ends when they do, as nobody knows which name it is for.
     ///
     /// # Errors
     /// The rules could not be loaded, or the bandwidth could not be limited. Then what is in force is the
@@ -103,6 +104,8 @@ impl Slot {
         let number = prepared.lease.number();
         // If this future is dropped half-way, nobody knows which of the two it is.
         let former = prepared.policy.take();
+        // A filter first: what the rules of the kernel send to it it decides by the new policy already.
+        prepared.filter_with(policy).await?;
         // There is none where only the order of name servers differs, or the bandwidth.
         for (index, rules) in ruleset::change(former.as_ref(), policy).into_iter().enumerate() {
             if let Err(source) = nft::load(&prepared.namespace, rules).await {
@@ -119,7 +122,7 @@ impl Slot {
     }
 
     /// Lets go of the slot as it is: for an agent that ends while the VMM goes on. Its rules stay in force,
-    /// here and in the uplink, and `SlotPool::adopt` of a later agent takes it over by its number.
+    /// here and in the uplink, its domain filter goes on, and `SlotPool::adopt` of a later agent takes it over by its number.
     pub fn leave(mut self) -> SlotNumber {
         let number = self.number();
         self.prepared = None;

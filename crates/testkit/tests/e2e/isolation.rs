@@ -14,6 +14,7 @@ pub(crate) fn cases() -> Vec<Case> {
     vec![
         case("isolation::the_internet_is_reached_and_nothing_else", reach),
         case("isolation::without_internet_nothing_is_reached", no_internet),
+        case("isolation::by_name_only_allowed_names_are_reached", names),
         case("isolation::another_sandbox_is_not_reached", other_sandbox),
         case("isolation::the_guest_agent_asks_for_its_token", token),
     ]
@@ -47,6 +48,33 @@ async fn no_internet(context: Arc<Context>) -> Result<()> {
     for address in [INTERNET, PRIVATE, METADATA, HOST_PUBLIC] {
         ensure!(!reached(&mut sandbox, &format!("http://{address}/")).await?, "{address} is reached");
     }
+    sandbox.destroy().await
+}
+
+async fn names(context: Arc<Context>) -> Result<()> {
+    let policy = json!({ "allow_domains": ["*.allowed.example"], "dns_servers": [INTERNET.to_string()] });
+    let mut sandbox = Sandbox::create_with(context.client(), &json!({ "network": policy })).await?;
+    let only_allowed = async |sandbox: &mut Sandbox| -> Result<()> {
+        // The name first: until somebody has asked for it, its address is like any other.
+        let said = sandbox.output("curl -sS -m 20 http://www.allowed.example/").await?;
+        ensure!(said.contains("here"), "{said}");
+        let elsewhere = format!("--resolve other.example:{PORT}:{INTERNET} http://other.example/");
+        for url in ["http://other.example/", &format!("http://{INTERNET}/"), &elsewhere] {
+            ensure!(!reached(sandbox, url).await?, "{url} is reached");
+        }
+        Ok(())
+    };
+    only_allowed(&mut sandbox).await?;
+    for verb in ["/pause", "/resume"] {
+        let path = sandbox.path(verb);
+        sandbox.client.post(&path, &json!({})).await?.expect(200)?;
+    }
+    only_allowed(&mut sandbox).await?;
+    let path = sandbox.path("/network");
+    sandbox.client.put(&path, "{}").await?.expect(200)?;
+    ensure!(reached(&mut sandbox, &format!("http://{INTERNET}/")).await?, "names do not matter any more");
+    sandbox.client.put(&path, policy.to_string()).await?.expect(200)?;
+    only_allowed(&mut sandbox).await?;
     sandbox.destroy().await
 }
 

@@ -31,6 +31,7 @@ use std::process::ExitCode;
 
 use clap::{CommandFactory as _, Parser, Subcommand};
 use tracing_subscriber::EnvFilter;
+use wrenn_host_agent::network::filter;
 
 use self::{
     failure::Failure,
@@ -109,6 +110,11 @@ pub fn main() -> ExitCode {
     if std::env::args_os().nth(1).is_some_and(|word| word == unprivileged::WORD) {
         let BecomeArguments { arguments } = BecomeArguments::parse_from(std::env::args_os().skip(1));
         return ExitCode::from(Failure::new(1, arguments.become_it()).report(Output::new(Format::Table)));
+    }
+    // A domain filter is one from its first moment on: it has nothing to do with a command line.
+    if std::env::args_os().nth(1).is_some_and(|word| word == filter::WORD) {
+        let Err(error) = filter::main();
+        return ExitCode::from(Failure::new(1, error).report(Output::new(Format::Table)));
     }
     let Arguments { output, command } = Arguments::parse();
     let output = Output::new(output);

@@ -11,7 +11,7 @@
 
 use std::{
     io::{self, Read as _, Write as _},
-    net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket},
+    net::{IpAddr, Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket},
     os::fd::OwnedFd,
     path::PathBuf,
     process::Command,
@@ -161,7 +161,7 @@ pub(super) enum Outcome {
 }
 
 impl Outcome {
-    fn of(asked: io::Result<String>) -> Self {
+    pub(super) fn of(asked: io::Result<String>) -> Self {
         match asked {
             Ok(answer) => Self::Answered(answer),
             Err(error) if matches!(error.kind(), io::ErrorKind::TimedOut | io::ErrorKind::WouldBlock) => {
@@ -226,6 +226,10 @@ async fn serve(namespace: &NetworkNamespace, place: &'static str, addresses: &[&
             while let Ok((mut stream, caller)) = tcp.accept() {
                 seen.add(caller);
                 let _ = stream.write_all(place.as_bytes());
+                // What the caller says is read to its end: to close before that would reset the answer.
+                let _ = stream.shutdown(Shutdown::Write);
+                let _ = stream.set_read_timeout(Some(SILENCE));
+                std::thread::spawn(move || io::copy(&mut stream, &mut io::sink()));
             }
         });
         for address in addresses {
@@ -319,13 +323,16 @@ pub(super) fn internet() -> Policy {
     policy(&["dns 203.0.113.53"])
 }
 
-/// A policy, in words: the internet, but without `offline`; `allow` and `deny` a network; `dns` a server;
+/// A policy, in words: the internet, but without `offline`; `allow` and `deny` a network or a name; `dns` a server;
 /// `egress` and `ingress` so many bits per second.
 pub(super) fn policy(words: &[&str]) -> Policy {
     let mut policy = NetworkPolicy::simple(true);
+    let is_digit = |last: char| last.is_ascii_digit();
     for word in words {
         match word.split_once(' ').unwrap_or((word, "")) {
             ("offline", "") => policy.internet = false,
+            ("allow", name) if !name.ends_with(is_digit) => policy.allow_domains.push(name.parse().unwrap()),
+            ("deny", name) if !name.ends_with(is_digit) => policy.deny_domains.push(name.parse().unwrap()),
             ("allow", network) => policy.allow_cidrs.push(network.parse().unwrap()),
             ("deny", network) => policy.deny_cidrs.push(network.parse().unwrap()),
             ("dns", server) => policy.dns_servers.push(server.parse().unwrap()),
