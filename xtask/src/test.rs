@@ -140,7 +140,7 @@ impl Report {
         if !self.in_successes {
             // With one test at a time the name of the test stands before what it prints.
             let said = line.split_once(" ... soak: ").filter(|(before, _)| before.starts_with("test "));
-            let said = line.strip_prefix("soak: ").or(said.map(|(_, said)| said));
+            let said = line.strip_prefix("soak: ").or_else(|| said.map(|(_, said)| said));
             if let Some(said) = said.filter(|_| !self.in_failures) {
                 self.soak.push(said.to_owned());
             }
