@@ -30,6 +30,7 @@ use wrenn_vmm::{
 use crate::{
     adopt::{self, CollectError},
     config::{AcceleratorFlag, Config, DiskDriver, OnStop},
+    control_plane_loss::{Sessions, watch_over},
     images::{Images, ImagesError},
     limits::Limits,
     metrics::{
@@ -142,6 +143,8 @@ pub struct Agent {
     sampler: (tokio::task::JoinHandle<()>, CancellationToken),
     metrics_socket: Option<Utf8PathBuf>,
     limits: Limits,
+    watcher: tokio::task::JoinHandle<()>,
+    sessions: Sessions,
     server: tokio::task::JoinHandle<io::Result<()>>,
 }
 
@@ -307,7 +310,11 @@ impl Agent {
                 endpoint::serve(listener, Arc::clone(&registry), Arc::clone(&facts), stopping.clone());
             tokio::spawn(serving);
         }
-        let server = serve(&socket, Arc::clone(&registry), facts, stopping.clone())?;
+        let sessions = Sessions::new();
+        let (on_loss, bound) = (config.on_control_plane_loss, config.control_plane_loss_after);
+        let bound = Duration::from_secs(bound.into());
+        let watcher = tokio::spawn(watch_over(Arc::clone(&registry), sessions.clone(), on_loss, bound));
+        let server = serve(&socket, Arc::clone(&registry), facts, sessions.clone(), stopping.clone())?;
         // Last, so that nobody's request waits for them.
         let collector = tokio::spawn(collect(Arc::clone(&host)));
         let slot_collector = has_machines.then(|| {
@@ -327,6 +334,8 @@ impl Agent {
             sampler,
             metrics_socket,
             limits,
+            watcher,
+            sessions,
             server,
         })
     }
@@ -343,9 +352,16 @@ impl Agent {
         &self.registry
     }
 
+    /// The sessions of control planes, and what was done without any.
+    #[must_use]
+    pub fn sessions(&self) -> &Sessions {
+        &self.sessions
+    }
+
     /// Leaves or ends every sandbox, then ends the agent. Bounded.
     pub async fn stop(self) {
         self.stopping.cancel();
+        self.watcher.abort();
         if tokio::time::timeout(CLOSE_BOUND, self.registry.close(self.on_stop)).await.is_err() {
             tracing::error!(
                 "some sandboxes did not end within {CLOSE_BOUND:?}; the next start collects them"
@@ -461,10 +477,11 @@ fn serve(
     socket: &Utf8Path,
     registry: Arc<Registry>,
     facts: Arc<HostFacts>,
+    sessions: Sessions,
     stopping: CancellationToken,
 ) -> Result<tokio::task::JoinHandle<io::Result<()>>, StartError> {
     let listener = bind(socket)?;
-    let service = Arc::new(Service::new(Arc::clone(&registry), facts));
+    let service = Arc::new(Service::new(Arc::clone(&registry), facts, sessions));
     let connect = service.register(connectrpc::Router::new());
     let router =
         axum::Router::new().merge(tunnel::routes(registry)).fallback_service(connect.into_axum_service());

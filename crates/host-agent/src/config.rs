@@ -62,7 +62,24 @@ pub struct Config {
     /// What becomes of running sandboxes when the agent is stopped; paused ones stay in any case.
     #[arg(long, value_enum, default_value_t = OnStop::Leave)]
     pub on_stop: OnStop,
+
+    /// What becomes of running sandboxes when no control plane has been connected for a while.
+    #[arg(long, env = "WRENN_ON_CONTROL_PLANE_LOSS", value_enum, default_value_t = OnControlPlaneLoss::Keep)]
+    pub on_control_plane_loss: OnControlPlaneLoss,
+
+    /// How long that while is.
+    #[arg(
+        long,
+        env = "WRENN_CONTROL_PLANE_LOSS_AFTER",
+        value_name = "SECONDS",
+        default_value_t = CONTROL_PLANE_LOSS_AFTER,
+        value_parser = clap::value_parser!(u32).range(1..)
+    )]
+    pub control_plane_loss_after: u32,
 }
+
+/// How many seconds without a control plane are a loss, when nobody says. One that is started anew is back before.
+pub const CONTROL_PLANE_LOSS_AFTER: u32 = 90;
 
 /// What becomes of running sandboxes when the agent is stopped.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
@@ -71,6 +88,15 @@ pub enum OnStop {
     Leave,
     /// They are destroyed.
     Destroy,
+}
+
+/// What becomes of running sandboxes when no control plane has been connected for a while.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum OnControlPlaneLoss {
+    /// They go on.
+    Keep,
+    /// They are paused. One whose pause fails goes on.
+    Pause,
 }
 
 /// How root disks are kept.

@@ -12,6 +12,7 @@
 //! - [`sandbox`]: one sandbox: what is asked of it ([`sandbox::queue`], pure), its bring-up as a chain of
 //!   typestates, the one task that owns it, its record on disk.
 //! - [`registry`]: all of them, and the stream of what happens to them.
+//! - [`control_plane_loss`]: what becomes of them when nobody commands the host any more.
 //! - [`warm`]: the snapshot from which every create is restored.
 //! - [`network`], [`rootfs`], [`images`], [`snapshot_store`]: what a sandbox is made of.
 //! - [`snapshots`]: what sandboxes were saved as, and the layers of their disks.
@@ -30,6 +31,7 @@
 pub mod adopt;
 pub mod agent;
 pub mod config;
+pub mod control_plane_loss;
 pub mod guest;
 pub mod images;
 pub mod limits;

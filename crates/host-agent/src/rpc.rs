@@ -4,8 +4,6 @@
 use std::{collections::BTreeMap, sync::Arc, time::SystemTime};
 
 use connectrpc::{ConnectError, RequestContext, Response, ServiceRequest, ServiceResult, ServiceStream};
-use futures::StreamExt as _;
-use tokio::sync::broadcast::error::RecvError;
 use wrenn_proto::hostagent::v1 as wire;
 use wrenn_types::{
     AccessToken, DiskMib, EndReason, InactivityTimeout, MemoryMib, SandboxId, Shape, SnapshotId,
@@ -14,6 +12,7 @@ use wrenn_types::{
 
 use crate::{
     agent::HostFacts,
+    control_plane_loss::Sessions,
     registry::{CreateError, Registry},
     sandbox::{
         End, Handle, Outcome, RequestError, SandboxSpec, Settings, Stage, Status,
@@ -28,19 +27,21 @@ use crate::{
 
 mod metrics;
 mod policy;
+mod watch;
 
 /// The service. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Service {
     registry: Arc<Registry>,
     facts: Arc<HostFacts>,
+    sessions: Sessions,
 }
 
 impl Service {
-    /// The service of this registry.
+    /// The service of this registry. Who watches it has a session.
     #[must_use]
-    pub fn new(registry: Arc<Registry>, facts: Arc<HostFacts>) -> Self {
-        Self { registry, facts }
+    pub fn new(registry: Arc<Registry>, facts: Arc<HostFacts>, sessions: Sessions) -> Self {
+        Self { registry, facts, sessions }
     }
 }
 
@@ -218,6 +219,7 @@ fn sandbox(handle: &Handle, status: &Status) -> wire::Sandbox {
         paused_at_ms: status.paused.as_ref().map(|paused| millis(paused.at)),
         paused_bytes: status.paused.as_ref().map(|paused| paused.bytes),
         last_failure: status.last_failure.clone().unwrap_or_default(),
+        deadline_met_ms: status.deadline_met.map(jiff::Timestamp::as_millisecond),
         ..Default::default()
     };
     if let Some(end) = &status.end {
@@ -235,11 +237,6 @@ fn phases(status: &Status) -> Vec<wire::Phase> {
         ..Default::default()
     });
     phases.collect()
-}
-
-fn event(handle: &Handle) -> wire::WatchSandboxesResponse {
-    let sandbox = sandbox(handle, &handle.status());
-    wire::WatchSandboxesResponse { event: Some(sandbox.into()), ..Default::default() }
 }
 
 impl wire::HostAgentService for Service {
@@ -309,35 +306,7 @@ impl wire::HostAgentService for Service {
         _context: RequestContext,
         _request: ServiceRequest<'_, wire::WatchSandboxesRequest>,
     ) -> ServiceResult<ServiceStream<wire::WatchSandboxesResponse>> {
-        // Subscribed before the first look, so that nothing falls between the two.
-        let events = self.registry.events();
-        let known = self.registry.all();
-        let in_sync = wire::WatchSandboxesResponse {
-            event: Some(wire::watch_sandboxes_response::InSync::default().into()),
-            ..Default::default()
-        };
-        let first = futures::stream::iter(known).map(|handle| Ok(event(&handle)));
-        let first = first.chain(futures::stream::iter([Ok(in_sync)]));
-        let registry = Arc::clone(&self.registry);
-        let changes = futures::stream::unfold(Some((events, registry)), |open| async {
-            let (mut events, registry) = open?;
-            loop {
-                match events.recv().await {
-                    Ok(id) => {
-                        // One that is not known any more has been forgotten since; its end was told before.
-                        if let Some(handle) = registry.get(&id) {
-                            return Some((Ok(event(&handle)), Some((events, registry))));
-                        }
-                    }
-                    Err(RecvError::Closed) => return None,
-                    Err(RecvError::Lagged(missed)) => {
-                        let message = format!("{missed} events were missed; watch again");
-                        return Some((Err(ConnectError::aborted(message)), None));
-                    }
-                }
-            }
-        });
-        Response::stream_ok(first.chain(changes))
+        Response::stream_ok(watch::events(Arc::clone(&self.registry), &self.sessions))
     }
 
     async fn pause_sandbox(

@@ -10,7 +10,7 @@
 //! | 101 | the guest's port took the connection |
 //! | 400 | the id or the port is not one, or no upgrade was asked for |
 //! | 404 | no such sandbox |
-//! | 409 | it is not running |
+//! | 409 | it is not running, or is being paused and that takes long |
 //! | 502 | nothing listens on the port, or the guest did not answer in time |
 
 use std::{io, sync::Arc, time::Duration};
@@ -78,7 +78,11 @@ async fn open(
     let Some(handle) = registry.get(&id) else {
         return refuse(StatusCode::NOT_FOUND, "not_found", format!("there is no sandbox {id} here"));
     };
-    let Some(connector) = handle.connector() else {
+    // A guest that is being paused takes nothing more, and is gone in a moment, unless that fails.
+    let mut watch = handle.watch();
+    let outcome = watch.wait_for(|status| status.stage != Stage::Pausing);
+    let goes_on = timeout(CONNECT_BOUND, outcome).await.is_ok();
+    let Some(connector) = handle.connector().filter(|_| goes_on) else {
         let message = format!("sandbox {id} is {}", handle.stage().word());
         return refuse(StatusCode::CONFLICT, "failed_precondition", message);
     };

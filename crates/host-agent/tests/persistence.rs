@@ -12,11 +12,11 @@ use libtest_mimic::{Arguments, Trial};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use wrenn_host_agent::{
     Agent, Config,
-    config::{AcceleratorFlag, DiskDriver, OnStop},
+    config::{AcceleratorFlag, CONTROL_PLANE_LOSS_AFTER, DiskDriver, OnControlPlaneLoss, OnStop},
     guest::ENVD_PORT,
     limits::Limits,
     registry::Registry,
-    sandbox::{Handle, Outcome, SandboxSpec, Settings, Stage, Update, queue::Verb},
+    sandbox::{Deadline, Handle, Outcome, SandboxSpec, Settings, Stage, Update, queue::Verb},
 };
 use wrenn_testkit::{stack, uplink::Uplink};
 use wrenn_types::{
@@ -45,6 +45,8 @@ fn main() -> ExitCode {
         trial("persistence::what_was_measured_outlives_machines_and_agents", |place| {
             Box::pin(measured(place))
         }),
+        trial("persistence::a_lost_control_plane_pauses_what_runs", |place| Box::pin(loss(place))),
+        trial("persistence::a_deadline_that_was_met_is_over", |place| Box::pin(met_deadline(place))),
     ];
     libtest_mimic::run(&arguments, trials).exit_code()
 }
@@ -77,6 +79,15 @@ impl Place {
     }
 
     async fn agent(&self, on_stop: OnStop) -> Result<Agent> {
+        self.agent_with(on_stop, OnControlPlaneLoss::Keep, CONTROL_PLANE_LOSS_AFTER).await
+    }
+
+    async fn agent_with(
+        &self,
+        on_stop: OnStop,
+        on_control_plane_loss: OnControlPlaneLoss,
+        control_plane_loss_after: u32,
+    ) -> Result<Agent> {
         let images = Utf8PathBuf::from_path_buf(stack::images()?).unwrap();
         Ok(Agent::start(Config {
             dir: self.path().to_owned(),
@@ -92,6 +103,8 @@ impl Place {
             disks: DiskDriver::Qcow2,
             metrics: None,
             on_stop,
+            on_control_plane_loss,
+            control_plane_loss_after,
         })
         .await?)
     }
@@ -464,5 +477,145 @@ async fn measured(place: Arc<Place>) -> Result<()> {
     if let Limits::Groups(groups) = &limits {
         ensure!(groups.names().is_err(), "nor of its control group");
     }
+    Ok(())
+}
+
+async fn met_deadline(place: Arc<Place>) -> Result<()> {
+    let agent = place.agent(OnStop::Leave).await?;
+    let handle = create(agent.registry(), spec(None)).await?;
+    let id = handle.spec().id.clone();
+    let kept = run(&handle, KEEPER).await?;
+    let set = async |handle: &Handle, at| {
+        let deadline = Some(Some(Deadline { at, action: TimeoutAction::Pause }));
+        handle.request(Verb::Update(Box::new(Update { deadline, ..Update::default() })), None).await
+    };
+    let at = jiff::Timestamp::now() + Duration::from_secs(1);
+    set(&handle, at).await?;
+    let mut watch = handle.watch();
+    let paused = async |watch: &mut tokio::sync::watch::Receiver<_>| {
+        let wait = watch.wait_for(|status: &wrenn_host_agent::sandbox::Status| status.stage == Stage::Paused);
+        tokio::time::timeout(BOUND, wait)
+            .await
+            .context("it is paused in time")?
+            .map(|status| status.clone())
+            .context("it lives")
+    };
+    let status = paused(&mut watch).await?;
+    ensure!(jiff::Timestamp::try_from(status.paused.context("it is paused")?.at)? >= at, "not early");
+    ensure!((status.settings.deadline, status.deadline_met) == (None, Some(at)), "it is told with the pause");
+
+    // It does not pause it again at its resume, told again or not.
+    for _ in 0..2 {
+        resume(&handle).await?;
+        ensure!(run(&handle, KEPT).await? == kept, "it runs");
+        set(&handle, at).await?;
+        ensure!(run(&handle, KEPT).await? == kept, "it goes on");
+        let status = handle.status();
+        ensure!((status.settings.deadline, status.deadline_met) == (None, Some(at)), "still over");
+        pause(&handle).await?;
+    }
+
+    // One that passes while it is paused is met by that, also where no agent is there to see it pass.
+    let next = jiff::Timestamp::now() + Duration::from_millis(300);
+    set(&handle, next).await?;
+    let wait = watch.wait_for(|status| status.deadline_met == Some(next));
+    tokio::time::timeout(BOUND, wait).await.context("it is met in time")??;
+    let last = jiff::Timestamp::now() + Duration::from_millis(300);
+    set(&handle, last).await?;
+    agent.stop().await;
+    let agent = place.agent(OnStop::Destroy).await?;
+    let handle = agent.registry().get(&id).context("it is known")?;
+    // An agent that is started fast sees it pass, another finds that it has.
+    let mut watch = handle.watch();
+    let wait = watch.wait_for(|status| status.deadline_met == Some(last));
+    tokio::time::timeout(BOUND, wait).await.context("it is met in time")??;
+    resume(&handle).await?;
+    ensure!(run(&handle, KEPT).await? == kept, "nothing is lost");
+    let status = handle.status();
+    ensure!((status.settings.deadline, status.deadline_met) == (None, Some(last)), "{:?}", status.settings);
+    agent.stop().await;
+    Ok(())
+}
+
+/// A session of a control plane: the stream of what happens on the host, read as JSON.
+struct Watch {
+    stream: tokio::net::UnixStream,
+    read: Vec<u8>,
+}
+
+impl Watch {
+    async fn open(agent: &Agent) -> Result<Self> {
+        let mut stream = tokio::net::UnixStream::connect(agent.socket()).await?;
+        let head = "POST /hostagent.v1.HostAgentService/WatchSandboxes HTTP/1.1\r\nHost: agent\r\n\
+                    Connect-Protocol-Version: 1\r\nContent-Type: application/connect+json\r\n\
+                    Content-Length: 7\r\n\r\n\0\0\0\0\x02{}";
+        stream.write_all(head.as_bytes()).await?;
+        let mut watch = Self { stream, read: Vec::new() };
+        watch.until("inSync").await?;
+        Ok(watch)
+    }
+
+    /// Reads until something was said, and answers with all that was said so far.
+    async fn until(&mut self, said: &str) -> Result<String> {
+        let wait = async {
+            loop {
+                let text = String::from_utf8_lossy(&self.read).into_owned();
+                if text.contains(said) {
+                    return Ok(text);
+                }
+                let mut piece = [0; 4096];
+                match self.stream.read(&mut piece).await? {
+                    0 => bail!("the stream ended: {text}"),
+                    length => self.read.extend_from_slice(&piece[..length]),
+                }
+            }
+        };
+        tokio::time::timeout(BOUND, wait).await.with_context(|| format!("{said} in time"))?
+    }
+}
+
+async fn loss(place: Arc<Place>) -> Result<()> {
+    // Long enough to make two sandboxes before the first session.
+    let agent = place.agent(OnStop::Leave).await?;
+    let first = create(agent.registry(), spec(None)).await?;
+    let second = create(agent.registry(), spec(None)).await?;
+    let kept = run(&first, KEEPER).await?;
+    pause(&second).await?;
+    let (first, second) = (first.spec().id.clone(), second.spec().id.clone());
+    agent.stop().await;
+
+    // With `keep`, nobody's absence stops anything, and it is told.
+    let agent = place.agent_with(OnStop::Leave, OnControlPlaneLoss::Keep, 1).await?;
+    let mut reports = agent.sessions().reports();
+    let handle = agent.registry().get(&first).context("it is known")?;
+    tokio::time::timeout(BOUND, reports.changed()).await.context("a loss in time")??;
+    let told = Watch::open(&agent).await?.until("inSync").await?;
+    ensure!(told.contains("lostAtMs"), "{told}");
+    ensure!(told.contains("\"running\":1") && !told.contains("paused\":["), "{told}");
+    ensure!(handle.stage() == Stage::Running, "it goes on");
+    ensure!(run(&handle, KEPT).await? == kept, "it goes on");
+    agent.stop().await;
+
+    // With `pause`, a session holds it off, and its end brings it about.
+    let agent = place.agent_with(OnStop::Destroy, OnControlPlaneLoss::Pause, 2).await?;
+    let watch = Watch::open(&agent).await?;
+    let (handle, other) = (agent.registry().get(&first), agent.registry().get(&second));
+    let (handle, other) = (handle.context("it is known")?, other.context("it is known")?);
+    if handle.stage() == Stage::Paused {
+        // A machine that is busy took longer to open the session than the bound.
+        resume(&handle).await?;
+    }
+    ensure!(run(&handle, KEPT).await? == kept, "it runs while somebody is there");
+    drop(watch);
+    let mut status = handle.watch();
+    let wait = status.wait_for(|status| status.stage == Stage::Paused);
+    tokio::time::timeout(BOUND, wait).await.context("it is paused")??;
+    ensure!(other.stage() == Stage::Paused, "what was paused stays so");
+    let mut watch = Watch::open(&agent).await?;
+    let told = watch.until(&format!("\"paused\":[\"{first}\"]")).await?;
+    ensure!(told.contains("lostAtMs") && told.contains("awaySinceMs"), "{told}");
+    resume(&handle).await?;
+    ensure!(run(&handle, KEPT).await? == kept, "nothing is lost");
+    agent.stop().await;
     Ok(())
 }

@@ -160,6 +160,12 @@ impl Client {
         self.send(Method::POST, path, &headers, serde_json::to_vec(body)?).await
     }
 
+    /// `PATCH` with JSON.
+    pub async fn patch(&mut self, path: &str, body: &Value) -> Result<Answer> {
+        let headers = [("content-type", "application/json")];
+        self.send(Method::PATCH, path, &headers, serde_json::to_vec(body)?).await
+    }
+
     /// `PUT` of bytes.
     pub async fn put(&mut self, path: &str, body: impl Into<Bytes>) -> Result<Answer> {
         self.send(Method::PUT, path, &[("content-type", "application/octet-stream")], body).await

@@ -143,17 +143,16 @@ fn line(launch: &Launch) -> Value {
 
 impl Core {
     /// Starts a process, or joins one, and waits until its process id is known.
-    async fn session(
+    async fn session<F>(
         self: &Arc<Self>,
         caller: &Caller,
         id: &SandboxId,
-        open: impl AsyncFnOnce(&Guest) -> Result<ProcessStream, guest::GuestError>,
-    ) -> Result<Session, CoreError> {
-        let guest = self.guest(caller, id).await?;
-        let mut stream = match open(&guest).await {
-            Ok(stream) => stream,
-            Err(error) => return Err(self.explain(caller, id, error).await),
-        };
+        open: impl Fn(Guest) -> F,
+    ) -> Result<Session, CoreError>
+    where
+        F: Future<Output = Result<ProcessStream, guest::GuestError>>,
+    {
+        let (guest, mut stream) = Box::pin(self.ask_guest(caller, id, open)).await?;
         let first = match timeout(self.bounds.guest, stream.next()).await {
             Ok(Ok(first)) => first,
             Ok(Err(error)) => return Err(self.explain(caller, id, error).await),
@@ -188,7 +187,11 @@ impl Core {
     ) -> Result<Session, CoreError> {
         let silence = self.bounds.guest_silence;
         let metadata = line(&launch);
-        let start = self.session(caller, id, async |guest| guest.start(launch, silence).await);
+        let launch = |guest: Guest| {
+            let launch = launch.clone();
+            async move { guest.start(launch, silence).await }
+        };
+        let start = self.session(caller, id, launch);
         let mut session = self.audited(caller, id, action, metadata, start).await?;
         if foreground {
             session.kill_when_dropped();
@@ -204,7 +207,7 @@ impl Core {
         selector: &Selector,
     ) -> Result<Session, CoreError> {
         let silence = self.bounds.guest_silence;
-        self.session(caller, id, async |guest| guest.join(selector, silence).await).await
+        self.session(caller, id, |guest| async move { guest.join(selector, silence).await }).await
     }
 
     /// Runs a command to its end.
@@ -230,7 +233,11 @@ impl Core {
         let Command { mut launch, stdin, timeout: bound, .. } = command;
         launch.killed_after = Some(bound + BACKSTOP);
         let silence = self.bounds.guest_silence;
-        let mut session = self.session(caller, id, async |guest| guest.start(launch, silence).await).await?;
+        let start = |guest: Guest| {
+            let launch = launch.clone();
+            async move { guest.start(launch, silence).await }
+        };
+        let mut session = self.session(caller, id, start).await?;
         session.kill_when_dropped();
         let control = session.control();
 
@@ -302,11 +309,8 @@ impl Core {
         caller: &Caller,
         id: &SandboxId,
     ) -> Result<Vec<ProcessInfo>, CoreError> {
-        let guest = self.guest(caller, id).await?;
-        match guest.list().await {
-            Ok(processes) => Ok(processes),
-            Err(error) => Err(self.explain(caller, id, error).await),
-        }
+        let (_, processes) = self.ask_guest(caller, id, |guest| async move { guest.list().await }).await?;
+        Ok(processes)
     }
 
     /// Ends a process.
@@ -318,11 +322,8 @@ impl Core {
         signal: Signal,
     ) -> Result<(), CoreError> {
         let send = async {
-            let guest = self.guest(caller, id).await?;
-            match guest.signal(selector, signal).await {
-                Ok(()) => Ok(()),
-                Err(error) => Err(self.explain(caller, id, error).await),
-            }
+            let ask = |guest: Guest| async move { guest.signal(selector, signal).await };
+            self.ask_guest(caller, id, ask).await.map(drop)
         };
         let metadata = json!({ "process": format!("{selector:?}"), "signal": format!("{signal:?}") });
         self.audited(caller, id, "signal", metadata, send).await

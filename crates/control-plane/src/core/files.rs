@@ -32,20 +32,20 @@ impl Place {
 }
 
 impl Core {
-    async fn file_operation<T>(
+    async fn file_operation<T, F>(
         self: &Arc<Self>,
         caller: &Caller,
         id: &SandboxId,
         action: &'static str,
         paths: serde_json::Value,
-        operation: impl AsyncFnOnce(Guest) -> Result<T, guest::GuestError>,
-    ) -> Result<T, CoreError> {
+        operation: impl Fn(Guest) -> F,
+    ) -> Result<T, CoreError>
+    where
+        F: Future<Output = Result<T, guest::GuestError>>,
+    {
         let work = async {
-            let guest = self.guest(caller, id).await?;
-            match operation(guest).await {
-                Ok(done) => Ok(done),
-                Err(error) => Err(self.explain(caller, id, error).await),
-            }
+            let (_, done) = self.ask_guest(caller, id, operation).await?;
+            Ok(done)
         };
         let done = self.audited(caller, id, action, paths, work).await?;
         self.recorder.sandbox_used(id, jiff::Timestamp::now());
@@ -59,7 +59,7 @@ impl Core {
         place: &Place,
     ) -> Result<Download, CoreError> {
         let paths = json!({ "path": place.path });
-        self.file_operation(caller, id, "file_read", paths, async |guest| {
+        self.file_operation(caller, id, "file_read", paths, |guest| async move {
             guest.download(&place.path, place.user()).await
         })
         .await
@@ -73,10 +73,20 @@ impl Core {
         body: connectrpc::client::ClientBody,
     ) -> Result<(), CoreError> {
         let paths = json!({ "path": place.path });
-        self.file_operation(caller, id, "file_write", paths, async |guest| {
-            guest.upload(&place.path, place.user(), body).await
-        })
-        .await
+        let work = async {
+            // A body can be sent once, so whether there is somebody to take it is asked before.
+            if self.routes.find(caller.team, id).is_none() {
+                self.is_asleep(caller, id).await;
+            }
+            let guest = self.guest(caller, id).await?;
+            match guest.upload(&place.path, place.user(), body).await {
+                Ok(()) => Ok(()),
+                Err(error) => Err(self.explain(caller, id, error).await),
+            }
+        };
+        self.audited(caller, id, "file_write", paths, work).await?;
+        self.recorder.sandbox_used(id, jiff::Timestamp::now());
+        Ok(())
     }
 
     pub(crate) async fn stat(
@@ -86,7 +96,7 @@ impl Core {
         place: &Place,
     ) -> Result<FileEntry, CoreError> {
         let paths = json!({ "path": place.path });
-        self.file_operation(caller, id, "file_stat", paths, async |guest| {
+        self.file_operation(caller, id, "file_stat", paths, |guest| async move {
             guest.stat(&place.path, place.user()).await
         })
         .await
@@ -107,7 +117,7 @@ impl Core {
             ))
         })?;
         let paths = json!({ "path": place.path, "depth": depth });
-        self.file_operation(caller, id, "file_list", paths, async |guest| {
+        self.file_operation(caller, id, "file_list", paths, |guest| async move {
             guest.list_dir(&place.path, levels.max(1), place.user()).await
         })
         .await
@@ -120,7 +130,7 @@ impl Core {
         place: &Place,
     ) -> Result<FileEntry, CoreError> {
         let paths = json!({ "path": place.path });
-        self.file_operation(caller, id, "file_mkdir", paths, async |guest| {
+        self.file_operation(caller, id, "file_mkdir", paths, |guest| async move {
             guest.make_dir(&place.path, place.user()).await
         })
         .await
@@ -135,7 +145,7 @@ impl Core {
     ) -> Result<FileEntry, CoreError> {
         spec::check_path("destination", destination)?;
         let paths = json!({ "source": source.path, "destination": destination });
-        self.file_operation(caller, id, "file_move", paths, async |guest| {
+        self.file_operation(caller, id, "file_move", paths, |guest| async move {
             guest.move_entry(&source.path, destination, source.user()).await
         })
         .await
@@ -148,7 +158,7 @@ impl Core {
         place: &Place,
     ) -> Result<(), CoreError> {
         let paths = json!({ "path": place.path });
-        self.file_operation(caller, id, "file_remove", paths, async |guest| {
+        self.file_operation(caller, id, "file_remove", paths, |guest| async move {
             // To the guest's agent, what is not there is as good as removed; a caller is told.
             guest.stat(&place.path, place.user()).await?;
             guest.remove(&place.path, place.user()).await

@@ -27,7 +27,7 @@ mod watch;
 use std::{
     collections::HashSet,
     future::Future,
-    sync::{Arc, PoisonError, RwLock},
+    sync::{Arc, Mutex, PoisonError, RwLock},
 };
 
 use jiff::Timestamp;
@@ -38,7 +38,7 @@ use wrenn_types::{AccessToken, HostId, SandboxId, SandboxState, TeamId};
 
 use crate::{
     config::Bounds,
-    guest::{Guest, Guests, Reach},
+    guest::{Guest, GuestError, Guests, Reach},
     host::{HostClient, Stage},
     store::{AuditEntry, SandboxRow, Store},
 };
@@ -71,6 +71,8 @@ pub(crate) struct Core {
     platform: RwLock<HashSet<String>>,
     /// The host, once it has been heard of.
     host_id: latest::Sender<Option<HostId>>,
+    /// The last loss of the control plane of which the host has told, so that it is in the log once.
+    loss_told: Mutex<Option<Timestamp>>,
     /// Work that goes on when its caller has gone.
     tasks: TaskTracker,
     stop: CancellationToken,
@@ -97,6 +99,7 @@ impl Core {
             moved: Notify::new(),
             platform: RwLock::default(),
             host_id: latest::Sender::new(None),
+            loss_told: Mutex::default(),
             tasks,
             stop,
         })
@@ -147,6 +150,51 @@ impl Core {
         Ok(self.guests.of(id.clone(), route.token, route.timeout))
     }
 
+    /// Asks a guest for something. One whose sandbox is being paused, or was a moment ago, is woken and asked once
+    /// more if it resumes by itself: nothing has been sent to it then.
+    async fn ask_guest<T, F>(
+        self: &Arc<Self>,
+        caller: &Caller,
+        id: &SandboxId,
+        ask: impl Fn(Guest) -> F,
+    ) -> Result<(Guest, T), CoreError>
+    where
+        F: Future<Output = Result<T, GuestError>>,
+    {
+        let guest = self.guest(caller, id).await?;
+        let error = match ask(guest.clone()).await {
+            Ok(answer) => return Ok((guest, answer)),
+            Err(error) => error,
+        };
+        let was_sent = !matches!(error, GuestError::Tunnel { reach: Reach::SandboxGone, .. });
+        if was_sent || !self.is_asleep(caller, id).await {
+            return Err(self.explain(caller, id, error).await);
+        }
+        let guest = self.guest(caller, id).await?;
+        match ask(guest.clone()).await {
+            Ok(answer) => Ok((guest, answer)),
+            Err(error) => Err(self.explain(caller, id, error).await),
+        }
+    }
+
+    /// Whether a sandbox resumes by itself and has to. Where the row says that it runs, its host may know better: what
+    /// that says is written first.
+    async fn is_asleep(&self, caller: &Caller, id: &SandboxId) -> bool {
+        use SandboxState::{Missing, Paused, Pausing, Resuming, Running};
+        let look = async {
+            let row = self.row(caller.team, id).await?;
+            match row.state() {
+                Running | Missing if row.auto_resume => {
+                    watch::settle_now(self, id, row.generation).await?;
+                    self.row(caller.team, id).await
+                }
+                _ => Ok(row),
+            }
+        };
+        let row: Result<SandboxRow, CoreError> = look.await;
+        row.is_ok_and(|row| row.auto_resume && matches!(row.state(), Paused | Pausing | Resuming))
+    }
+
     /// Remembers the way to a guest, if it can be trusted without a look at the row: one that resumes by itself
     /// has to be found paused *before* its guest is asked.
     fn remember_route(&self, team: TeamId, id: &SandboxId, row: &SandboxRow) -> routes::Route {
@@ -165,13 +213,7 @@ impl Core {
 
     /// A guest's error as the caller should see it: where the sandbox has ended or is paused, that is the error,
     /// and not the broken connection that came of it.
-    pub(crate) async fn explain(
-        &self,
-        caller: &Caller,
-        id: &SandboxId,
-        error: crate::guest::GuestError,
-    ) -> CoreError {
-        use crate::guest::GuestError;
+    pub(crate) async fn explain(&self, caller: &Caller, id: &SandboxId, error: GuestError) -> CoreError {
         let refused = matches!(&error, GuestError::Tunnel { reach: Reach::SandboxGone, .. });
         let broken =
             matches!(&error, GuestError::Lost(_) | GuestError::Tunnel { reach: Reach::AgentSilent, .. });

@@ -147,7 +147,9 @@ impl Core {
         let (core, caller, id) = (Arc::clone(self), caller.clone(), id.clone());
         self.tasks.spawn(async move {
             let (word, details) = (verb.word(), verb.details());
-            core.audited(&caller, &id, word, details, core.bring_about(caller.team, &id, &verb)).await
+            // Boxed: it is large, and would be a part of each future around it.
+            let work = Box::pin(core.bring_about(caller.team, &id, &verb));
+            core.audited(&caller, &id, word, details, work).await
         })
     }
 

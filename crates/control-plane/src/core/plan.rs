@@ -18,6 +18,8 @@
 //! pausing, resuming,    │ running, paused,       │ it is what the host says: whoever was to change it has
 //!   snapshotting        │   for a while          │   gone, or has failed
 //! missing               │ running                │ it runs: the host is back
+//! running, paused       │ the same, and its      │ there is no deadline any more
+//!                       │   deadline was met     │
 //! stopping              │ anything but stopped   │ it is destroyed again
 //! stopping              │ stopped, or nothing    │ it has stopped, as was asked
 //! ended, or nothing     │ anything but stopped   │ nobody knows it: it is destroyed
@@ -44,6 +46,7 @@ pub(crate) struct Known {
     pub(crate) generation: i64,
     /// When it came into this state.
     pub(crate) since: Timestamp,
+    pub(crate) deadline: Option<Timestamp>,
 }
 
 /// One change.
@@ -63,6 +66,12 @@ pub(crate) enum Action {
         id: SandboxId,
         generation: i64,
         seen: Seen,
+    },
+    /// It has met its deadline, and is what that asked for.
+    ClearDeadline {
+        id: SandboxId,
+        generation: i64,
+        met: Timestamp,
     },
     End {
         id: SandboxId,
@@ -128,7 +137,9 @@ pub(crate) fn settle(row: &Known, observed: &Observed, young_since: Timestamp) -
         (State::Running | State::Missing, Stage::Pausing) => Some(Action::Pausing { id, generation }),
         (_, Stage::Starting | Stage::Pausing | Stage::Resuming | Stage::Stopping) => None,
 
-        (State::Running, Stage::Running | Stage::Snapshotting) | (State::Paused, Stage::Paused) => None,
+        (State::Running, Stage::Running | Stage::Snapshotting) | (State::Paused, Stage::Paused) => {
+            met(row, observed)
+        }
         // A paused sandbox can be in this stage as well, so only the end of it tells.
         (_, Stage::Snapshotting) => None,
         (State::Starting | State::Missing | State::Paused, Stage::Running) => Some(run),
@@ -139,6 +150,14 @@ pub(crate) fn settle(row: &Known, observed: &Observed, young_since: Timestamp) -
         }
         (State::Resuming | State::Snapshotting, Stage::Paused) => (!is_young).then_some(pause),
     }
+}
+
+/// What is left to do for a sandbox whose state is agreed on: its deadline may have passed while it was paused.
+fn met(row: &Known, observed: &Observed) -> Option<Action> {
+    let met = observed.deadline_met?;
+    // A host knows milliseconds.
+    let is_this = row.deadline.is_some_and(|at| at.as_millisecond() == met.as_millisecond());
+    is_this.then(|| Action::ClearDeadline { id: row.id.clone(), generation: row.generation, met })
 }
 
 fn ended(row: &Known, observed: &Observed, state: SandboxState, reason: EndReason) -> Action {
@@ -204,7 +223,7 @@ mod tests {
 
     fn row(state: SandboxState, age_seconds: i64) -> Known {
         let since = Timestamp::from_second(now().as_second() - age_seconds).unwrap();
-        Known { id: SandboxId::random(), state, generation: 2, since }
+        Known { id: SandboxId::random(), state, generation: 2, since, deadline: None }
     }
 
     fn observed(id: &SandboxId, stage: Stage, generation: i64) -> Observed {
@@ -219,6 +238,7 @@ mod tests {
             paused_at: None,
             paused_bytes: None,
             last_failure: String::new(),
+            deadline_met: None,
             end_reason: EndReason::VmmCrash,
             end_message: String::new(),
             disk_used_bytes: None,
@@ -239,6 +259,7 @@ mod tests {
             [Action::Run { .. }] => "run".to_owned(),
             [Action::Pausing { .. }] => "pausing".to_owned(),
             [Action::Pause { .. }] => "pause".to_owned(),
+            [Action::ClearDeadline { .. }] => "clear deadline".to_owned(),
             [Action::End { state, reason, .. }] => format!("{state} {reason:?}"),
             [Action::Destroy { .. }] => "destroy".to_owned(),
             [Action::DestroyUnknown { .. }] => "destroy unknown".to_owned(),
@@ -298,6 +319,34 @@ mod tests {
     }
 
     #[test]
+    fn a_deadline_that_was_met_is_over_and_no_other_one() {
+        use SandboxState::{Paused, Pausing, Running};
+        let at = |nanosecond: i64| Timestamp::from_nanosecond(i128::from(nanosecond)).unwrap();
+        for (state, stage) in
+            [(Running, Stage::Running), (Running, Stage::Snapshotting), (Paused, Stage::Paused)]
+        {
+            for (deadline, met, expected) in [
+                (None, None, "nothing"),
+                (Some(at(5_000_000)), None, "nothing"),
+                (None, Some(at(5_000_000)), "nothing"),
+                (Some(at(5_000_000)), Some(at(5_000_000)), "clear deadline"),
+                (Some(at(5_999_000)), Some(at(5_000_000)), "clear deadline"),
+                (Some(at(6_000_000)), Some(at(5_000_000)), "nothing"),
+            ] {
+                let row = Known { deadline, ..row(state, 99) };
+                let observed = Observed { deadline_met: met, ..observed(&row.id, stage, 2) };
+                let action: Vec<Action> = settle(&row, &observed, young()).into_iter().collect();
+                assert_eq!(word(&action), expected, "{state} {deadline:?} {met:?}");
+            }
+        }
+        // On the way to a state it is cleared with the arrival.
+        let row = Known { deadline: Some(at(5_000_000)), ..row(Pausing, 0) };
+        let observed = Observed { deadline_met: Some(at(5_000_000)), ..observed(&row.id, Stage::Paused, 2) };
+        assert!(matches!(settle(&row, &observed, young()), Some(Action::Pause { seen, .. })
+            if seen.deadline_met == observed.deadline_met));
+    }
+
+    #[test]
     fn what_nobody_knows_is_destroyed_and_what_is_being_changed_is_left_alone() {
         let id = SandboxId::random();
         for stage in [Stage::Running, Stage::Paused, Stage::Snapshotting] {
@@ -332,6 +381,7 @@ mod tests {
                 assert!(host.is_none_or(|(_, known)| generation >= known), "{generation} {host:?}");
                 *host = None;
             }
+            Action::ClearDeadline { .. } => row.deadline = None,
             Action::Run { .. } | Action::Pausing { .. } | Action::Pause { .. } => {
                 panic!("{action:?} of another generation")
             }

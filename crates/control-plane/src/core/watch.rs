@@ -14,7 +14,12 @@
 //! for one that the host has lost. Every change is a compare-and-set, so several control planes can follow
 //! the same host. Nobody's request waits for any of this.
 
-use std::{collections::HashMap, error::Error as _, sync::Arc, time::Duration};
+use std::{
+    collections::HashMap,
+    error::Error as _,
+    sync::{Arc, PoisonError},
+    time::Duration,
+};
 
 use jiff::{SignedDuration, Timestamp};
 use tokio::task::JoinHandle;
@@ -26,7 +31,7 @@ use super::{
     plan::{Action, Known, absent, compare, settle},
 };
 use crate::{
-    host::{HostEvent, HostWatch, Observed},
+    host::{HostEvent, HostWatch, Loss, Observed},
     store::{HostRow, SandboxRow, Store},
 };
 
@@ -125,7 +130,7 @@ async fn follow_once(core: &Arc<Core>, contact: &mut Contact) -> Result<(), Core
 
     let known = read_known(core, &host).await?;
     let mut watch = core.host.watch().await?;
-    let seen = timeout(SNAPSHOT, snapshot(&mut watch)).await.map_err(|_| {
+    let seen = timeout(SNAPSHOT, snapshot(core, &mut watch)).await.map_err(|_| {
         CoreError::Host(crate::host::HostError::Malformed { what: "the watch did not come into sync" })
     })??;
     apply_all(core, &known, &seen).await?;
@@ -145,6 +150,7 @@ async fn follow_once(core: &Arc<Core>, contact: &mut Contact) -> Result<(), Core
             event = watch.next_or(&core.stop) => match event? {
                 Some(HostEvent::Sandbox(observed)) => apply_one(core, &observed).await?,
                 Some(HostEvent::InSync) => {}
+                Some(HostEvent::Loss(loss)) => tell_loss(core, &loss),
                 None => return Ok(()),
             },
             _ = sweep.tick() => {
@@ -160,15 +166,36 @@ async fn follow_once(core: &Arc<Core>, contact: &mut Contact) -> Result<(), Core
     }
 }
 
-async fn snapshot(watch: &mut HostWatch) -> Result<HashMap<SandboxId, Observed>, CoreError> {
+async fn snapshot(core: &Core, watch: &mut HostWatch) -> Result<HashMap<SandboxId, Observed>, CoreError> {
     let mut seen = HashMap::new();
     while let Some(event) = watch.next().await? {
         match event {
             HostEvent::Sandbox(observed) => drop(seen.insert(observed.id.clone(), observed)),
             HostEvent::InSync => return Ok(seen),
+            HostEvent::Loss(loss) => tell_loss(core, &loss),
         }
     }
     Err(CoreError::Host(crate::host::HostError::Malformed { what: "the watch ended before it was in sync" }))
+}
+
+/// Says, once, what a host did while no control plane was there. What it paused is found by the comparison.
+fn tell_loss(core: &Core, loss: &Loss) {
+    if core.loss_told.lock().unwrap_or_else(PoisonError::into_inner).replace(loss.lost_at)
+        == Some(loss.lost_at)
+    {
+        return;
+    }
+    let Loss { away_since, lost_at, pause, running, paused, failed } = loss;
+    let policy = if *pause { "pause" } else { "keep" };
+    tracing::warn!(
+        %away_since,
+        %lost_at,
+        policy,
+        running,
+        paused = ?paused,
+        failed = ?failed,
+        "the host was without a control plane for longer than its bound"
+    );
 }
 
 fn known(row: &SandboxRow) -> Option<Known> {
@@ -177,6 +204,7 @@ fn known(row: &SandboxRow) -> Option<Known> {
         state: row.state(),
         generation: row.generation,
         since: row.last_updated.to_jiff(),
+        deadline: row.deadline_at.map(jiff_sqlx::Timestamp::to_jiff),
     })
 }
 
@@ -212,7 +240,9 @@ async fn apply_one(core: &Core, observed: &Observed) -> Result<(), CoreError> {
     let Some(row) = row.as_ref().and_then(known).filter(|row| !row.state.is_final()) else { return Ok(()) };
     match settle(&row, observed, young_since(core)) {
         // An event can be older than the row. What the host says now is not.
-        Some(Action::Run { .. } | Action::Pausing { .. } | Action::Pause { .. }) => {
+        Some(
+            Action::Run { .. } | Action::Pausing { .. } | Action::Pause { .. } | Action::ClearDeadline { .. },
+        ) => {
             if let Some(observed) = core.host.sandbox(&row.id).await?
                 && let Some(action) = settle(&row, &observed, young_since(core))
             {
@@ -297,6 +327,7 @@ async fn apply(core: &Core, action: Action) -> Result<(), CoreError> {
             }
             core.moved.notify_waiters();
         }
+        Action::ClearDeadline { id, generation, met } => store.clear_deadline(&id, generation, met).await?,
         Action::End { id, generation, state, reason, message } => {
             core.routes.forget(&id);
             core.moved.notify_waiters();

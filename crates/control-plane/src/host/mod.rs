@@ -167,6 +167,8 @@ pub(crate) struct Observed {
     pub(crate) paused_at: Option<Timestamp>,
     pub(crate) paused_bytes: Option<u64>,
     pub(crate) last_failure: String,
+    /// The last deadline at which it was paused: it is over.
+    pub(crate) deadline_met: Option<Timestamp>,
     pub(crate) end_reason: EndReason,
     pub(crate) end_message: String,
     pub(crate) disk_used_bytes: Option<u64>,
@@ -187,6 +189,37 @@ pub(crate) struct HostFacts {
 pub(crate) enum HostEvent {
     Sandbox(Observed),
     InSync,
+    Loss(Loss),
+}
+
+/// What a host did while no control plane was there.
+#[derive(Debug, Clone)]
+pub(crate) struct Loss {
+    pub(crate) away_since: Timestamp,
+    pub(crate) lost_at: Timestamp,
+    /// Whether what ran was to be paused; else it was to go on.
+    pub(crate) pause: bool,
+    pub(crate) running: u32,
+    pub(crate) paused: Vec<String>,
+    /// Those that go on because their pause failed, and why it did.
+    pub(crate) failed: Vec<(String, String)>,
+}
+
+impl Loss {
+    fn parse(loss: proto::ControlPlaneLoss) -> Result<Self, HostError> {
+        let instant = |ms| {
+            Timestamp::from_millisecond(ms)
+                .map_err(|_| HostError::Malformed { what: "the time of a loss of the control plane" })
+        };
+        Ok(Self {
+            away_since: instant(loss.away_since_ms)?,
+            lost_at: instant(loss.lost_at_ms)?,
+            pause: loss.pause,
+            running: loss.running,
+            paused: loss.paused,
+            failed: loss.failed.into_iter().map(|failed| (failed.sandbox_id, failed.message)).collect(),
+        })
+    }
 }
 
 #[derive(Debug, Clone)]
@@ -375,6 +408,7 @@ impl HostWatch {
                     return Ok(Some(HostEvent::Sandbox(observed(*sandbox)?)));
                 }
                 Some(Event::InSync(_)) => return Ok(Some(HostEvent::InSync)),
+                Some(Event::Loss(loss)) => return Ok(Some(HostEvent::Loss(Loss::parse(*loss)?))),
                 // An event of a newer agent.
                 None => {}
             }
@@ -436,6 +470,7 @@ fn observed(sandbox: proto::Sandbox) -> Result<Observed, HostError> {
         paused_at: sandbox.paused_at_ms.and_then(instant),
         paused_bytes: sandbox.paused_bytes,
         last_failure: sandbox.last_failure,
+        deadline_met: sandbox.deadline_met_ms.and_then(instant),
         started_at: instant(sandbox.started_at_ms).unwrap_or_else(Timestamp::now),
         last_active_at: instant(sandbox.last_active_at_ms),
         end_reason,

@@ -22,6 +22,8 @@ pub(crate) struct Seen {
     pub(crate) timeout_seconds: u32,
     pub(crate) started_at: Timestamp,
     pub(crate) paused_at: Option<Timestamp>,
+    /// The deadline that is over. A host knows milliseconds, and it is compared as such: any other one stays.
+    pub(crate) deadline_met: Option<Timestamp>,
 }
 
 impl From<&Observed> for Seen {
@@ -32,6 +34,7 @@ impl From<&Observed> for Seen {
             timeout_seconds: observed.timeout_seconds,
             started_at: observed.started_at,
             paused_at: observed.paused_at,
+            deadline_met: observed.deadline_met,
         }
     }
 }
@@ -80,6 +83,8 @@ impl Store {
                 "UPDATE sandboxes SET state = 'running', generation = greatest(generation, $4),
                      disk_size_mb = $5, started_at = coalesce(started_at, $6), paused_at = NULL,
                      timeout_sec = CASE WHEN settings_pending THEN timeout_sec ELSE $7 END,
+                     deadline_at = CASE WHEN date_trunc('milliseconds', deadline_at) = $8 THEN NULL
+                         ELSE deadline_at END,
                      last_active_at = CASE state WHEN 'running' THEN coalesce(last_active_at, $6)
                          WHEN 'starting' THEN coalesce(last_active_at, $6) ELSE now() END,
                      last_updated = CASE state WHEN 'running' THEN last_updated ELSE now() END
@@ -92,6 +97,7 @@ impl Store {
                 small(seen.disk_mib),
                 jiff_sqlx::Timestamp::from(seen.started_at) as _,
                 small(seen.timeout_seconds),
+                seen.deadline_met.map(jiff_sqlx::Timestamp::from) as _,
             )
             .fetch_optional(&self.hasty)
         })
@@ -128,6 +134,8 @@ impl Store {
                 SandboxRow,
                 "UPDATE sandboxes SET state = 'paused', generation = greatest(generation, $4),
                      disk_size_mb = $5, paused_at = coalesce($6, paused_at, now()),
+                     deadline_at = CASE WHEN date_trunc('milliseconds', deadline_at) = $7 THEN NULL
+                         ELSE deadline_at END,
                      last_updated = CASE state WHEN 'paused' THEN last_updated ELSE now() END
                  WHERE id = $1 AND generation = $2 AND state = ANY($3)
                  RETURNING *",
@@ -137,10 +145,34 @@ impl Store {
                 seen.generation,
                 small(seen.disk_mib),
                 seen.paused_at.map(jiff_sqlx::Timestamp::from) as _,
+                seen.deadline_met.map(jiff_sqlx::Timestamp::from) as _,
             )
             .fetch_optional(&self.hasty)
         })
         .await
+    }
+
+    /// Its deadline is over, where no newer intent has been written. This is one itself: a change of other settings
+    /// that was decided on before must not bring the deadline back.
+    pub(crate) async fn clear_deadline(
+        &self,
+        id: &SandboxId,
+        generation: i64,
+        met: Timestamp,
+    ) -> Result<(), StoreError> {
+        self.run("note that a deadline is over", || {
+            sqlx::query!(
+                "UPDATE sandboxes SET deadline_at = NULL, generation = generation + 1
+                 WHERE id = $1 AND generation = $2 AND date_trunc('milliseconds', deadline_at) = $3
+                     AND state IN ('running', 'paused')",
+                id.as_str(),
+                generation,
+                jiff_sqlx::Timestamp::from(met) as _,
+            )
+            .execute(&self.hasty)
+        })
+        .await
+        .map(drop)
     }
 
     /// From `snapshotting` back to what it was, where no newer intent has been written.

@@ -347,6 +347,25 @@ async fn one_resume_for_all_who_need_it() {
     world.agent.pause_by_itself(&id);
     assert_eq!(running.await.unwrap().json()["stdout"], "awake\n");
 
+    // One of which nobody has heard yet is found when its guest is asked for.
+    for round in 0..5 {
+        let before = world.agent.commanded("resume").len();
+        let what = format!("round {round}");
+        world.agent.pause_unheard(&id);
+        let answer = match round {
+            0 => world.client.get(&format!("/v1/sandboxes/{id}/processes")).await,
+            1 => world.client.get(&format!("/v1/sandboxes/{id}/files?path=/etc/passwd")).await,
+            2 => {
+                let path = format!("/v1/sandboxes/{id}/files?path=/tmp/{id}");
+                let put = world.client.request(Method::PUT, &path);
+                world.client.whole(put.body(super::support::client::full(what.clone())).unwrap()).await
+            }
+            _ => world.client.shell(&id, "echo awake").await,
+        };
+        assert!(answer.status.is_success(), "{what}: {}", answer.text());
+        assert_eq!(world.agent.commanded("resume").len(), before + 1, "{what}");
+    }
+
     // A resume that fails is the error of who needed it.
     assert_answer(&verb(&world, &id, "pause").await, 200, "paused");
     world.agent.faults(|faults| faults.resume = Some(ConnectError::internal("the snapshot is broken")));

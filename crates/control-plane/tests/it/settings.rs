@@ -7,6 +7,7 @@ use wrenn_proto::hostagent::v1::TimeoutAction;
 
 use super::support::{
     World,
+    agent::QUIET,
     client::{Answer, full},
     eventually,
 };
@@ -189,4 +190,62 @@ async fn a_host_that_was_not_told_is_told_later() {
         world.client.get(&network).await.json()["deny_cidrs"] == json!(told)
     })
     .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_deadline_that_was_met_is_over() {
+    let mut world = World::new().await;
+    // A row holds microseconds, a host milliseconds.
+    let deadline = json!({"deadline": "2100-01-01T00:00:00.123456Z"});
+    let met = 4_102_444_800_123;
+    let created = world.client.post("/v1/sandboxes", deadline.clone()).await.json();
+    let id = created["id"].as_str().unwrap().to_owned();
+    let (path, timeout) = (format!("/v1/sandboxes/{id}"), format!("/v1/sandboxes/{id}/timeout"));
+    let show = async |world: &World| world.client.get(&path).await.json();
+    assert_eq!(show(&world).await["deadline"], "2100-01-01T00:00:00.123456Z");
+
+    world.agent.meet_deadline(&id, met);
+    eventually("it is paused", async || show(&world).await["status"] == "paused").await;
+    let shown = show(&world).await;
+    assert_eq!((&shown["deadline"], &shown["deadline_action"]), (&Value::Null, &Value::Null));
+
+    // Neither a change of something else nor a fork repeats it.
+    assert_eq!(send(&world, Method::PATCH, &timeout, &json!({"timeout_sec": 90})).await.status, 200);
+    assert_eq!(world.agent.updates().pop().unwrap().deadline.as_option().unwrap().at_ms, 0);
+    let forked = world.client.post(&format!("{path}/fork"), json!({})).await;
+    assert_eq!((forked.status.as_u16(), &forked.json()[0]["deadline"]), (201, &Value::Null));
+    assert_eq!(world.agent.creates().pop().unwrap().deadline.as_option().unwrap().at_ms, 0);
+
+    // Another one is not touched by what the host still says of the last.
+    let later = json!({"deadline": "2100-01-01T00:00:00.124Z"});
+    assert_eq!(send(&world, Method::PATCH, &timeout, &later).await.json()["deadline"], later["deadline"]);
+    tokio::time::sleep(QUIET).await;
+    let resumed = world.client.post(&format!("{path}/resume"), json!({})).await;
+    assert_eq!((resumed.status.as_u16(), &resumed.json()["deadline"]), (200, &later["deadline"]));
+
+    // One that passes while it is paused is over too, and what is asked for next is done.
+    assert_eq!(world.client.post(&format!("{path}/pause"), json!({})).await.status, 200);
+    world.agent.meet_deadline(&id, met + 1);
+    eventually("there is none", async || show(&world).await["deadline"].is_null()).await;
+    assert_eq!(world.client.post(&format!("{path}/resume"), json!({})).await.status, 200);
+
+    // A pause that somebody asked for may be what meets it.
+    send(&world, Method::PATCH, &timeout, &deadline).await;
+    world.agent.faults(|faults| faults.hold_pauses = true);
+    let (client, pause) = (world.client.clone(), format!("{path}/pause"));
+    let pausing = tokio::spawn(async move { client.post(&pause, json!({})).await });
+    eventually("a pause has begun", async || show(&world).await["status"] == "pausing").await;
+    world.agent.meet_deadline(&id, met);
+    world.agent.release();
+    let paused = pausing.await.unwrap();
+    assert_eq!((&paused.json()["status"], &paused.json()["deadline"]), (&json!("paused"), &Value::Null));
+
+    // What nobody saw is found.
+    assert_eq!(world.client.post(&format!("{path}/resume"), json!({})).await.status, 200);
+    send(&world, Method::PATCH, &timeout, &later).await;
+    world.agent.go_away().await;
+    world.agent.meet_deadline(&id, met + 1);
+    world.agent.serve();
+    eventually("it is paused", async || show(&world).await["status"] == "paused").await;
+    assert_eq!(show(&world).await["deadline"], Value::Null);
 }

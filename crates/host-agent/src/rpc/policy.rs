@@ -22,16 +22,14 @@ pub(super) fn action(given: Option<wire::TimeoutAction>) -> Option<TimeoutAction
     }
 }
 
-/// None for the deadline that says never, and for one at which the sandbox has been paused already: whoever repeats
-/// it, with another change or for a fork, does not ask for that again.
+/// None for the deadline that says never. One that has passed on its way is one still: what it asks for is done at
+/// once. Whether it was met already is known to the sandbox.
 pub(super) fn deadline(given: &wire::Deadline) -> Result<Option<Deadline>, ConnectError> {
     if given.at_ms == 0 {
         return Ok(None);
     }
     let at = Timestamp::from_millisecond(given.at_ms).map_err(invalid)?;
-    let action = action(given.action.as_known()).unwrap_or_default();
-    let is_met = action == TimeoutAction::Pause && at <= Timestamp::now();
-    Ok((!is_met).then_some(Deadline { at, action }))
+    Ok(Some(Deadline { at, action: action(given.action.as_known()).unwrap_or_default() }))
 }
 
 fn parsed<T>(texts: &[String], limit: usize) -> Result<Vec<T>, ConnectError>
@@ -73,17 +71,20 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_deadline_that_was_met_is_none() {
+    fn a_deadline_says_when_and_what() {
         let now = Timestamp::now().as_millisecond();
         let asked = |at_ms, action: wire::TimeoutAction| {
             let given = wire::Deadline { at_ms, action: action.into(), ..Default::default() };
-            deadline(&given).unwrap().map(|deadline| deadline.action)
+            deadline(&given).unwrap().map(|deadline| (deadline.at.as_millisecond(), deadline.action))
         };
         let (pause, kill) =
             (wire::TimeoutAction::TIMEOUT_ACTION_PAUSE, wire::TimeoutAction::TIMEOUT_ACTION_KILL);
         assert_eq!(asked(0, pause), None, "never");
-        assert_eq!(asked(now + 60_000, pause), Some(TimeoutAction::Pause));
-        assert_eq!(asked(now - 60_000, pause), None, "it was paused then");
-        assert_eq!(asked(now - 60_000, kill), Some(TimeoutAction::Kill), "it should not be there any more");
+        for at in [now + 60_000, now - 60_000] {
+            assert_eq!(asked(at, pause), Some((at, TimeoutAction::Pause)));
+            assert_eq!(asked(at, kill), Some((at, TimeoutAction::Kill)));
+        }
+        let unsaid = wire::TimeoutAction::TIMEOUT_ACTION_UNSPECIFIED;
+        assert_eq!(asked(now, unsaid), Some((now, TimeoutAction::Pause)));
     }
 }

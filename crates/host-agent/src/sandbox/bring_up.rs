@@ -399,6 +399,7 @@ impl WithSlot {
                     default_user: source.default_user.clone(),
                     default_workdir: source.default_workdir.clone(),
                     settings: spec.settings,
+                    deadline_met: None,
                     started_at: Some(jiff::Timestamp::now()),
                     base,
                     layers,

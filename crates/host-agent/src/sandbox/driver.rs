@@ -32,10 +32,11 @@ use super::{
     Deadline, End, Footing, Guest, Handle, Outcome, PausedStatus, SandboxSpec, Shared, Stage, Status,
     activity::Activity,
     bring_up::{self, BringUpError, Cancel, Persona, Recording, Up},
+    deadline,
     host::Host,
     machine::gone,
     queue::{Next, RequestQueue, Verb},
-    record::Ledger,
+    record::{Ledger, Record},
     source::From,
 };
 use crate::{metrics::operations::Operation, snapshots::Kept, warm::blocking};
@@ -73,6 +74,8 @@ pub fn start(
         phases: Vec::new(),
         incarnation: 0,
         settings: spec.settings.clone(),
+        deadline_met: None,
+        deadline_again: None,
         paused: None,
         last_failure: None,
         end: None,
@@ -165,8 +168,8 @@ impl Driver {
             }
             Beginning::Paused(ledger, kept) => {
                 let record = ledger.record();
-                let since = record.paused.map_or_else(SystemTime::now, |paused| paused.at.into());
-                self.rest(&kept, since).await;
+                let since = record.paused.as_ref().map_or_else(SystemTime::now, |paused| paused.at.into());
+                self.rest(&kept, since, &record).await;
                 self.live(Residence::Paused(Paused { ledger, snapshot: kept.id })).await
             }
         };
@@ -227,20 +230,24 @@ impl Driver {
         let (connector, idle) = (up.machine.connector(), up.idle.take());
         *shared.guest() = Some(Guest { connector, idle, footing });
         shared.activity.touch();
-        let started = up.ledger.record().started_at;
+        let Record { started_at, deadline_met, .. } = up.ledger.record();
         self.publish(|status| {
             status.stage = Stage::Running;
-            status.started_at = status.started_at.or_else(|| started.map(Into::into));
+            status.deadline_met = deadline_met;
+            status.started_at = status.started_at.or_else(|| started_at.map(Into::into));
             status.incarnation += 1;
             status.paused = None;
         });
     }
 
-    /// Publishes that it is saved.
-    async fn rest(&self, kept: &Kept, since: SystemTime) {
+    /// Publishes that it is saved, and what of its deadline is left.
+    async fn rest(&self, kept: &Kept, since: SystemTime, record: &Record) {
         let bytes = self.host.snapshot_bytes(kept).await;
         self.publish(|status| {
             status.stage = Stage::Paused;
+            status.settings.deadline = record.settings.deadline;
+            status.deadline_met = record.deadline_met;
+            status.deadline_again = None;
             status.paused = Some(PausedStatus { snapshot: kept.id.clone(), at: since, bytes });
         });
     }
@@ -268,9 +275,10 @@ impl Driver {
         }
     }
 
-    /// Waits until its deadline has passed; for ever when there is none.
-    async fn deadline(deadline: Option<Deadline>) -> TimeoutAction {
+    /// Waits until its deadline has passed, and until it is to be tried again; for ever when there is none.
+    async fn deadline(deadline: Option<Deadline>, again: Option<Timestamp>) -> TimeoutAction {
         let Some(Deadline { at, action }) = deadline else { return pending().await };
+        let at = again.map_or(at, |again| again.max(at));
         loop {
             match Duration::try_from(at.duration_since(Timestamp::now())) {
                 Ok(left) if !left.is_zero() => sleep(left.min(DEADLINE_LOOK)).await,
@@ -280,7 +288,10 @@ impl Driver {
     }
 
     async fn next_event(&self, residence: &mut Residence) -> Event {
-        let settings = self.status.borrow().settings.clone();
+        let (settings, again) = {
+            let status = self.status.borrow();
+            (status.settings.clone(), status.deadline_again)
+        };
         match residence {
             Residence::Up(up) => {
                 let stream_after = up.stream_after;
@@ -293,17 +304,15 @@ impl Driver {
                     reason = gone(&mut exit) => Event::Exited(reason),
                     next = self.next_request() => Event::Asked(next),
                     () = self.handle.inner.activity.expired(settings.timeout.duration()) => Event::Idle,
-                    action = Self::deadline(settings.deadline) => Event::Deadline(action),
+                    action = Self::deadline(settings.deadline, again) => Event::Deadline(action),
                     done = machine.vm.stream_disk(&base), if too_deep => Event::Streamed(done),
                 }
             }
             Residence::Paused(_) => {
-                // To pause what is paused is nothing to wait for.
-                let kill = settings.deadline.filter(|deadline| deadline.action == TimeoutAction::Kill);
                 tokio::select! {
                     biased;
                     next = self.next_request() => Event::Asked(next),
-                    action = Self::deadline(kill) => Event::Deadline(action),
+                    action = Self::deadline(settings.deadline, None) => Event::Deadline(action),
                 }
             }
         }
@@ -342,12 +351,12 @@ impl Driver {
                     if self.status.borrow().settings.on_timeout == TimeoutAction::Kill {
                         return Some(self.take_down(residence, ended(EndReason::Inactivity)).await);
                     }
-                    self.by_itself(residence, false).await
+                    self.by_itself(residence, None).await
                 }
                 Event::Deadline(TimeoutAction::Kill) => {
                     return Some(self.take_down(residence, ended(EndReason::Deadline)).await);
                 }
-                Event::Deadline(TimeoutAction::Pause) => self.by_itself(residence, true).await,
+                Event::Deadline(TimeoutAction::Pause) => self.by_itself(residence, Some(RETRY)).await,
                 Event::Streamed(done) => {
                     if let Residence::Up(up) = &mut residence {
                         self.merged(up, done).await;
@@ -384,34 +393,46 @@ impl Driver {
         }
     }
 
-    /// A pause that one of the clocks asks for. One that fails leaves the sandbox running, and is tried again.
+    /// A pause that one of the clocks asks for. One that fails leaves the sandbox running, and is tried again: by the
+    /// clock of its inactivity when it has been idle for as long once more, by its deadline after `again`.
     async fn by_itself(
         &self,
         residence: Residence,
-        deadline: bool,
+        again: Option<Duration>,
     ) -> (Residence, Option<Result<Outcome, OperationError>>) {
-        let (next, outcome) = self.perform_counted(residence, Verb::Pause).await;
+        let (next, outcome) = match residence {
+            Residence::Paused(paused) => {
+                // It is what its deadline asks for already.
+                self.meet_deadline(&paused.ledger).await;
+                return (Residence::Paused(paused), None);
+            }
+            up @ Residence::Up(_) => self.perform_counted(up, Verb::Pause).await,
+        };
         let failure = outcome.err().map(|error| chain(&error));
         if let Some(failure) = &failure {
             tracing::warn!(id = %self.handle.spec().id, failure, "a pause that a clock asked for failed; the sandbox runs");
             self.handle.activity().touch();
         }
         self.publish(|status| {
-            status.last_failure.clone_from(&failure);
-            if deadline {
-                // One that was met is over: it must not pause the sandbox again at its resume.
-                let again = Timestamp::now() + RETRY;
-                let action = TimeoutAction::Pause;
-                status.settings.deadline = failure.is_some().then_some(Deadline { at: again, action });
+            if let (Some(_), Some(again)) = (&failure, again) {
+                status.deadline_again = Some(Timestamp::now() + again);
             }
+            status.last_failure = failure;
         });
-        if deadline && failure.is_none() {
-            let ledger = next.ledger();
-            if let Err(error) = ledger.change(|record| record.settings.deadline = None).await {
-                tracing::warn!(id = %self.handle.spec().id, error = &error as &dyn std::error::Error, "the record still tells of a deadline that was met");
-            }
-        }
         (next, None)
+    }
+
+    /// A deadline that asks for a pause is over for a sandbox that is paused: it must not pause it again at its resume.
+    pub(super) async fn meet_deadline(&self, ledger: &Arc<Ledger>) {
+        let now = Timestamp::now();
+        if deadline::met_by_pause(self.status.borrow().settings.deadline, now).is_none() {
+            return;
+        }
+        if let Err(error) = ledger.change(|record| record.meet_deadline(now)).await {
+            // The next agent finds the same: it is paused, and the moment has passed.
+            tracing::warn!(id = %self.handle.spec().id, error = &error as &dyn std::error::Error, "the record still tells of a deadline that was met");
+        }
+        self.publish(|status| deadline::meet(&mut status.settings, &mut status.deadline_met, now));
     }
 
     async fn forget_snapshot(&self, snapshot: SnapshotId) {

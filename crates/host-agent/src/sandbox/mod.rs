@@ -22,6 +22,7 @@
 pub mod activity;
 pub mod bring_up;
 pub mod capture;
+pub mod deadline;
 pub mod driver;
 pub mod host;
 pub mod machine;
@@ -232,6 +233,10 @@ pub struct Status {
     pub incarnation: u64,
     /// What holds now.
     pub settings: Settings,
+    /// The moment of the last deadline at which it was paused, until it gets another one.
+    pub deadline_met: Option<jiff::Timestamp>,
+    /// Set after a pause at its deadline has failed: when it is tried again.
+    pub deadline_again: Option<jiff::Timestamp>,
     /// Set while it is paused.
     pub paused: Option<PausedStatus>,
     /// Why the last thing that its own clocks asked for failed.

@@ -25,7 +25,7 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use wrenn_types::{AccessToken, DiskMib, InstanceId, LayerId, SandboxId, Shape, SnapshotId, TemplateName};
 
-use super::Settings;
+use super::{Settings, deadline};
 use crate::{snapshots::BaseKey, warm::blocking};
 
 /// The name of the file in the sandbox's directory.
@@ -63,6 +63,9 @@ pub struct Record {
     pub default_workdir: String,
     /// What can be changed.
     pub settings: Settings,
+    /// The moment of the last deadline at which it was paused, until it gets another one.
+    #[serde(default)]
+    pub deadline_met: Option<Timestamp>,
     /// When it first ran.
     pub started_at: Option<Timestamp>,
     /// What its memory differs from.
@@ -123,6 +126,11 @@ pub struct CaptureRecord {
 }
 
 impl Record {
+    /// Notes that a sandbox that is paused has met its deadline, if that asked for no more and has passed.
+    pub fn meet_deadline(&mut self, now: Timestamp) {
+        deadline::meet(&mut self.settings, &mut self.deadline_met, now);
+    }
+
     /// Every layer that may be in use: those of the disk, the one that is to come, and those of a former machine.
     pub fn layers_in_use(&self) -> impl Iterator<Item = &LayerId> {
         let to_come = self.capture.iter().filter_map(|capture| capture.next_layer.as_ref());
@@ -377,6 +385,7 @@ mod tests {
                 deadline: None,
                 network: wrenn_types::NetworkPolicy::simple(true),
             },
+            deadline_met: None,
             started_at: Some(Timestamp::UNIX_EPOCH),
             base: format!("{}.{}", "0".repeat(32), "1".repeat(16)).parse().unwrap(),
             layers: vec![LayerId::random()],

@@ -24,6 +24,7 @@ pub(crate) fn cases() -> Vec<OwnCase> {
             kill_everything,
         ),
         own_case("faults::a_killed_agent_is_followed_by_one_that_goes_on", killed_agent),
+        own_case("faults::a_lost_control_plane_pauses_what_runs_if_asked_to", lost_control_plane),
         own_case("faults::two_stacks_do_not_see_each_other", two_stacks),
         own_case("faults::postgres_gone_for_ten_seconds_is_survived", postgres_gone),
         own_case("faults::a_full_disk_is_named_and_leaves_nothing", full_disk),
@@ -137,13 +138,64 @@ async fn kill_everything() -> Result<()> {
 
 /// The process id of the host agent of a stack.
 pub(crate) fn agent_of(stack: &Stack) -> Result<Pid> {
+    part_of(stack, "agent")
+}
+
+/// The process id of a part of a stack, by its subcommand.
+fn part_of(stack: &Stack, name: &str) -> Result<Pid> {
     let pids = descendants(stack.pid().context("it runs")?);
-    let is_agent = |pid: &u32| {
+    let is_it = |pid: &u32| {
         let line = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-        line.split(|byte| *byte == 0).nth(1) == Some(b"agent")
+        line.split(|byte| *byte == 0).nth(1) == Some(name.as_bytes())
     };
-    let pid = pids.into_iter().find(is_agent).context("there is an agent")?;
+    let pid = pids.into_iter().find(is_it).with_context(|| format!("there is a process {name}"))?;
     Ok(Pid::from_raw(i32::try_from(pid)?))
+}
+
+async fn lost_control_plane() -> Result<()> {
+    let environment = [("WRENN_ON_CONTROL_PLANE_LOSS", "pause"), ("WRENN_CONTROL_PLANE_LOSS_AFTER", "2")];
+    let environment = environment.map(|(name, value)| (name.to_owned(), value.to_owned())).into();
+    let running = Stack::start(StackOptions { environment, ..StackOptions::default() }).await?;
+    let mut sandbox = Sandbox::create(running.client()).await?;
+    sandbox.output("echo here > /dev/shm/state").await?;
+
+    // The next control plane waits for its database, so that it is the test that says how long there is none.
+    let cluster: Vec<_> = descendants(postmaster(running.dir())?.as_raw().cast_unsigned())
+        .into_iter()
+        .map(|pid| Pid::from_raw(pid.cast_signed()))
+        .collect();
+    for pid in &cluster {
+        kill(*pid, Signal::SIGSTOP)?;
+    }
+    let first = part_of(&running, "control-plane")?;
+    kill(first, Signal::SIGKILL)?;
+    let record = running.dir().join("agent/sandboxes").join(&sandbox.id).join("record.json");
+    let is_paused = || {
+        let text = std::fs::read_to_string(&record).unwrap_or_default();
+        let record = serde_json::from_str::<serde_json::Value>(&text);
+        std::future::ready(record.is_ok_and(|record| record["paused"].is_object()))
+    };
+    let paused = eventually(Duration::from_secs(60), is_paused).await;
+    for pid in &cluster {
+        kill(*pid, Signal::SIGCONT)?;
+    }
+    ensure!(paused, "it is paused without anybody asking: {}", running.log());
+
+    ensure!(
+        eventually(Duration::from_secs(60), || recovers(&running)).await,
+        "there is a control plane again"
+    );
+    ensure!(part_of(&running, "control-plane")? != first, "it is another one");
+    let mut client = running.client();
+    crate::lifecycle::wait_for_status(&mut client, &sandbox.id, "paused", Duration::from_secs(30)).await?;
+    let log = running.log();
+    let mut told = log.lines().filter(|line| line.contains("without a control plane for longer"));
+    ensure!(told.any(|line| line.contains(&sandbox.id)), "it is told: {log}");
+    let path = sandbox.path("/resume");
+    sandbox.client.post(&path, &json!({})).await?.expect(200)?;
+    ensure!(sandbox.output("cat /dev/shm/state").await?.trim() == "here", "nothing is lost");
+    sandbox.destroy().await?;
+    running.stop().await
 }
 
 async fn killed_agent() -> Result<()> {

@@ -4,7 +4,9 @@
 use std::{sync::Arc, time::Duration};
 
 use anyhow::{Context as _, Result, ensure};
+use jiff::Timestamp;
 use serde_json::{Value, json};
+use wrenn_testkit::socket::Socket;
 
 use crate::context::{Case, Context, Sandbox, case};
 
@@ -20,6 +22,9 @@ pub(crate) fn cases() -> Vec<Case> {
         case("persistence::forks_have_identities_of_their_own", fork),
         case("persistence::a_rollback_undoes_what_came_after", rollback),
         case("persistence::an_idle_sandbox_is_paused_not_lost", idle),
+        case("persistence::a_deadline_pauses_once_and_on_time", pause_at_deadline),
+        case("persistence::a_deadline_kills_on_time", kill_at_deadline),
+        case("persistence::a_request_resumes_a_paused_sandbox", auto_resume),
         case("persistence::a_paused_sandbox_can_be_destroyed", destroy_paused),
         case("persistence::many_callers_at_once_end_in_a_legal_state", many_callers),
         case("persistence::the_network_policy_changes_while_it_runs", network),
@@ -291,6 +296,100 @@ async fn idle(context: Arc<Context>) -> Result<()> {
     crate::lifecycle::wait_for_status(&mut sandbox.client, &id, "paused", Duration::from_secs(60)).await?;
     verb(&mut sandbox, "resume", &json!({ "timeout_sec": 0 }), "running").await?;
     ensure!(sandbox.output("cat /home/user/state").await?.trim() == "here", "nothing is lost");
+    sandbox.destroy().await
+}
+
+/// Sets a deadline that lies a few seconds ahead, and answers with it.
+async fn set_deadline(sandbox: &mut Sandbox, action: &str) -> Result<Timestamp> {
+    let at = Timestamp::now() + Duration::from_secs(4);
+    let path = sandbox.path("/timeout");
+    let body = json!({ "deadline": at.to_string(), "deadline_action": action });
+    sandbox.client.patch(&path, &body).await?.expect(200)?;
+    Ok(at)
+}
+
+fn time(seen: &Value, field: &str) -> Result<Timestamp> {
+    Ok(seen[field].as_str().with_context(|| format!("{field} of {seen}"))?.parse()?)
+}
+
+/// Whether a deadline was kept, by what the stack itself wrote about it.
+fn kept(deadline: Timestamp, done: Timestamp) -> Result<()> {
+    let late = done.duration_since(deadline).as_secs_f64();
+    ensure!((0.0..1.0).contains(&late), "late by {late} s: {deadline} {done}");
+    Ok(())
+}
+
+async fn pause_at_deadline(context: Arc<Context>) -> Result<()> {
+    let mut sandbox = with_server(&context, &json!({})).await?;
+    let before = ask(&mut sandbox).await?;
+    let deadline = set_deadline(&mut sandbox, "pause").await?;
+    let path = sandbox.path("");
+    // When it began to be paused is told as long as it is at it, and how long that takes is not its deadline's.
+    let mut begun = None;
+    let end = tokio::time::Instant::now() + Duration::from_secs(60);
+    let seen = loop {
+        let seen = sandbox.client.get(&path).await?.expect(200)?.json();
+        match seen["status"].as_str() {
+            Some("pausing") => begun = Some(time(&seen, "last_updated")?),
+            Some("paused") => break seen,
+            _ => {}
+        }
+        ensure!(tokio::time::Instant::now() < end, "{seen}");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    };
+    kept(deadline, begun.map_or_else(|| time(&seen, "paused_at"), Ok)?)?;
+    ensure!(time(&seen, "paused_at")? >= deadline, "{seen}");
+    ensure!(seen["deadline"].is_null() && seen["deadline_action"].is_null(), "it is over: {seen}");
+
+    verb(&mut sandbox, "resume", &json!({}), "running").await?;
+    let path = sandbox.path("/timeout");
+    sandbox.client.patch(&path, &json!({ "timeout_sec": 0 })).await?.expect(200)?;
+    let after = ask(&mut sandbox).await?;
+    ensure!((&after.0, &after.1) == (&before.0, &before.1), "{before:?} became {after:?}");
+    sandbox.destroy().await
+}
+
+async fn kill_at_deadline(context: Arc<Context>) -> Result<()> {
+    let mut sandbox = Sandbox::create(context.client()).await?;
+    let deadline = set_deadline(&mut sandbox, "kill").await?;
+    let id = sandbox.id.clone();
+    crate::lifecycle::wait_for_status(&mut sandbox.client, &id, "stopped", Duration::from_secs(60)).await?;
+    let seen = sandbox.client.get(&sandbox.path("")).await?.expect(200)?.json();
+    ensure!(seen["end_reason"] == "deadline", "{seen}");
+    kept(deadline, time(&seen, "last_updated")?)
+}
+
+async fn auto_resume(context: Arc<Context>) -> Result<()> {
+    let mut sandbox = with_server(&context, &json!({ "auto_resume": true })).await?;
+    let before = ask(&mut sandbox).await?;
+    for round in 0..3 {
+        // While the answer to the pause is on its way, too: nobody is told that it is pausing.
+        let (mut client, path) = (context.client(), sandbox.path("/pause"));
+        let pausing = tokio::spawn(async move { client.post(&path, &json!({})).await });
+        if round == 0 {
+            pausing.await??.expect(200)?;
+            let after = ask(&mut sandbox).await?;
+            ensure!((&after.0, &after.1) == (&before.0, &before.1), "{before:?} became {after:?}");
+            continue;
+        }
+        let id = sandbox.id.clone();
+        crate::lifecycle::wait_for_status(
+            &mut sandbox.client,
+            &id,
+            "pausing|paused",
+            Duration::from_secs(60),
+        )
+        .await?;
+        let after = ask(&mut sandbox).await?;
+        ensure!((&after.0, &after.1) == (&before.0, &before.1), "{before:?} became {after:?}");
+        let _ = pausing.await??;
+    }
+    // A stream does as well as a request.
+    verb(&mut sandbox, "pause", &json!({}), "paused").await?;
+    let mut socket = Socket::open(&sandbox.client, &sandbox.path("/exec/stream")).await?;
+    socket.send(&json!({ "type": "start", "cmd": "echo", "args": ["awake"] })).await?;
+    let said = socket.until("stdout").await?;
+    ensure!(said["data"] == "awake\n", "{said}");
     sandbox.destroy().await
 }
 

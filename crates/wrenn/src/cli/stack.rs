@@ -12,10 +12,12 @@ use std::{
 
 use anyhow::{Context as _, bail};
 use camino::{Utf8Path, Utf8PathBuf};
+use clap::ValueEnum as _;
 use tokio::{
     io::{AsyncBufReadExt as _, BufReader},
     process::Command,
 };
+use wrenn_host_agent::config::OnControlPlaneLoss;
 
 use super::{
     DEFAULT_DIRECTORY, DIRECTORY_VARIABLE, failure::Failure, interrupts::Interrupts, output::Output,
@@ -50,6 +52,17 @@ pub(super) struct DevArguments {
     /// Network namespace that is the way out of the sandboxes, instead of the root namespace
     #[arg(long, value_name = "NAME")]
     uplink_netns: Option<String>,
+    /// What becomes of running sandboxes when the control plane is away for a while
+    #[arg(long, env = "WRENN_ON_CONTROL_PLANE_LOSS", value_enum, value_name = "ACTION")]
+    on_control_plane_loss: Option<OnControlPlaneLoss>,
+    /// How long that while is; 90 when not given
+    #[arg(
+        long,
+        env = "WRENN_CONTROL_PLANE_LOSS_AFTER",
+        value_name = "SECONDS",
+        value_parser = clap::value_parser!(u32).range(1..)
+    )]
+    control_plane_loss_after: Option<u32>,
     /// A database to use instead of a private one
     #[arg(long, env = "DATABASE_URL", hide_env_values = true)]
     database_url: Option<String>,
@@ -177,6 +190,8 @@ impl DevArguments {
             snapshots: absolute(&snapshots)?,
             ready_slots: self.ready_slots,
             uplink_netns: self.uplink_netns,
+            on_control_plane_loss: self.on_control_plane_loss,
+            control_plane_loss_after: self.control_plane_loss_after,
             database_url: self.database_url,
             executable: self.executable,
         })
@@ -195,6 +210,9 @@ impl DevArguments {
         flag("--snapshots", self.snapshots.as_ref().map(Utf8PathBuf::to_string));
         flag("--ready-slots", self.ready_slots.as_ref().map(u32::to_string));
         flag("--uplink-netns", self.uplink_netns.clone());
+        let policy = self.on_control_plane_loss.and_then(|policy| policy.to_possible_value());
+        flag("--on-control-plane-loss", policy.map(|policy| policy.get_name().to_owned()));
+        flag("--control-plane-loss-after", self.control_plane_loss_after.as_ref().map(u32::to_string));
         flag("--executable", self.executable.as_ref().map(Utf8PathBuf::to_string));
         line
     }
@@ -346,6 +364,10 @@ mod tests {
             "i",
             "--ready-slots",
             "3",
+            "--on-control-plane-loss",
+            "pause",
+            "--control-plane-loss-after",
+            "7",
         ];
         let arguments = Line::try_parse_from(given).unwrap().arguments;
         let mut line = arguments.command_line(&directory);
@@ -353,6 +375,8 @@ mod tests {
         line.remove(1);
         let again = Line::try_parse_from(line).unwrap().arguments;
         assert_eq!((again.listen, again.dir, again.ready_slots), (arguments.listen, dir, Some(3)));
+        let loss = (again.on_control_plane_loss, again.control_plane_loss_after);
+        assert_eq!(loss, (Some(OnControlPlaneLoss::Pause), Some(7)));
     }
 
     #[test]

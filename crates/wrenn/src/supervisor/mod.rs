@@ -40,6 +40,7 @@ use std::{
 };
 
 use camino::Utf8PathBuf;
+use clap::ValueEnum as _;
 use rustix::process::Signal;
 use serde::{Deserialize, Serialize};
 use tokio::{
@@ -48,6 +49,7 @@ use tokio::{
     sync::mpsc,
 };
 use tokio_util::sync::CancellationToken;
+use wrenn_host_agent::config::OnControlPlaneLoss;
 use wrenn_types::ApiKey;
 
 pub use self::{
@@ -87,6 +89,10 @@ pub struct Config {
     pub ready_slots: Option<u32>,
     /// The network namespace that the agent uses as its way out, if not the root namespace.
     pub uplink_netns: Option<String>,
+    /// What the agent does with running sandboxes when the control plane is lost, if not its default.
+    pub on_control_plane_loss: Option<OnControlPlaneLoss>,
+    /// After how many seconds it is, if not the agent's default.
+    pub control_plane_loss_after: Option<u32>,
     /// A database to use instead of a private one.
     pub database_url: Option<String>,
     /// The program started for agent and control plane, if not this one.
@@ -354,6 +360,13 @@ impl Stack {
         }
         if let Some(name) = &self.config.uplink_netns {
             flag("--uplink-netns", name);
+        }
+        if let Some(policy) = self.config.on_control_plane_loss.and_then(|policy| policy.to_possible_value())
+        {
+            flag("--on-control-plane-loss", policy.get_name());
+        }
+        if let Some(seconds) = self.config.control_plane_loss_after {
+            flag("--control-plane-loss-after", &seconds.to_string());
         }
         let child = self.child();
         Recipe {

@@ -14,6 +14,7 @@ use crate::{
         Outcome, Stage, Update,
         bring_up::{Persona, Recording, Up},
         capture::{self, Kind},
+        deadline,
         machine::Machine,
         queue::Verb,
         record::{Ledger, PausedRecord, Record},
@@ -69,6 +70,7 @@ impl Driver {
             record.paused = Some(paused);
             record.capture = None;
             record.machine = None;
+            record.meet_deadline(at);
         });
         if let Err(error) = recorded.await {
             self.forget_snapshot(snapshot).await;
@@ -78,7 +80,7 @@ impl Driver {
         }
         let Up { machine, ledger, .. } = *up;
         self.leave(machine).await;
-        self.rest(&kept, at.into()).await;
+        self.rest(&kept, at.into(), &ledger.record()).await;
         (Residence::Paused(Paused { ledger, snapshot }), Ok(Outcome::Done))
     }
 
@@ -104,6 +106,7 @@ impl Driver {
         paused: Paused,
         snapshot: SnapshotId,
     ) -> (Residence, Result<Outcome, OperationError>) {
+        self.meet_deadline(&paused.ledger).await;
         self.publish(|status| status.stage = Stage::Resuming);
         let since = self.status.borrow().paused.clone();
         match self.machine_of(&paused.ledger, snapshot).await {
@@ -240,7 +243,11 @@ impl Driver {
         mut residence: Residence,
         update: &Update,
     ) -> (Residence, Result<Outcome, OperationError>) {
-        let settings = self.status.borrow().settings.with(update);
+        let (mut settings, met) = {
+            let status = self.status.borrow();
+            (status.settings.with(update), status.deadline_met)
+        };
+        let met = deadline::after_change(&mut settings, met);
         let changed = async {
             let policy = Policy::resolve(&settings.network, &self.host.dns_servers);
             let policy = policy.map_err(OperationError::Policy)?;
@@ -255,6 +262,7 @@ impl Driver {
             let settings = settings.clone();
             let recorded = ledger.change(|record| {
                 record.settings = settings;
+                record.deadline_met = met;
                 record.generation = generation;
             });
             recorded.await.map_err(OperationError::Record)
@@ -262,7 +270,11 @@ impl Driver {
         let outcome = changed.await.map(|()| Outcome::Done);
         if outcome.is_ok() {
             self.handle.activity().touch();
-            self.publish(|status| status.settings = settings);
+            self.publish(|status| {
+                status.settings = settings;
+                status.deadline_met = met;
+                status.deadline_again = None;
+            });
         }
         (residence, outcome)
     }

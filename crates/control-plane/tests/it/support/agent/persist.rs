@@ -255,6 +255,24 @@ impl super::FakeAgent {
         self.inner.set(id, |sandbox| sandbox.state = State::SANDBOX_STATE_PAUSED.into()).unwrap();
     }
 
+    /// The same, and no word about it has reached anybody yet.
+    pub(crate) fn pause_unheard(&self, id: &str) {
+        let mut guests = self.inner.guests.lock().unwrap();
+        let guest = guests.get_mut(id).unwrap();
+        guest.sandbox.state = State::SANDBOX_STATE_PAUSED.into();
+        guest.sandbox.paused_at_ms = Some(Timestamp::now().as_millisecond());
+        guest.alive.send_replace(false);
+    }
+
+    /// Its deadline has passed, and it is paused for it or was so before.
+    pub(crate) fn meet_deadline(&self, id: &str, at_ms: i64) {
+        let meet = |sandbox: &mut wire::Sandbox| {
+            sandbox.state = State::SANDBOX_STATE_PAUSED.into();
+            sandbox.deadline_met_ms = Some(at_ms);
+        };
+        self.inner.set(id, meet).unwrap();
+    }
+
     /// Its pause begins, and later it ends, well or with a reason why not.
     pub(crate) fn begin_pause_by_itself(&self, id: &str) {
         self.inner.set(id, |sandbox| sandbox.state = State::SANDBOX_STATE_PAUSING.into()).unwrap();
