@@ -5,8 +5,8 @@
 //!     │
 //!     └─► each record ─► paused                     : known again, as it is
 //!                        a pause that was committed : the same; its machine was among the others
-//!                        a machine that was up      : adopted; let run and opened again if it stood still;
-//!                                                     before one that was to take its place
+//!                        a rollback under way       : the former machine is adopted; the new one was among the others
+//!                        a machine that was up      : adopted; let run and opened again if it stood still
 //!                        anything else              : half-made, and removed
 //! ```
 //!
@@ -60,6 +60,9 @@ pub enum CollectError {
     /// The records could not be read or removed.
     #[error("could not read or remove what was left of a sandbox")]
     Record(#[source] RecordError),
+    /// What a sandbox was brought back from could not be deleted.
+    #[error("could not delete what a sandbox was saved as before it was brought back")]
+    Obsolete(#[source] SnapshotStoreError),
     /// The sockets could not be removed.
     #[error("could not clear the machines' directory")]
     RunDir(#[source] io::Error),
@@ -95,6 +98,10 @@ pub struct Stock {
     left: Vec<(Ledger, Fate)>,
     /// Directories of what is half-made.
     remains: Vec<SandboxDir>,
+    /// The machines of what goes on.
+    pub(crate) machines: BTreeSet<String>,
+    /// The names of their directories.
+    directories: BTreeSet<String>,
 }
 
 impl Stock {
@@ -145,17 +152,29 @@ pub async fn take_stock(
     machines_dir: &Utf8Path,
     limits: &Limits,
 ) -> Result<Stock, CollectError> {
+    let mut stock = examine(instance, snapshots, sandboxes_dir)?;
+    stock.ended = end_machines(instance, &stock.machines).await.map_err(CollectError::Machines)?;
+    let mark = Host::machine_mark(instance);
+    limits.keep_only(|name| stock.machines.contains(&format!("{mark}{name}")));
+    stock.clear(machines_dir)?;
+    Ok(stock)
+}
+
+/// Decides by its record what becomes of each sandbox. Nothing is ended and nothing removed yet.
+///
+/// # Errors
+/// A record could not be read or replaced.
+pub(crate) fn examine(
+    instance: &InstanceId,
+    snapshots: &crate::snapshots::Snapshots,
+    sandboxes_dir: &Utf8Path,
+) -> Result<Stock, CollectError> {
     let mut stock = Stock::default();
-    let mut machines = BTreeSet::new();
-    let mut directories = BTreeSet::new();
     for Left { dir, record } in record::left_behind(sandboxes_dir).map_err(CollectError::Record)? {
         let Some(mut record) = record.filter(|record| record.instance == *instance) else {
             stock.remains.push(dir);
             continue;
         };
-        // A machine that was being made in the place of one that stands still is half-made, even if it is up.
-        let is_back = record.former.is_some();
-        record.go_back();
         let saved = match saved_as(&record) {
             Some(id) => match snapshots.get(id) {
                 Ok(kept) => kept,
@@ -176,11 +195,20 @@ pub async fn take_stock(
             let ledger = Ledger::new(dir, record.clone());
             ledger.put(record).map_err(CollectError::Record)?;
             stock.left.push((ledger, Fate::Paused(Box::new(kept))));
-        } else if let Some(machine) = record.machine.as_ref().filter(|_| has_machine(&record)) {
-            machines.insert(Host::machine_name(instance, &record.id, &machine.name));
-            directories.insert(machine.name.to_string());
+            continue;
+        }
+        // A rollback that was not answered: the machine that stands still goes on.
+        let changes = record.former.is_some() || record.obsolete.is_some();
+        record.go_back();
+        if let Some(machine) = record.machine.as_ref().filter(|_| has_machine(&record)) {
+            stock.machines.insert(Host::machine_name(instance, &record.id, &machine.name));
+            stock.directories.insert(machine.name.to_string());
             let ledger = Ledger::new(dir, record.clone());
-            if is_back {
+            if let Some(obsolete) = record.obsolete.take() {
+                // It was brought back from this, and whoever was to delete it was killed.
+                snapshots.delete(&obsolete).map_err(CollectError::Obsolete)?;
+            }
+            if changes {
                 ledger.put(record).map_err(CollectError::Record)?;
             }
             stock.left.push((ledger, Fate::Machine));
@@ -188,16 +216,20 @@ pub async fn take_stock(
             stock.remains.push(dir);
         }
     }
-    stock.ended = end_machines(instance, &machines).await.map_err(CollectError::Machines)?;
-    let mark = Host::machine_mark(instance);
-    limits.keep_only(|name| machines.contains(&format!("{mark}{name}")));
-    for entry in machines_dir.read_dir_utf8().map_err(CollectError::RunDir)? {
-        let entry = entry.map_err(CollectError::RunDir)?;
-        if !directories.contains(entry.file_name()) {
-            std::fs::remove_dir_all(entry.path()).map_err(CollectError::RunDir)?;
-        }
-    }
     Ok(stock)
+}
+
+impl Stock {
+    /// Removes the machines' directories that belong to none of its machines.
+    pub(crate) fn clear(&self, machines_dir: &Utf8Path) -> Result<(), CollectError> {
+        for entry in machines_dir.read_dir_utf8().map_err(CollectError::RunDir)? {
+            let entry = entry.map_err(CollectError::RunDir)?;
+            if !self.directories.contains(entry.file_name()) {
+                std::fs::remove_dir_all(entry.path()).map_err(CollectError::RunDir)?;
+            }
+        }
+        Ok(())
+    }
 }
 
 /// Kills the machines of this instance that are in nobody's record, and waits until each is gone.
@@ -345,6 +377,7 @@ async fn adopt(host: &Arc<Host>, ledger: &Arc<Ledger>) -> Result<Up, AdoptError>
         phases: Vec::new(),
         idle: None,
         stream_after: tokio::time::Instant::now(),
+        go_on_at: None,
     };
     if record.capture.is_some() {
         capture::open(host, &mut up, &record).await.map_err(AdoptError::Open)?;

@@ -431,7 +431,7 @@ async fn collect(host: Arc<Host>) {
 
 /// What the records of sandboxes stand on. Without the record of one nobody can say that: then it is an error,
 /// and nothing is removed.
-fn roots(sandboxes: &Utf8Path) -> SnapshotStoreResult<Roots> {
+pub(crate) fn roots(sandboxes: &Utf8Path) -> SnapshotStoreResult<Roots> {
     let unknown = |source: io::Error| SnapshotStoreError::file("read the records in", sandboxes, source);
     let mut roots = Roots::default();
     for left in record::left_behind(sandboxes).map_err(|error| unknown(io::Error::other(error)))? {

@@ -104,7 +104,9 @@ pub trait Vm: fmt::Debug + Send + Sync {
     ///
     /// # Errors
     /// [`crate::VmmError::Unsupported`] for an overlay that is no qcow2, [`crate::VmmError::Spec`] for one that
-    /// does not fit, or a machine without a disk. The machine goes on with the disk that it had.
+    /// does not fit, or a machine without a disk. The machine goes on with the disk that it had, unless the answer
+    /// was lost ([`crate::VmmError::Connection`], [`crate::VmmError::Timeout`]) or the future dropped: then ask for
+    /// [`Vm::disk_chain`].
     async fn pivot_disk(&mut self, overlay: &DiskSpec) -> VmmResult<()>;
 
     /// The files of the root disk, the top first, as the VMM has them open; empty without a disk.

@@ -40,9 +40,29 @@ pub(super) struct Prepared {
     pub(super) uplink: Arc<OpenUplink>,
     /// Its domain filter, once it has needed one.
     pub(super) filter: Option<Filter>,
+    /// Who plays the guest in it, if there is nothing but a number.
+    #[cfg(test)]
+    pub(super) played: Option<super::stand_in::Guests>,
 }
 
 impl Prepared {
+    pub(super) fn new(
+        lease: Lease,
+        namespace: NetworkNamespace,
+        policy: Option<Policy>,
+        uplink: Arc<OpenUplink>,
+    ) -> Self {
+        Self {
+            lease,
+            namespace,
+            policy,
+            uplink,
+            filter: None,
+            #[cfg(test)]
+            played: None,
+        }
+    }
+
     /// Tells the domain filter a policy, and starts it if the policy needs one. One that is there already stays
     /// when the policy needs none, for the streams that go through it.
     pub(super) async fn filter_with(&mut self, policy: &Policy) -> Result<(), SlotError> {
@@ -94,8 +114,7 @@ pub(super) async fn make(
     }
     let error = match build(&uplink, number, &policy).await {
         Ok(namespace) => {
-            let mut prepared =
-                Prepared { lease, namespace, policy: Some(policy.clone()), uplink, filter: None };
+            let mut prepared = Prepared::new(lease, namespace, Some(policy.clone()), uplink);
             let whole = async {
                 prepared.filter_with(&policy).await?;
                 shaping::apply(&prepared, Some(Bandwidth::default()), policy.bandwidth()).await
@@ -139,7 +158,7 @@ pub(super) async fn adopt(
     let lease = leases.adopt(number, &uplink.instance)?;
     let namespace = NetworkNamespace::open(number.namespace().as_std_path())
         .map_err(|source| SlotError::Namespace { number, source })?;
-    let mut prepared = Prepared { lease, namespace, policy: None, uplink, filter: None };
+    let mut prepared = Prepared::new(lease, namespace, None, uplink);
     prepared.filter_with(&policy).await?;
     nft::load(&prepared.namespace, ruleset::slot_again(&prepared.uplink.instance, number, &policy))
         .await

@@ -48,6 +48,8 @@ mod pool;
 pub mod ruleset;
 mod shaping;
 mod slot;
+#[cfg(test)]
+pub(crate) mod stand_in;
 mod stock;
 #[cfg(test)]
 mod tests;

@@ -65,7 +65,7 @@ impl PoolConfig {
 /// The slots of one instance. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct SlotPool {
-    requests: mpsc::UnboundedSender<Request>,
+    pub(super) requests: mpsc::UnboundedSender<Request>,
 }
 
 /// How many slots there are.

@@ -302,6 +302,8 @@ pub struct Up {
     pub idle: Option<IdleConnection>,
     /// When the layers of its disk may be made one again, after that has failed.
     pub stream_after: Instant,
+    /// When it is tried again to let the machine run and its guest open, if that has failed.
+    pub go_on_at: Option<Instant>,
 }
 
 /// Runs the whole chain.
@@ -407,6 +409,7 @@ impl WithSlot {
                     paused: None,
                     capture: None,
                     former: None,
+                    obsolete: None,
                 };
                 let make = blocking(move || {
                     SandboxDir::create(&host.sandboxes_dir, &record)
@@ -485,7 +488,7 @@ impl Recorded {
         let error = self.before.undo(error).await;
         let put_back = match self.former {
             None => self.ledger.remove().await,
-            Some(former) => self.ledger.change(|record| *record = former).await,
+            Some(former) => self.ledger.put_back(former).await,
         };
         if let Err(error) = put_back {
             let id = self.ledger.record().id;
@@ -551,7 +554,7 @@ impl Restored {
                     tracing::warn!(id = %machine.id, error = &error as &dyn std::error::Error, "the record does not say that the sandbox runs");
                 }
                 let phases = before.course.timer.phases;
-                Ok(Up { machine, ledger, phases, idle, stream_after: Instant::now() })
+                Ok(Up { machine, ledger, phases, idle, stream_after: Instant::now(), go_on_at: None })
             }
             Err(error) => Err(self.undo(error).await),
         }
@@ -563,6 +566,11 @@ impl Restored {
             // disk and the namespace from under it. The next start collects it.
             let id = self.before.ledger.record().id;
             tracing::error!(%id, error = &stuck as &dyn std::error::Error, "the machine did not stop; it is left to be collected");
+            if let Some(former) = self.before.former
+                && let Err(error) = self.before.ledger.put_back(former).await
+            {
+                tracing::warn!(%id, error = &error as &dyn std::error::Error, "the record is put right at the next start");
+            }
             return error;
         }
         drop(self.vm);

@@ -1,14 +1,15 @@
 //! A capture: what a sandbox is becomes a snapshot.
 //!
 //! ```text
-//!  note ─► prepare the guest · make the directory · record ─► stop ─► save devices and pages ─┬─ pause ─► commit; the machine
-//!             │                                                                              │           stays stopped
-//!             │ not in time: marked unprepared (pause),                                      └─ live ─► next overlay on top ─►
-//!             ▼ or given up (live)                                                              let it run, /init ─► commit
+//!  record ─► prepare the guest · make the directory ─► stop ─► save devices and pages ─┬─ pause ─► commit; the machine stays stopped
+//!      │                                                                              │
+//!      │ not in time: marked unprepared (pause),                                      └─ live ─► next overlay on top ─► let it run,
+//!      ▼ or given up (live)                                                                      /init ─► commit
 //! ```
 //!
-//! Whatever fails, the machine runs again and its guest is open, as before; nothing half-made is left. The one
-//! exception is a machine that is gone, and that is noticed by its exit.
+//! Whatever fails, the machine runs again and its guest is open, as before; nothing half-made is left. Where that
+//! fails too, it is tried again until it is so. The one exception is a machine that is gone, and that is noticed by
+//! its exit.
 
 use std::{sync::Arc, time::Duration};
 
@@ -37,6 +38,9 @@ const PREPARE_BOUND: Duration = Duration::from_secs(3);
 const SAVE_BOUND: Duration = Duration::from_secs(60);
 /// How long a guest may take to open again.
 const THAW_BOUND: Duration = Duration::from_secs(20);
+
+/// How long after a machine or its guest did not go on that is tried again.
+const AGAIN: Duration = Duration::from_secs(5);
 
 /// What becomes of the machine after it was saved.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -127,13 +131,15 @@ pub async fn capture(
     };
     let about_to =
         CaptureRecord { snapshot: into.clone(), pause: kind == Kind::Pause, next_layer: next.clone() };
-    // Before the guest is asked: an agent that follows this one opens only a guest of which it knows that it stands still.
-    let noted = up.ledger.note(|record| record.capture = Some(about_to));
-    noted.map_err(CaptureError::Record)?;
     let stood = Instant::now();
+    // Before the guest closes: an agent that finds it closed has to know why. The disk is waited for while it does.
+    if let Err(error) = up.ledger.note(|record| record.capture = Some(about_to)) {
+        // On disk is what was there before, and now it is true again.
+        let _ = up.ledger.note(|record| record.capture = None);
+        return Err(CaptureError::Record(error));
+    }
     let (prepared, recorded, making) = tokio::join!(
         guest::prepare(&connector, Some(&record.access_token), PREPARE_BOUND),
-        // The same once more, and durable before there is a snapshot.
         up.ledger.change(|_| {}),
         begin(host, into),
     );
@@ -153,6 +159,9 @@ pub async fn capture(
     let (making, about) = match saved.await {
         Ok(saved) => saved,
         Err(error) => {
+            if let Some(next) = &next {
+                note_top(host, up, next).await;
+            }
             go_on(host, up, &record).await;
             return Err(error);
         }
@@ -258,17 +267,41 @@ async fn next_layer(
     blocking(move || disks.clone_disk(&top, &path, size)).await.map_err(CaptureError::Disk)
 }
 
-/// Lets the machine run and its guest open, and forgets the capture. What cannot be done here is seen by
-/// everybody who speaks to the guest, and a machine that is gone by its exit.
+/// Notes the next layer as the top one if the machine is on it: it may be even though nobody was told so.
+async fn note_top(host: &Host, up: &mut Up, next: &LayerId) {
+    let id = &up.machine.id;
+    let noted = match up.machine.vm.disk_chain().await {
+        Ok(chain) if chain.first() == Some(&host.snapshots.layer_path(next)) => up.ledger.note(|record| {
+            if record.layers.first() != Some(next) {
+                record.layers.insert(0, next.clone());
+            }
+        }),
+        Ok(_) => Ok(()),
+        Err(error) => {
+            // A machine that is gone is noticed by its exit.
+            return tracing::warn!(%id, error = &error as &dyn std::error::Error, "the layers of the disk are not known");
+        }
+    };
+    if let Err(error) = noted {
+        tracing::warn!(%id, error = &error as &dyn std::error::Error, "the record does not say on which layer the machine is");
+    }
+}
+
+/// Lets the machine run and its guest open, and forgets the capture. What cannot be done here is tried again a
+/// moment later, and by the next agent; a machine that is gone is noticed by its exit.
 pub async fn go_on(host: &Host, up: &mut Up, record: &Record) {
     let id = &record.id;
+    // Until it is done it is still to be done.
+    up.go_on_at = Some(Instant::now() + AGAIN);
     if let Err(error) = up.machine.vm.resume().await {
         tracing::error!(%id, error = &error as &dyn std::error::Error, "the machine does not run again");
         return;
     }
     if let Err(error) = open(host, up, record).await {
         tracing::error!(%id, error = &error as &dyn std::error::Error, "the guest does not open again");
+        return;
     }
+    up.go_on_at = None;
     if let Err(error) = up.ledger.note(|record| record.capture = None) {
         tracing::warn!(%id, error = &error as &dyn std::error::Error, "the record still tells of a capture");
     }

@@ -1,7 +1,7 @@
 //! The driver: the one task that owns a sandbox from its first file to its last.
 //!
 //! It begins with a bring-up, or with what an earlier agent left. Then it waits for the first of: the machine's
-//! end, a request, one of the two clocks. The machine's end comes first when several are true at once, because a
+//! end, a request, one of the two clocks, the time to try again what did not go on. The machine's end comes first when several are true at once, because a
 //! sandbox that is gone must not be reported as destroyed by request. Each is worked off before the next is looked
 //! at; only a destroy is seen while something is under way, and breaks a bring-up off.
 //!
@@ -22,7 +22,7 @@ pub use error::OperationError;
 use jiff::Timestamp;
 use tokio::{
     sync::{Notify, watch},
-    time::{Instant, sleep},
+    time::{Instant, sleep, sleep_until},
 };
 use tokio_util::task::TaskTracker;
 use wrenn_types::{EndReason, SnapshotId, TimeoutAction};
@@ -126,6 +126,8 @@ enum Event {
     Asked(Next),
     Idle,
     Deadline(TimeoutAction),
+    /// A machine or a guest that did not go on is to be told so again.
+    GoOn,
     /// The layers of the disk are one, or could not be made one.
     Streamed(Result<(), VmmError>),
 }
@@ -294,7 +296,7 @@ impl Driver {
         };
         match residence {
             Residence::Up(up) => {
-                let stream_after = up.stream_after;
+                let (stream_after, go_on_at) = (up.stream_after, up.go_on_at);
                 let Up { machine, ledger, .. } = up.as_mut();
                 let mut exit = machine.vm.exit();
                 let base = machine.base_disk.clone();
@@ -305,6 +307,7 @@ impl Driver {
                     next = self.next_request() => Event::Asked(next),
                     () = self.handle.inner.activity.expired(settings.timeout.duration()) => Event::Idle,
                     action = Self::deadline(settings.deadline, again) => Event::Deadline(action),
+                    () = sleep_until(go_on_at.unwrap_or_else(Instant::now)), if go_on_at.is_some() => Event::GoOn,
                     done = machine.vm.stream_disk(&base), if too_deep => Event::Streamed(done),
                 }
             }
@@ -357,6 +360,12 @@ impl Driver {
                     return Some(self.take_down(residence, ended(EndReason::Deadline)).await);
                 }
                 Event::Deadline(TimeoutAction::Pause) => self.by_itself(residence, Some(RETRY)).await,
+                Event::GoOn => {
+                    if let Residence::Up(up) = &mut residence {
+                        self.go_on(up).await;
+                    }
+                    (residence, None)
+                }
                 Event::Streamed(done) => {
                     if let Residence::Up(up) = &mut residence {
                         self.merged(up, done).await;
@@ -435,11 +444,14 @@ impl Driver {
         self.publish(|status| deadline::meet(&mut status.settings, &mut status.deadline_met, now));
     }
 
-    async fn forget_snapshot(&self, snapshot: SnapshotId) {
+    /// Deletes what a sandbox was saved as; whether that is gone.
+    async fn forget_snapshot(&self, snapshot: SnapshotId) -> bool {
         let (snapshots, id) = (self.host.snapshots.clone(), snapshot.clone());
-        if let Err(error) = blocking(move || snapshots.delete(&id)).await {
-            tracing::warn!(%snapshot, error = &error as &dyn std::error::Error, "a snapshot that is not needed stays until the next start");
+        let deleted = blocking(move || snapshots.delete(&id)).await;
+        if let Err(error) = &deleted {
+            tracing::warn!(%snapshot, error = error as &dyn std::error::Error, "a snapshot that is not needed stays until the next start");
         }
+        deleted.is_ok()
     }
 
     /// Takes everything of a sandbox down: the machine, the way to it, what it was saved as, its layers, its record.

@@ -17,7 +17,7 @@
 //!
 //! What the driver does is made of two things: [`bring_up`] makes a machine from a template or a snapshot,
 //! [`capture`] makes a snapshot of a machine. Every other verb is an order of these. What a new agent needs to
-//! take the sandbox over is in its [`record`].
+//! take the sandbox over is in its [`record`]. The tests of this module drive all of it against a model.
 
 pub mod activity;
 pub mod bring_up;
@@ -29,6 +29,8 @@ pub mod machine;
 pub mod queue;
 pub mod record;
 pub mod source;
+#[cfg(test)]
+mod tests;
 
 use std::{
     collections::BTreeMap,

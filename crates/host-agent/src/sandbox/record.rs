@@ -9,7 +9,9 @@
 //!  a capture begins                  capture: snapshot, next layer      no such snapshot: goes on as it was
 //!  a pause's machine is ended        paused                             paused; a machine that lives is ended
 //!  a resumed machine is started      paused, machine, new top layer     paused: the machine is ended, the layer goes
-//!  a resumed machine is answered for machine                            adopted
+//!  a resumed machine is answered for machine, obsolete: the snapshot    adopted; the snapshot goes
+//!  a rolled back machine is started  former, machine, new top layer     former, which goes on; the machine is ended
+//!  it is answered for                machine                            adopted
 //! ```
 
 use std::{
@@ -78,20 +80,12 @@ pub struct Record {
     pub paused: Option<PausedRecord>,
     /// A capture that is under way.
     pub capture: Option<CaptureRecord>,
-    /// What it is while another machine is made in its place. While this is here, it is the sandbox.
+    /// The machine that another one is to take the place of. While this is here, it is the sandbox.
     #[serde(default)]
     pub former: Option<FormerRecord>,
-}
-
-/// A machine that stands still while another one is made in its place, and goes on if that fails.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct FormerRecord {
-    /// The machine.
-    pub machine: MachineRecord,
-    /// What its memory differs from.
-    pub base: BaseKey,
-    /// Its disk above the base's, top first.
-    pub layers: Vec<LayerId>,
+    /// What it was saved as before it was brought back, until that is deleted.
+    #[serde(default)]
+    pub obsolete: Option<SnapshotId>,
 }
 
 /// How the machine of a sandbox is found again.
@@ -103,6 +97,17 @@ pub struct MachineRecord {
     pub slot: u16,
     /// Whether its guest has become itself; one that has not is half-made.
     pub up: bool,
+}
+
+/// A machine that stands still while another one is made in its place.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FormerRecord {
+    /// How it is found again.
+    pub machine: MachineRecord,
+    /// As [`Record::layers`] of this machine.
+    pub layers: Vec<LayerId>,
+    /// As [`Record::base`] of this machine.
+    pub base: BaseKey,
 }
 
 /// What a paused sandbox is saved as.
@@ -131,39 +136,37 @@ impl Record {
         deadline::meet(&mut self.settings, &mut self.deadline_met, now);
     }
 
-    /// Every layer that may be in use: those of the disk, the one that is to come, and those of a former machine.
+    /// Every layer that may be in use: those of the disk, the one that is to come, and those of a machine that
+    /// may go on.
     pub fn layers_in_use(&self) -> impl Iterator<Item = &LayerId> {
-        let to_come = self.capture.iter().filter_map(|capture| capture.next_layer.as_ref());
-        let former = self.former.iter().flat_map(|former| &former.layers);
-        self.layers.iter().chain(to_come).chain(former)
+        let next = self.capture.iter().filter_map(|capture| capture.next_layer.as_ref());
+        self.layers.iter().chain(next).chain(self.former.iter().flat_map(|former| &former.layers))
     }
 
     /// Every base that may be in use.
     pub fn bases_in_use(&self) -> impl Iterator<Item = &BaseKey> {
-        std::iter::once(&self.base).chain(self.former.iter().map(|former| &former.base))
+        std::iter::once(&self.base).chain(self.former.as_ref().map(|former| &former.base))
     }
 
     /// Another machine is made: it is not the sandbox before that is said ([`Record::settle`]). A machine that is
     /// there, and is the sandbox, can be gone back to until then.
     pub fn begin_machine(&mut self, machine: MachineRecord, base: BaseKey, layers: Vec<LayerId>) {
-        let former = FormerRecord {
-            machine: machine.clone(),
-            base: std::mem::replace(&mut self.base, base),
-            layers: std::mem::replace(&mut self.layers, layers),
-        };
-        let before = self.machine.replace(machine);
-        self.former = before.filter(|before| before.up).map(|machine| FormerRecord { machine, ..former });
+        let base = std::mem::replace(&mut self.base, base);
+        let layers = std::mem::replace(&mut self.layers, layers);
+        let before = self.machine.replace(machine).filter(|before| before.up);
+        self.former = before.map(|machine| FormerRecord { machine, layers, base });
     }
 
-    /// The machine that was made last is the sandbox.
+    /// The machine that was made last is the sandbox. What it was made from is to be deleted.
     pub fn settle(&mut self) {
-        (self.paused, self.former) = (None, None);
+        self.obsolete = self.paused.take().map(|paused| paused.snapshot);
+        self.former = None;
     }
 
-    /// The machine that was made last is not the sandbox, if there was one before it.
+    /// Makes the former machine, if there is one, that of the sandbox again.
     pub fn go_back(&mut self) {
-        if let Some(FormerRecord { machine, base, layers }) = self.former.take() {
-            (self.machine, self.base, self.layers) = (Some(machine), base, layers);
+        if let Some(FormerRecord { machine, layers, base }) = self.former.take() {
+            (self.machine, self.layers, self.base) = (Some(machine), layers, base);
         }
     }
 }
@@ -308,17 +311,26 @@ impl Ledger {
         blocking(move || ledger.put(record)).await
     }
 
-    /// Changes the record for an agent that is started after this one, but not for a host that is: machines do not
-    /// survive that. It waits for no disk.
+    /// Makes the record what it was, whether or not that can be written: what is done next follows from it.
     ///
     /// # Errors
-    /// The former one is there then.
+    /// The record that an agent finds is the one before this.
+    pub async fn put_back(self: &Arc<Self>, former: Record) -> Result<(), RecordError> {
+        *self.record.lock().unwrap_or_else(PoisonError::into_inner) = former.clone();
+        let ledger = Arc::clone(self);
+        blocking(move || ledger.put(former)).await
+    }
+
+    /// Notes what has happened, for an agent that is started after this one, but not for a host that is: machines do
+    /// not survive that. It waits for no disk.
+    ///
+    /// # Errors
+    /// On disk is the former one; it has happened all the same, and what this agent does next follows from it.
     pub fn note(&self, change: impl FnOnce(&mut Record)) -> Result<(), RecordError> {
         let mut record = self.record();
         change(&mut record);
-        self.dir.replace(&record, false)?;
-        *self.record.lock().unwrap_or_else(PoisonError::into_inner) = record;
-        Ok(())
+        *self.record.lock().unwrap_or_else(PoisonError::into_inner) = record.clone();
+        self.dir.replace(&record, false)
     }
 
     /// Removes the directory with the record, and all that is in it.
@@ -393,6 +405,7 @@ mod tests {
             paused: None,
             capture: None,
             former: None,
+            obsolete: None,
         }
     }
 

@@ -1,8 +1,9 @@
 //! The root disk of a machine that is not there: the files that a VMM would have open. Nothing is written to
-//! them but what their owner is told: their sizes, and what they stand on.
+//! them but what their owner is told, their sizes and what they stand on, and one number as its guest's content.
 
 use std::{
     fs::{File, OpenOptions},
+    io,
     os::unix::fs::FileExt,
 };
 
@@ -13,6 +14,8 @@ use crate::{DiskFormat, DiskSpec, VmmError, VmmResult, qcow2, validate};
 
 /// Overlays stand on each other, and a chain that does not end is a circle.
 const DEEPEST: usize = 256;
+/// Where the number is in a file: behind the longest header, in the cluster that it has for itself.
+const NUMBER_AT: u64 = 32 << 10;
 
 #[derive(Debug)]
 pub(super) struct Disk {
@@ -74,14 +77,42 @@ impl Disk {
         Ok(())
     }
 
+    /// What its guest wrote last.
+    pub(super) fn read(&self) -> io::Result<u64> {
+        for path in &self.chain {
+            let number = number_in(path)?;
+            if number != 0 {
+                return Ok(number);
+            }
+        }
+        Ok(0)
+    }
+
+    pub(super) fn write(&self, number: u64) -> io::Result<()> {
+        let top = OpenOptions::new().write(true).open(&self.chain[0])?;
+        top.write_all_at(&number.to_le_bytes(), NUMBER_AT)
+    }
+
     pub(super) fn stream(&mut self, base: &Utf8Path) -> VmmResult<()> {
         let at = validate::below_the_top(&self.chain, base)?;
         if at > 1 {
             let top = &self.chain[0];
+            let number = self.chain[..at].iter().map(|path| number_in(path)).find(|it| !matches!(it, Ok(0)));
+            if let Some(number) = number.transpose().map_err(cannot("read", top))? {
+                self.write(number).map_err(cannot("write", top))?;
+            }
             let named = qcow2::set_backing_file(top, &self.chain[at]);
             named.map_err(cannot("write", top))?;
             self.chain.drain(1..at);
         }
         Ok(())
+    }
+}
+
+fn number_in(path: &Utf8Path) -> io::Result<u64> {
+    let mut number = [0; 8];
+    match File::open(path)?.read_exact_at(&mut number, NUMBER_AT) {
+        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Ok(0),
+        read => read.map(|()| u64::from_le_bytes(number)),
     }
 }

@@ -37,6 +37,8 @@ pub(super) struct Process {
     /// How its guest has ended it while it had no owner: it stands still until it has one.
     pub(super) unseen: Option<ExitReason>,
     pub(super) inside: Arc<Mutex<Inside>>,
+    /// Where its network is.
+    pub(super) namespace: Option<Utf8PathBuf>,
     /// Closed with the machine, as a process would.
     _keep_open: Vec<OwnedFd>,
 }
@@ -46,8 +48,8 @@ pub(super) struct Process {
 pub(super) struct Inside {
     shape: Shape,
     guest_id: String,
-    disk: Option<Disk>,
-    guest: Guest,
+    pub(super) disk: Option<Disk>,
+    pub(super) guest: Guest,
     pub(super) memory: Memory,
     saved: Option<SnapshotFiles>,
 }
@@ -92,6 +94,7 @@ impl Process {
             is_adopted: false,
             unseen: None,
             inside: Arc::new(Mutex::new(inside)),
+            namespace: spec.network.map(|network| network.namespace),
             _keep_open: spec.keep_open,
         }
     }
@@ -246,6 +249,10 @@ impl FakeMachine {
         self.enter(step).await?;
         let done = self.inside(work)?;
         self.plan.leave(step, &self.name);
+        if self.plan.is_lost(step) {
+            let source = io::ErrorKind::ConnectionAborted.into();
+            return Err(VmmError::Connection { command: step.word().to_owned(), source });
+        }
         Ok(done)
     }
 }

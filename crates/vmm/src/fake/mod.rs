@@ -9,8 +9,8 @@
 //! memory was not what it had been. `conformance=poweroff`, `reboot` or `panic` among its kernel arguments makes
 //! it do that at once.
 //!
-//! Its memory is the few pages that were written ([`Fake::write_page`]), its disk is the files and what their
-//! headers say, and its snapshots are files that only it can restore. A machine is there until it ends, like
+//! Its memory is the few pages that were written ([`Fake::write_page`]), its disk is the files, what their
+//! headers say and one number ([`Fake::write_disk`]), and its snapshots are files that only it can restore. A machine is there until it ends, like
 //! a process, and can be released and adopted; [`Fake::lose_owners`] does what the death of their owners'
 //! process would.
 
@@ -21,13 +21,15 @@ mod memory;
 
 use std::{
     collections::{BTreeMap, HashMap},
+    fmt,
+    future::pending,
     io,
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
 
 use async_trait::async_trait;
-use camino::Utf8Path;
+use camino::{Utf8Path, Utf8PathBuf};
 
 use self::machine::{FakeMachine, Inside, Process};
 use crate::{
@@ -112,6 +114,11 @@ impl Fake {
         self.plan.change(|faults| faults.fail.push(step));
     }
 
+    /// Makes the next call of a step of a machine be done and answered with an error, as when the answer is lost.
+    pub fn lose_answer(&self, step: Step) {
+        self.plan.change(|faults| faults.lose.push(step));
+    }
+
     /// Makes every call of a step take this long.
     pub fn delay(&self, step: Step, duration: Duration) {
         self.plan.change(|faults| faults.delay.insert(step, duration));
@@ -120,6 +127,22 @@ impl Fake {
     /// Makes the next machine that completes a step die right after it, as if killed.
     pub fn crash_after(&self, step: Step) {
         self.plan.change(|faults| faults.crash.push(step));
+    }
+
+    /// Forgets all that was to go wrong and has not.
+    pub fn calm(&self) {
+        self.plan.change(|faults| {
+            faults.fail.clear();
+            faults.crash.clear();
+            faults.lose.clear();
+            faults.delay.clear();
+        });
+    }
+
+    /// Asks `observer` before every step whether to take it. A step that is not taken never ends, as in a
+    /// process that was stopped there.
+    pub fn observe(&self, observer: impl Fn(Step) -> bool + Send + Sync + 'static) {
+        self.plan.change(|faults| faults.observer = Observer(Some(Arc::new(observer))));
     }
 
     /// The names of the machines that there are.
@@ -159,6 +182,41 @@ impl Fake {
         self.inside(name, |inside| inside.memory.has(page).then(|| inside.memory.read(page))).flatten()
     }
 
+    /// Writes a number to a machine's disk, as its guest would; says whether it could. It lies in the topmost
+    /// file, where nothing else of an overlay is.
+    pub fn write_disk(&self, name: &str, number: u64) -> bool {
+        self.inside(name, |inside| inside.disk.as_ref().is_some_and(|disk| disk.write(number).is_ok()))
+            .unwrap_or(false)
+    }
+
+    /// The number on a machine's disk: nought where none was written; none without a disk that can be read.
+    #[must_use]
+    pub fn read_disk(&self, name: &str) -> Option<u64> {
+        self.inside(name, |inside| inside.disk.as_ref()?.read().ok()).flatten()
+    }
+
+    /// The files of a machine's disk, the top first.
+    #[must_use]
+    pub fn disk_files(&self, name: &str) -> Vec<Utf8PathBuf> {
+        self.inside(name, |inside| inside.disk.as_ref().map(disk::Disk::chain)).flatten().unwrap_or_default()
+    }
+
+    /// Whether a machine's CPUs run; none when there is no such machine.
+    #[must_use]
+    pub fn is_running(&self, name: &str) -> Option<bool> {
+        self.inside(name, |inside| inside.guest.is_running())
+    }
+
+    /// The machine that was started in a network namespace, if it is there.
+    #[must_use]
+    pub fn machine_in(&self, namespace: &Utf8Path) -> Option<String> {
+        self.plan.change(|faults| {
+            let mut machines = faults.machines.iter();
+            let found = machines.find(|(_, process)| process.namespace.as_deref() == Some(namespace));
+            found.map(|(name, _)| name.clone())
+        })
+    }
+
     fn inside<T>(&self, name: &str, work: impl FnOnce(&mut Inside) -> T) -> Option<T> {
         let inside = self.plan.change(|faults| Some(Arc::clone(&faults.machines.get(name)?.inside)))?;
         let mut inside = inside.lock().unwrap_or_else(PoisonError::into_inner);
@@ -174,9 +232,21 @@ struct Plan(Arc<Mutex<Faults>>);
 struct Faults {
     fail: Vec<Step>,
     crash: Vec<Step>,
+    lose: Vec<Step>,
     delay: HashMap<Step, Duration>,
     machines: BTreeMap<String, Process>,
     last_owner: u64,
+    observer: Observer,
+}
+
+/// Who is asked before each step; nobody unless a test says so.
+#[derive(Clone, Default)]
+struct Observer(Option<Arc<dyn Fn(Step) -> bool + Send + Sync>>);
+
+impl fmt::Debug for Observer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(if self.0.is_some() { "Observer(a test)" } else { "Observer" })
+    }
 }
 
 impl Plan {
@@ -215,6 +285,10 @@ impl Plan {
 
     /// Takes the time and the failure that were asked for.
     async fn enter(&self, step: Step) -> VmmResult<()> {
+        let observer = self.change(|faults| faults.observer.clone());
+        if observer.0.is_some_and(|observer| !observer(step)) {
+            return pending().await;
+        }
         let delay = self.change(|faults| faults.delay.get(&step).copied());
         if let Some(delay) = delay {
             tokio::time::sleep(delay).await;
@@ -224,6 +298,11 @@ impl Plan {
             return Err(VmmError::Refused { command: step.word().to_owned(), message });
         }
         Ok(())
+    }
+
+    /// Whether nobody is to hear that a step was done.
+    fn is_lost(&self, step: Step) -> bool {
+        self.change(|faults| take(&mut faults.lose, step))
     }
 
     /// Lets the machine die if that was asked for.

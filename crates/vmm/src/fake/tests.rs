@@ -2,7 +2,7 @@ use camino::Utf8PathBuf;
 use wrenn_types::{MemoryMib, Shape, Vcpus};
 
 use super::*;
-use crate::{GuestBundle, SnapshotStatistics};
+use crate::{DiskSpec, GuestBundle, SnapshotStatistics};
 
 fn spec(directory: &tempfile::TempDir, name: &str) -> MachineSpec {
     let root = Utf8PathBuf::from_path_buf(directory.path().to_owned()).unwrap();
@@ -127,4 +127,56 @@ async fn a_machine_outlives_the_process_of_its_owner() {
     assert!(fake.machines().is_empty(), "who adopted it does");
     let gone = fake.adopt(known).await.map(drop);
     assert!(matches!(&gone, Err(VmmError::NotThere { name }) if name == "a"), "{gone:?}");
+}
+
+#[tokio::test]
+async fn what_a_guest_wrote_to_its_disk_is_read_through_the_layers() {
+    let directory = tempfile::tempdir().unwrap();
+    let fake = Fake::new();
+    let path = |name: &str| Utf8PathBuf::from_path_buf(directory.path().join(name)).unwrap();
+    let overlay = |name: &str, on: &str| {
+        let on = if on.is_empty() { String::new() } else { path(on).into_string() };
+        let mut header = vec![0; 112];
+        header[..8].copy_from_slice(b"QFI\xfb\0\0\0\x03");
+        header[15] = 112;
+        header[19] = u8::try_from(on.len()).unwrap();
+        header[24..32].copy_from_slice(&(1_u64 << 30).to_be_bytes());
+        header.extend(on.as_bytes());
+        // A name that is longer takes its place later.
+        header.resize(2048, 0);
+        std::fs::write(path(name), header).unwrap();
+        DiskSpec { path: path(name), format: crate::DiskFormat::Qcow2 }
+    };
+    overlay("base", "");
+    let first = overlay("first", "base");
+    let mut vm = fake.boot(MachineSpec { disk: Some(first), ..spec(&directory, "a") }, None).await.unwrap();
+    assert_eq!(fake.read_disk("a"), Some(0));
+    assert!(fake.write_disk("a", 7));
+    vm.pivot_disk(&overlay("second", "first")).await.unwrap();
+    assert_eq!(fake.read_disk("a"), Some(7));
+    vm.pivot_disk(&overlay("third", "second")).await.unwrap();
+    vm.stream_disk(&path("base")).await.unwrap();
+    std::fs::remove_file(path("first")).unwrap();
+    assert_eq!((fake.read_disk("a"), fake.disk_files("a").len()), (Some(7), 2));
+    assert!(fake.write_disk("a", 8));
+    assert_eq!(fake.read_disk("a"), Some(8));
+    assert_eq!((fake.read_disk("b"), fake.is_running("a"), fake.is_running("b")), (None, Some(true), None));
+}
+
+#[tokio::test]
+async fn a_step_can_be_stopped_before_it_and_its_answer_lost_after_it() {
+    let directory = tempfile::tempdir().unwrap();
+    let fake = Fake::new();
+    let mut vm = fake.boot(spec(&directory, "a"), None).await.unwrap();
+    fake.observe(|step| step != Step::Pause);
+    vm.resume().await.unwrap();
+    let paused = tokio::time::timeout(Duration::from_millis(20), vm.pause()).await;
+    assert!(paused.is_err() && fake.is_running("a") == Some(true));
+    fake.observe(|_| true);
+    fake.lose_answer(Step::Pause);
+    assert!(matches!(vm.pause().await, Err(VmmError::Connection { .. })));
+    assert_eq!(fake.is_running("a"), Some(false));
+    fake.fail_next(Step::Resume);
+    fake.calm();
+    vm.resume().await.unwrap();
 }

@@ -74,14 +74,24 @@ impl Driver {
         });
         if let Err(error) = recorded.await {
             self.forget_snapshot(snapshot).await;
-            let record = up.ledger.record();
-            capture::go_on(&self.host, &mut up, &record).await;
+            self.go_on(&mut up).await;
             return self.still_up(up, OperationError::Record(error));
         }
         let Up { machine, ledger, .. } = *up;
         self.leave(machine).await;
         self.rest(&kept, at.into(), &ledger.record()).await;
         (Residence::Paused(Paused { ledger, snapshot }), Ok(Outcome::Done))
+    }
+
+    /// Lets a machine run and its guest open. The first request of a user finds the way into the guest.
+    pub(super) async fn go_on(&self, up: &mut Up) {
+        let record = up.ledger.record();
+        capture::go_on(&self.host, up, &record).await;
+        if let Some(guest) = self.handle.inner.guest().as_mut()
+            && let Some(idle) = up.idle.take()
+        {
+            guest.idle = Some(idle);
+        }
     }
 
     /// After an operation that left the machine where it was.
@@ -111,7 +121,12 @@ impl Driver {
         let since = self.status.borrow().paused.clone();
         match self.machine_of(&paused.ledger, snapshot).await {
             Ok(mut up) => {
-                self.forget_snapshot(paused.snapshot).await;
+                if self.forget_snapshot(paused.snapshot).await
+                    && let Err(error) = up.ledger.note(|record| record.obsolete = None)
+                {
+                    let id = &self.handle.spec().id;
+                    tracing::warn!(%id, error = &error as &dyn std::error::Error, "the record still tells of a snapshot that is gone");
+                }
                 self.enter(&mut up);
                 (Residence::Up(Box::new(up)), Ok(Outcome::Done))
             }
@@ -127,16 +142,20 @@ impl Driver {
 
     /// A machine of this very sandbox from a snapshot, recorded as the one that it is now.
     async fn machine_of(&self, ledger: &Arc<Ledger>, snapshot: SnapshotId) -> Result<Up, OperationError> {
-        let record = ledger.record();
-        let persona = Persona { access_token: record.access_token, is_new: false };
+        let former = ledger.record();
+        let persona = Persona { access_token: former.access_token.clone(), is_new: false };
         let recording = Recording::Change(Arc::clone(ledger));
         let up = self.bring_up(recording, persona, From::Itself(snapshot)).await;
         let up = up.map_err(OperationError::BringUp)?;
         // From here on the machine is the sandbox. If this cannot be written, the next agent goes back to what
-        // was before, saved or a machine that stands still, so that must not be removed.
+        // was saved, so it must not be removed.
         if let Err(error) = up.ledger.change(Record::settle).await {
-            let Up { machine, .. } = up;
+            let Up { machine, ledger, .. } = up;
             self.leave(machine).await;
+            if let Err(error) = ledger.put_back(former).await {
+                let id = &self.handle.spec().id;
+                tracing::warn!(%id, error = &error as &dyn std::error::Error, "the record is put right at the next start");
+            }
             return Err(OperationError::Record(error));
         }
         Ok(up)
@@ -208,6 +227,8 @@ impl Driver {
         self.publish(|status| status.stage = Stage::Resuming);
         // It stands still, so that nothing that it does meanwhile is lost unseen, and it can go on if this fails.
         if let Err(error) = up.machine.vm.pause().await {
+            // It may stand still all the same.
+            self.go_on(&mut up).await;
             return self.still_up(up, OperationError::Stop(error));
         }
         match self.machine_of(&up.ledger, to).await {
@@ -218,9 +239,7 @@ impl Driver {
                 (Residence::Up(Box::new(new)), Ok(Outcome::Done))
             }
             Err(error) => {
-                if let Err(error) = up.machine.vm.resume().await {
-                    tracing::error!(id = %up.machine.id, error = &error as &dyn std::error::Error, "the machine does not run again");
-                }
+                self.go_on(&mut up).await;
                 self.still_up(up, error)
             }
         }

@@ -21,6 +21,16 @@ use crate::{
     snapshot_store::{Digest, FileRecord, Manifest, SnapshotStoreError, Subject, WarmSnapshot, digest},
 };
 
+impl Snapshots {
+    /// A store that asks `observer` after each of its steps whether the next one fails.
+    pub(crate) fn open_watched(
+        directory: &Utf8Path,
+        observer: impl Fn() -> std::io::Result<()> + Send + Sync + 'static,
+    ) -> SnapshotsResult<Self> {
+        Self::open_observed(directory, super::Steps::observed(move |_| observer()))
+    }
+}
+
 const HOUR: Duration = Duration::from_secs(60 * 60);
 
 /// A directory with a cache of warm snapshots and a store.

@@ -1,0 +1,568 @@
+//! Any order of any verbs, by many at once, with whatever fails, ends in a legal state: the real drivers, records
+//! and stores against a model, on a host whose machines, guests and slots are played.
+//!
+//! ```text
+//!  steps ─► World: agent, fake machines, played guests ─► what was told, what is seen ─┐
+//!    └────► Model (pure): what may be                                                  ┴─► equal?
+//! ```
+//!
+//! After each step every sandbox is settled, its record says so, its one machine runs on the layers that the
+//! record names and holds what was written last, and its guest is itself and open. At the end everything is
+//! deleted, and nothing is left.
+
+mod cases;
+mod guest;
+mod model;
+mod world;
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    future::Future,
+    pin::Pin,
+    time::Duration,
+};
+
+use camino::Utf8PathBuf;
+use futures::future::join_all;
+use proptest::{collection::vec, prelude::*, test_runner::TestRunner};
+use tokio::time::timeout;
+use wrenn_types::{InactivityTimeout, SandboxId, SnapshotId};
+use wrenn_vmm::{ExitReason, fake::Step as Vm};
+
+use self::{
+    guest::{Call, Manner},
+    model::{Ask, Model, State, Told, Trouble},
+    world::{CONTENT, Control, Ground, World, spec},
+};
+use crate::{
+    registry::Registry,
+    sandbox::{RequestError, Stage, Update, driver::chain, queue::Verb, record},
+    warm::blocking,
+};
+
+/// In no case does an answer take longer: the longest bound of what is done, several times.
+const BOUND: Duration = Duration::from_secs(3600);
+/// A sandbox with a timeout may be idle for so long, which is more than all that hangs in a case.
+const IDLE_SECONDS: i64 = 86_400;
+
+/// Something that is asked at the same time as other things. Numbers choose one of what there is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Plan {
+    Create,
+    CreateFrom(u8),
+    Pause(u8),
+    Resume(u8),
+    Snapshot(u8),
+    /// So many snapshots that the layers of its disk become too many.
+    Deepen(u8),
+    Rollback(u8, u8),
+    Timeout(u8),
+    Destroy(u8),
+    Delete(u8),
+}
+
+/// Something that goes wrong meanwhile.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Fault {
+    Fails(Vm),
+    /// It is done, and nobody is told so.
+    Unanswered(Vm),
+    Hangs(Vm),
+    Crashes(Vm),
+    Guest(Call, Manner),
+    DiskFull(u8),
+    NoSlot,
+    /// The record of a sandbox cannot be written, from the so manyth thing on that happens.
+    Record(u8, u8),
+    Dies(u8),
+}
+
+/// How a step ends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum End {
+    GoOn,
+    /// The agent is killed at the so manyth thing that happens.
+    Kill(u8),
+    /// It is stopped, and leaves the sandboxes as they are.
+    Stop,
+    /// Nobody asks for anything for a long time.
+    Idle,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Step {
+    plans: Vec<Plan>,
+    fault: Option<Fault>,
+    end: End,
+}
+
+fn plan() -> impl Strategy<Value = Plan> {
+    let which = any::<u8>;
+    prop_oneof![
+        2 => Just(Plan::Create),
+        2 => which().prop_map(Plan::CreateFrom),
+        4 => which().prop_map(Plan::Pause),
+        4 => which().prop_map(Plan::Resume),
+        4 => which().prop_map(Plan::Snapshot),
+        1 => which().prop_map(Plan::Deepen),
+        4 => (which(), which()).prop_map(|(one, to)| Plan::Rollback(one, to)),
+        1 => which().prop_map(Plan::Timeout),
+        1 => which().prop_map(Plan::Destroy),
+        1 => which().prop_map(Plan::Delete),
+    ]
+}
+
+fn fault() -> impl Strategy<Value = Fault> {
+    let fails =
+        vec![Vm::Restore, Vm::Pause, Vm::Resume, Vm::Snapshot, Vm::PivotDisk, Vm::StreamDisk, Vm::Stop];
+    let lost = vec![Vm::Pause, Vm::Resume, Vm::Snapshot, Vm::PivotDisk];
+    let hangs = vec![Vm::Restore, Vm::Snapshot, Vm::PivotDisk];
+    let call = prop_oneof![Just(Call::Init), Just(Call::Prepare)];
+    let manner = prop_oneof![Just(Manner::Refuse), Just(Manner::Break), Just(Manner::Hang)];
+    prop_oneof![
+        3 => prop::sample::select(fails.clone()).prop_map(Fault::Fails),
+        2 => prop::sample::select(lost).prop_map(Fault::Unanswered),
+        2 => prop::sample::select(hangs).prop_map(Fault::Hangs),
+        2 => prop::sample::select(fails[..5].to_vec()).prop_map(Fault::Crashes),
+        3 => (call, manner).prop_map(|(call, manner)| Fault::Guest(call, manner)),
+        3 => (0_u8..16).prop_map(Fault::DiskFull),
+        1 => Just(Fault::NoSlot),
+        3 => (any::<u8>(), 0_u8..12).prop_map(|(one, after)| Fault::Record(one, after)),
+        1 => any::<u8>().prop_map(Fault::Dies),
+    ]
+}
+
+fn step() -> impl Strategy<Value = Step> {
+    let end = prop_oneof![
+        10 => Just(End::GoOn),
+        4 => (0_u8..40).prop_map(End::Kill),
+        1 => Just(End::Stop),
+        1 => Just(End::Idle),
+    ];
+    (vec(plan(), 0..4), proptest::option::weighted(0.3, fault()), end).prop_map(|(plans, fault, end)| Step {
+        plans,
+        fault,
+        end,
+    })
+}
+
+fn steps() -> impl Strategy<Value = Vec<Step>> {
+    vec(step(), 1..10).prop_map(|mut steps| {
+        // Without a sandbox nothing can be asked.
+        steps.insert(0, Step { plans: vec![Plan::Create], fault: None, end: End::GoOn });
+        steps
+    })
+}
+
+/// What a case knows beside what the model does.
+#[derive(Default)]
+struct Notes {
+    model: Model,
+    written: u64,
+    /// Who may be saved without standing still: nobody else can be made of that.
+    unprepared: BTreeSet<SandboxId>,
+    /// Whose records may be old.
+    unrecorded: BTreeSet<SandboxId>,
+    with_timeout: BTreeSet<SandboxId>,
+}
+
+type Answer = Pin<Box<dyn Future<Output = Told>>>;
+
+/// One thing that is asked for, and its answer.
+struct Asked {
+    id: Option<(SandboxId, Ask)>,
+    deletes: Option<SnapshotId>,
+    answer: Answer,
+}
+
+/// What was asked of a sandbox or of the store, and what was told.
+type Answered = (Option<(SandboxId, Ask)>, Option<SnapshotId>, Told);
+
+fn choose<T: Clone>(number: u8, of: impl Iterator<Item = T>) -> Option<T> {
+    let all = of.collect::<Vec<_>>();
+    all.get(usize::from(number).checked_rem(all.len())?).cloned()
+}
+
+impl Notes {
+    fn ask(&mut self, registry: &Registry, control: &Control, plan: &Plan) -> Vec<Asked> {
+        let sandbox = |number| choose(number, self.model.sandboxes.keys().cloned());
+        let saved = |number| choose(number, self.model.snapshots.keys().cloned());
+        let asked = match plan {
+            Plan::Create => Some((SandboxId::random(), Ask::Create)),
+            Plan::CreateFrom(from) => saved(*from).map(|from| (SandboxId::random(), Ask::CreateFrom(from))),
+            Plan::Pause(one) => sandbox(*one).map(|id| (id, Ask::Pause)),
+            Plan::Resume(one) => sandbox(*one).map(|id| (id, Ask::Resume)),
+            Plan::Snapshot(one) => sandbox(*one).map(|id| (id, Ask::Snapshot(SnapshotId::random()))),
+            Plan::Deepen(one) => {
+                let Some(id) = sandbox(*one) else { return Vec::new() };
+                let asks = (0..10).map(|_| (id.clone(), Ask::Snapshot(SnapshotId::random())));
+                return asks.map(|asked| ask_one(registry, control, asked)).collect();
+            }
+            Plan::Rollback(one, to) => sandbox(*one).and_then(|id| {
+                let own = self.model.snapshots.iter().filter(|(_, (of, _))| *of == id);
+                let to = choose(*to, own.map(|(snapshot, _)| snapshot.clone()));
+                to.map(|to| (id, Ask::Rollback(to)))
+            }),
+            Plan::Timeout(one) => sandbox(*one).map(|id| (id, Ask::Update)),
+            Plan::Destroy(one) => sandbox(*one).map(|id| (id, Ask::Destroy)),
+            Plan::Delete(one) => {
+                let Some(snapshot) = saved(*one) else { return Vec::new() };
+                let (store, id) = (registry.host().snapshots.clone(), snapshot.clone());
+                let answer = async move {
+                    if blocking(move || store.delete(&id)).await.is_ok() { Told::Done } else { Told::Failed }
+                };
+                return vec![Asked { id: None, deletes: Some(snapshot), answer: Box::pin(answer) }];
+            }
+        };
+        asked.map(|asked| ask_one(registry, control, asked)).into_iter().collect()
+    }
+
+    /// Writes something new into each machine that runs.
+    fn write(&mut self, world: &World<'_>) {
+        for (id, states) in &mut self.model.sandboxes {
+            let [machine] = &world.machines(id)[..] else { continue };
+            if !matches!(states.first(), Some(State::Up(_))) {
+                continue;
+            }
+            self.written += 1;
+            assert!(world.fake.write_page(machine, CONTENT, self.written));
+            assert!(world.fake.write_disk(machine, self.written));
+            *states = [State::Up(self.written)].into();
+        }
+    }
+
+    fn arm(&mut self, world: &World<'_>, fault: Fault) -> Trouble {
+        let sandbox = |number| choose(number, self.model.sandboxes.keys().cloned());
+        match fault {
+            Fault::Fails(step) => world.fake.fail_next(step),
+            Fault::Unanswered(step) => world.fake.lose_answer(step),
+            Fault::Hangs(step) => world.fake.delay(step, 10 * BOUND),
+            Fault::Crashes(step) => world.fake.crash_after(step),
+            Fault::Guest(call, manner) => world.guests.fail_next(call, manner),
+            Fault::DiskFull(after) => world.control.fill_disk_after(Some(after.into())),
+            Fault::NoSlot => world.numbers.refuse(true),
+            Fault::Record(one, after) => {
+                if let Some(id) = sandbox(one) {
+                    world.control.obstruct_after(after.into(), obstacle(world, &id));
+                    self.unrecorded.insert(id);
+                }
+            }
+            Fault::Dies(one) => {
+                if let Some(id) = sandbox(one) {
+                    for machine in world.machines(&id) {
+                        world.fake.end(&machine, ExitReason::GuestPanic);
+                    }
+                }
+            }
+        }
+        if matches!(fault, Fault::Guest(Call::Prepare, _)) {
+            self.unprepared.extend(self.model.sandboxes.keys().cloned());
+        }
+        Trouble { any: true, deadly: matches!(fault, Fault::Crashes(_) | Fault::Dies(_)) }
+    }
+
+    fn learn(&mut self, asked: &[Answered], trouble: Trouble) -> Result<(), String> {
+        let deleted: BTreeSet<_> = asked.iter().filter_map(|(_, deletes, _)| deletes.clone()).collect();
+        let mut by_sandbox = BTreeMap::<_, Vec<_>>::new();
+        for (id, ask, told) in
+            asked.iter().filter_map(|(asked, _, told)| asked.as_ref().map(|(id, ask)| (id, ask, told)))
+        {
+            by_sandbox.entry(id.clone()).or_default().push((ask.clone(), *told));
+        }
+        for id in self.model.sandboxes.keys() {
+            by_sandbox.entry(id.clone()).or_default();
+        }
+        for (id, asked) in by_sandbox {
+            let trouble = Trouble { any: trouble.any || self.unprepared.contains(&id), ..trouble };
+            self.model.answered(&id, &asked, trouble, &deleted)?;
+            if asked.contains(&(Ask::Update, Told::Done)) {
+                self.with_timeout.insert(id.clone());
+            }
+        }
+        for (_, deletes, told) in asked {
+            let Some(id) = deletes else { continue };
+            match told {
+                Told::Done => drop(self.model.snapshots.remove(id)),
+                _ => {
+                    if let Some((_, saved)) = self.model.snapshots.get_mut(id) {
+                        saved.certain = false;
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Looks at everything, when nothing is under way.
+    async fn look(&mut self, world: &World<'_>, registry: &Registry) -> Result<(), String> {
+        let mut paused = BTreeSet::new();
+        for id in self.model.sandboxes.keys().cloned().collect::<Vec<_>>() {
+            let handle = registry.get(&id);
+            let status = handle.as_ref().map(|handle| handle.status());
+            let stage = status.as_ref().map_or(Stage::Stopped, |status| status.stage);
+            let machines = world.machines(&id);
+            let record = record::read(&registry.host().sandboxes_dir, &id);
+            let seen = match (stage, &machines[..]) {
+                (Stage::Running, [machine]) => {
+                    let (memory, disk) =
+                        (world.fake.read_page(machine, CONTENT), world.fake.read_disk(machine));
+                    if memory != disk {
+                        return Err(format!("{id} has {memory:?} in memory and {disk:?} on disk"));
+                    }
+                    let token = registry.get(&id).map(|handle| handle.spec().access_token.clone());
+                    let is = world.guests.look(machine).zip(token);
+                    let open = is.is_some_and(|(it, token)| !it.closed && it.is(id.as_str(), token.expose()));
+                    if !open || world.fake.is_running(machine) != Some(true) {
+                        return Err(format!(
+                            "the guest of {id} is not itself: {:?}",
+                            world.guests.look(machine)
+                        ));
+                    }
+                    let record = record.ok_or_else(|| format!("{id} has no record"))?;
+                    let host = registry.host();
+                    let mut files: Vec<_> =
+                        record.layers.iter().map(|it| host.snapshots.layer_path(it)).collect();
+                    files.push(host.snapshots.base(&record.base).ok().flatten().ok_or("no base")?.disk.path);
+                    let chain = world.fake.disk_files(machine);
+                    if !self.unrecorded.contains(&id) {
+                        // It may name layers that are in the top one by now.
+                        let named = chain.iter().take_while(|file| file.starts_with(world.at("agent")));
+                        if files.first() != chain.first() || !named.into_iter().all(|it| files.contains(it)) {
+                            return Err(format!("{id} runs on {chain:?}, and its record says {files:?}"));
+                        }
+                        if record.paused.is_some() || record.capture.is_some() {
+                            return Err(format!("{id} runs, and its record says {record:?}"));
+                        }
+                    }
+                    State::Up(memory.unwrap_or_default())
+                }
+                (Stage::Paused, []) => {
+                    let saved = status.and_then(|status| status.paused).ok_or("paused as nothing")?.snapshot;
+                    let record = record.ok_or_else(|| format!("{id} has no record"))?;
+                    let recorded = record.paused.as_ref().map(|paused| &paused.snapshot) == Some(&saved);
+                    let old = self.unrecorded.contains(&id);
+                    if !recorded || !old && (record.machine.is_some() || record.capture.is_some()) {
+                        return Err(format!("{id} is paused as {saved}, and its record says {record:?}"));
+                    }
+                    paused.insert(saved);
+                    State::Paused(0)
+                }
+                (Stage::Stopped, []) if record.is_none() => State::Absent,
+                other => return Err(format!("{id} is {other:?}, and its record says {record:?}")),
+            };
+            self.model.seen(&id, seen)?;
+            if seen == State::Absent {
+                self.with_timeout.remove(&id);
+            }
+        }
+        let store = registry.host().snapshots.clone();
+        let all = blocking(move || store.all()).await.map_err(|error| error.to_string())?;
+        let there: BTreeMap<_, _> = all.into_iter().collect();
+        for id in &paused {
+            there.get(id).and_then(|it| it.as_ref().ok()).ok_or_else(|| format!("{id} cannot be resumed"))?;
+        }
+        for id in there.keys().filter(|id| !paused.contains(*id)) {
+            let Some((_, saved)) = self.model.snapshots.get_mut(id) else {
+                return Err(format!("snapshot {id} is nobody's"));
+            };
+            saved.certain = true;
+        }
+        for (id, (_, saved)) in &self.model.snapshots {
+            if saved.certain && !matches!(there.get(id), Some(Ok(_))) {
+                return Err(format!("snapshot {id} is {:?}", there.get(id)));
+            }
+        }
+        self.model.snapshots.retain(|_, (_, saved)| saved.certain);
+        Ok(())
+    }
+}
+
+/// What stands in the way of a new record of a sandbox, where it is.
+fn obstacle(world: &World<'_>, id: &SandboxId) -> Utf8PathBuf {
+    world.at("sandboxes").join(id.as_str()).join("record.json.new")
+}
+
+fn ask_one(registry: &Registry, control: &Control, (id, ask): (SandboxId, Ask)) -> Asked {
+    let verb = match &ask {
+        Ask::Create | Ask::CreateFrom(_) | Ask::Destroy => None,
+        Ask::Pause => Some(Verb::Pause),
+        Ask::Resume => Some(Verb::Resume { timeout: None }),
+        Ask::Snapshot(into) => Some(Verb::Snapshot { into: into.clone() }),
+        Ask::Rollback(to) => Some(Verb::Rollback { to: to.clone() }),
+        Ask::Update => {
+            let timeout = InactivityTimeout::new(IDLE_SECONDS).ok();
+            Some(Verb::Update(Box::new(Update { timeout, ..Update::default() })))
+        }
+    };
+    let handle = match &ask {
+        Ask::Create => registry.create(spec(id.clone(), None)).ok(),
+        Ask::CreateFrom(from) => registry.create(spec(id.clone(), Some(from.clone()))).ok(),
+        _ => registry.get(&id),
+    };
+    let destroy = ask == Ask::Destroy;
+    let control = control.clone();
+    let whose = format!("{id} {ask:?}");
+    let answer = async move {
+        let Some(handle) = handle else { return if destroy { Told::Done } else { Told::Denied } };
+        match verb {
+            Some(verb) => match handle.request(verb, None).await {
+                Ok(_) => Told::Done,
+                Err(RequestError::Failed(error)) => {
+                    control.say(format!("{whose}: {}", chain(error.as_ref())));
+                    Told::Failed
+                }
+                Err(RequestError::Denied(_)) => Told::Denied,
+            },
+            None if destroy => {
+                if handle.destroy(wrenn_types::EndReason::Requested, None).is_err() {
+                    return Told::Denied;
+                }
+                handle.stopped().await;
+                Told::Done
+            }
+            None => match handle.settled().await.end {
+                Some(end) => {
+                    control.say(format!("{whose}: {}", end.message));
+                    Told::Failed
+                }
+                None => Told::Done,
+            },
+        }
+    };
+    Asked { id: Some((id, ask)), deletes: None, answer: Box::pin(answer) }
+}
+
+/// What became of an agent.
+enum Ended {
+    Killed,
+    Stopped,
+    /// All steps were taken.
+    Done,
+}
+
+/// Runs one agent until it ends; `steps` are those that are left.
+async fn life(world: &World<'_>, notes: &mut Notes, steps: &mut &[Step]) -> Result<Ended, String> {
+    let registry = world.agent().await;
+    quiet().await;
+    notes.look(world, &registry).await.map_err(|error| format!("at the start: {error}"))?;
+    while let Some((step, rest)) = steps.split_first() {
+        *steps = rest;
+        notes.write(world);
+        let trouble = step.fault.map(|fault| notes.arm(world, fault)).unwrap_or_default();
+        if let End::Kill(after) = step.end {
+            world.control.kill_after(after.into());
+        }
+        let mut asked = Vec::new();
+        let mut answers = Vec::new();
+        for plan in &step.plans {
+            for one in notes.ask(&registry, &world.control, plan) {
+                let told = std::rc::Rc::new(std::cell::Cell::new(Told::Nothing));
+                asked.push((one.id, one.deletes, std::rc::Rc::clone(&told)));
+                answers.push(async move { told.set(one.answer.await) });
+            }
+        }
+        let killed = tokio::select! {
+            biased;
+            () = world.control.killed() => true,
+            all = timeout(BOUND, join_all(answers)) => {
+                all.map_err(|_| format!("no answer to all of {:?} within {BOUND:?}", step.plans))?;
+                false
+            }
+        };
+        let asked: Vec<_> = asked.into_iter().map(|(id, deletes, told)| (id, deletes, told.get())).collect();
+        let kills = matches!(step.end, End::Kill(_));
+        if !killed {
+            quiet().await;
+        }
+        notes.learn(&asked, trouble).map_err(|error| format!("{step:?}: {error}"))?;
+        world.calm();
+        if kills {
+            return Ok(Ended::Killed);
+        }
+        // What did not go on is tried again.
+        tokio::time::sleep(Duration::from_secs(10)).await;
+        notes.look(world, &registry).await.map_err(|error| format!("after {step:?}: {error}"))?;
+        match step.end {
+            End::Stop => {
+                let closed = timeout(BOUND, registry.close(crate::config::OnStop::Leave)).await;
+                closed.map_err(|_| "the agent does not stop".to_owned())?;
+                return Ok(Ended::Stopped);
+            }
+            End::Idle => {
+                tokio::time::sleep(Duration::from_secs(90_000)).await;
+                quiet().await;
+                notes.model.slept(&notes.with_timeout);
+                notes.look(world, &registry).await.map_err(|error| format!("after a long time: {error}"))?;
+            }
+            End::GoOn | End::Kill(_) => {}
+        }
+    }
+    let ids = notes.model.sandboxes.keys().cloned().collect::<Vec<_>>();
+    let all = join_all(ids.iter().map(|id| registry.destroy(id, None)));
+    let ends = timeout(BOUND, all).await.map_err(|_| "a destroy takes too long".to_owned())?;
+    ends.into_iter().collect::<Result<Vec<_>, _>>().map_err(|denied| denied.to_string())?;
+    for id in notes.model.snapshots.keys() {
+        registry.host().snapshots.delete(id).map_err(|error| error.to_string())?;
+    }
+    Ok(Ended::Done)
+}
+
+/// Waits until nothing is under way: the clock goes on only then.
+async fn quiet() {
+    tokio::time::sleep(Duration::from_secs(1)).await;
+}
+
+/// Runs a case to its end.
+fn run(ground: &Ground, all: &[Step]) -> Result<(), String> {
+    let mut steps = all;
+    let world = World::new(ground);
+    let mut notes = Notes::default();
+    loop {
+        let mut runtime = tokio::runtime::Builder::new_current_thread();
+        let runtime = runtime.enable_all().start_paused(true).build().map_err(|error| error.to_string())?;
+        let ended = runtime.block_on(life(&world, &mut notes, &mut steps));
+        let ended = ended.map_err(|error| format!("{error}; what was said: {:#?}", world.control.said()))?;
+        if let Ended::Killed = ended {
+            // Nothing that the agent's end drops reaches a machine.
+            world.fake.lose_owners();
+        }
+        drop(runtime);
+        if let Ended::Done = ended {
+            break;
+        }
+    }
+    if all.iter().any(|step| step.fault == Some(Fault::Fails(Vm::Stop))) {
+        // What a machine that did not end may still use is left to the next start.
+        world.collect();
+    }
+    let remains = world.remains();
+    if remains.is_empty() { Ok(()) } else { Err(format!("this is left: {remains:?}")) }
+}
+
+#[test]
+fn any_order_of_any_verbs_with_any_fault_ends_in_a_legal_state() {
+    let ground = Ground::new();
+    let mut config = ProptestConfig { max_shrink_time: 20_000, ..ProptestConfig::default() };
+    // What fails becomes a case below, whose steps can be read.
+    config.failure_persistence = None;
+    let soak = std::env::var_os("WRENN_SOAK").is_some();
+    if soak {
+        config.cases = config.cases.max(4000);
+    }
+    let cases = config.cases;
+    let outcome =
+        TestRunner::new(config).run(&steps(), |steps| run(&ground, &steps).map_err(TestCaseError::fail));
+    if let Err(error) = outcome {
+        panic!("{error}");
+    }
+    if soak {
+        soaked(cases);
+    }
+}
+
+#[expect(clippy::print_stdout, reason = "the full count of a long test is told so")]
+fn soaked(cases: u32) {
+    println!(
+        "soak: orders of verbs of played sandboxes with faults and kills, {cases}, random seeds, each legal"
+    );
+}

@@ -1,0 +1,175 @@
+//! What may come of what is asked: pure.
+//!
+//! A sandbox is nothing, up with some content, or paused with some content. An answer of the agent says which
+//! of two things is true: it was done, or it was not and all is as before. Without an answer, because the agent
+//! was killed, either is.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use wrenn_types::{SandboxId, SnapshotId};
+
+use crate::sandbox::queue::WAITING_LIMIT;
+
+/// What a sandbox is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum State {
+    /// It is not there.
+    Absent,
+    /// It runs, and its memory and disk hold this.
+    Up(u64),
+    /// It is saved, and what is saved holds this.
+    Paused(u64),
+}
+
+/// What is asked of one sandbox, in the order of asking.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Ask {
+    Create,
+    CreateFrom(SnapshotId),
+    Pause,
+    Resume,
+    Snapshot(SnapshotId),
+    Rollback(SnapshotId),
+    Update,
+    Destroy,
+}
+
+/// What became of it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Told {
+    Done,
+    Failed,
+    /// It was not begun.
+    Denied,
+    /// The agent was killed.
+    Nothing,
+}
+
+/// A snapshot that has a name.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Saved {
+    pub(super) content: u64,
+    /// Whether it is known to be there: it is not when the agent was killed while it was made or deleted.
+    pub(super) certain: bool,
+}
+
+/// What there may be.
+#[derive(Debug, Default)]
+pub(super) struct Model {
+    pub(super) sandboxes: BTreeMap<SandboxId, BTreeSet<State>>,
+    pub(super) snapshots: BTreeMap<SnapshotId, (SandboxId, Saved)>,
+}
+
+/// What goes wrong while something is done.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(super) struct Trouble {
+    /// Something may fail.
+    pub(super) any: bool,
+    /// A machine may end.
+    pub(super) deadly: bool,
+}
+
+impl Model {
+    /// What is asked of a sandbox, one after the other, and what was told. `deleted` are the snapshots of which
+    /// the end is asked for at the same time.
+    pub(super) fn answered(
+        &mut self,
+        id: &SandboxId,
+        asked: &[(Ask, Told)],
+        trouble: Trouble,
+        deleted: &BTreeSet<SnapshotId>,
+    ) -> Result<(), String> {
+        let mut states = self.sandboxes.get(id).cloned().unwrap_or_else(|| [State::Absent].into());
+        // More than so many may be refused, whatever they are.
+        let many = asked.len() > WAITING_LIMIT;
+        let destroyed = asked.iter().any(|(ask, _)| *ask == Ask::Destroy);
+        for (ask, told) in asked {
+            let mut next = BTreeSet::new();
+            for state in &states {
+                let done = self.done(id, ask, *state, deleted);
+                let excused = trouble.any || destroyed || (many && *told == Told::Denied);
+                match told {
+                    Told::Done => next.extend(done),
+                    // What was asked for in vain changes nothing, and has a reason.
+                    Told::Failed | Told::Denied if done.is_none() || excused => next.extend([*state]),
+                    Told::Failed | Told::Denied if self.depends_on(ask, deleted) => next.extend([*state]),
+                    Told::Failed | Told::Denied => {}
+                    Told::Nothing => next.extend(done.into_iter().chain([*state])),
+                }
+                // A create that did not come up is not there, and what has ended can be asked for nothing.
+                if *told == Told::Denied && trouble.deadly {
+                    next.insert(State::Absent);
+                }
+            }
+            if let (Ask::Snapshot(into), Some(State::Up(content) | State::Paused(content))) =
+                (ask, states.first())
+            {
+                let saved = Saved { content: *content, certain: *told == Told::Done };
+                match told {
+                    Told::Done | Told::Nothing => {
+                        self.snapshots.insert(into.clone(), (id.clone(), saved));
+                    }
+                    Told::Failed | Told::Denied => {}
+                }
+            }
+            if next.is_empty() {
+                return Err(format!("{id} was {states:?}: {ask:?} cannot be {told:?}"));
+            }
+            states = next;
+        }
+        if trouble.deadly && states.iter().any(|state| matches!(state, State::Up(_))) {
+            states.insert(State::Absent);
+        }
+        self.sandboxes.insert(id.clone(), states);
+        Ok(())
+    }
+
+    /// What a sandbox is when it is done; none where it cannot be.
+    fn done(&self, id: &SandboxId, ask: &Ask, state: State, deleted: &BTreeSet<SnapshotId>) -> Option<State> {
+        let content = |of: Option<&SandboxId>, snapshot: &SnapshotId| {
+            let (whose, saved) = self.snapshots.get(snapshot)?;
+            let there = saved.certain || deleted.contains(snapshot);
+            (there && of.is_none_or(|of| of == whose)).then_some(saved.content)
+        };
+        match (ask, state) {
+            (Ask::Destroy, _) => Some(State::Absent),
+            (Ask::Create, State::Absent) => Some(State::Up(0)),
+            (Ask::CreateFrom(from), State::Absent) => content(None, from).map(State::Up),
+            (_, State::Absent) | (Ask::Create | Ask::CreateFrom(_), _) => None,
+            (Ask::Pause, State::Up(content) | State::Paused(content)) => Some(State::Paused(content)),
+            (Ask::Resume, State::Up(content) | State::Paused(content)) => Some(State::Up(content)),
+            (Ask::Rollback(to), _) => content(Some(id), to).map(State::Up),
+            (Ask::Snapshot(_) | Ask::Update, state) => Some(state),
+        }
+    }
+
+    /// Whether it needs a snapshot that may be gone by the time at which it is done.
+    fn depends_on(&self, ask: &Ask, deleted: &BTreeSet<SnapshotId>) -> bool {
+        matches!(ask, Ask::CreateFrom(of) | Ask::Rollback(of) if deleted.contains(of))
+    }
+
+    /// What was seen of a sandbox when nothing was under way: the content only of one that runs.
+    pub(super) fn seen(&mut self, id: &SandboxId, seen: State) -> Result<(), String> {
+        let states = self.sandboxes.get_mut(id).ok_or("nobody made it")?;
+        let before = states.clone();
+        states.retain(|state| match (state, seen) {
+            (State::Paused(_), State::Paused(_)) => true,
+            (state, seen) => *state == seen,
+        });
+        if states.is_empty() { Err(format!("{id} is {seen:?} and may be one of {before:?}")) } else { Ok(()) }
+    }
+
+    /// A pause of all that is idle.
+    pub(super) fn slept(&mut self, idle: &BTreeSet<SandboxId>) {
+        for (id, states) in &mut self.sandboxes {
+            if idle.contains(id) {
+                *states = states
+                    .iter()
+                    .map(
+                        |state| if let State::Up(content) = state { State::Paused(*content) } else { *state },
+                    )
+                    .collect();
+            }
+        }
+    }
+}

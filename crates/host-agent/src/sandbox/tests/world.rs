@@ -1,0 +1,339 @@
+//! A host without machines, guests and namespaces, but with everything else: records, snapshots, disks and the
+//! drivers are the real ones, on a real directory.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs, io,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, AtomicI64, Ordering},
+    },
+    time::Duration,
+};
+
+use camino::{Utf8Path, Utf8PathBuf};
+use tokio::sync::Notify;
+use wrenn_types::{
+    AccessToken, DiskMib, InactivityTimeout, InstanceId, MemoryMib, NetworkPolicy, SandboxId, Shape,
+    SnapshotId, TimeoutAction, Vcpus,
+};
+use wrenn_vmm::{ExitReason, Vmm, fake::Fake};
+
+use super::guest::Guests;
+use crate::{
+    adopt, agent,
+    images::Images,
+    limits::Limits,
+    metrics::operations::Operations,
+    network::{Policy, SlotPool, addresses::SlotNumber, stand_in},
+    registry::Registry,
+    rootfs::Qcow2Store,
+    sandbox::{SandboxSpec, Settings, host::Host, record},
+    snapshot_store::SnapshotStore,
+    snapshots::Snapshots,
+    warm::{Parts, Warm},
+};
+
+/// The page in which a guest of these tests has its content.
+pub(super) const CONTENT: u64 = 7;
+
+/// When an agent is killed, and when its disk is full: both are counted in things that happen.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Control {
+    inner: Arc<Inner>,
+}
+
+#[derive(Debug, Default)]
+struct Inner {
+    /// How many more things happen before the agent is no more; negative for as many as one likes.
+    left: AtomicI64,
+    counts: AtomicBool,
+    is_killed: AtomicBool,
+    /// Told after `is_killed` was set.
+    killed: Notify,
+    /// What went wrong, for whoever reads of a case that failed.
+    said: Mutex<Vec<String>>,
+    /// The same for steps of the store, of which the next one then fails.
+    store_left: Mutex<Option<u32>>,
+    /// How many things happen until something stands where a record is to be written, and where.
+    obstacle: Mutex<Option<(u32, Utf8PathBuf)>>,
+}
+
+impl Control {
+    /// From the so manyth thing on, nothing happens any more.
+    pub(super) fn kill_after(&self, things: u32) {
+        self.inner.left.store(things.into(), Ordering::SeqCst);
+        self.inner.counts.store(true, Ordering::SeqCst);
+    }
+
+    pub(super) fn calm(&self) {
+        self.inner.counts.store(false, Ordering::SeqCst);
+        self.inner.is_killed.store(false, Ordering::SeqCst);
+        self.fill_disk_after(None);
+        let obstacle = self.inner.obstacle.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some((_, path)) = obstacle {
+            let _ = fs::remove_dir(path);
+        }
+    }
+
+    /// After so many steps of the store, one finds no room.
+    pub(super) fn fill_disk_after(&self, steps: Option<u32>) {
+        *self.inner.store_left.lock().unwrap_or_else(PoisonError::into_inner) = steps;
+    }
+
+    /// After so many things, something stands where a record is to be written.
+    pub(super) fn obstruct_after(&self, things: u32, path: Utf8PathBuf) {
+        *self.inner.obstacle.lock().unwrap_or_else(PoisonError::into_inner) = Some((things, path));
+    }
+
+    fn obstruct(&self) {
+        let mut obstacle = self.inner.obstacle.lock().unwrap_or_else(PoisonError::into_inner);
+        match obstacle.as_mut() {
+            // A sandbox that is gone has no record that could be written.
+            Some((0, path)) => drop(fs::create_dir(path)),
+            Some((left, _)) => *left -= 1,
+            None => {}
+        }
+    }
+
+    /// Counts a thing that is about to happen; whether it is to.
+    pub(super) fn goes_on(&self) -> bool {
+        self.obstruct();
+        if !self.inner.counts.load(Ordering::SeqCst) || self.inner.left.fetch_sub(1, Ordering::SeqCst) > 0 {
+            return true;
+        }
+        self.inner.is_killed.store(true, Ordering::SeqCst);
+        self.inner.killed.notify_one();
+        false
+    }
+
+    /// Keeps what went wrong.
+    pub(super) fn say(&self, what: String) {
+        self.inner.said.lock().unwrap_or_else(PoisonError::into_inner).push(what);
+    }
+
+    pub(super) fn said(&self) -> Vec<String> {
+        self.inner.said.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    pub(super) async fn killed(&self) {
+        while !self.inner.is_killed.load(Ordering::SeqCst) {
+            self.inner.killed.notified().await;
+        }
+    }
+
+    fn store_step(&self) -> io::Result<()> {
+        let mut left = self.inner.store_left.lock().unwrap_or_else(PoisonError::into_inner);
+        match left.as_mut() {
+            Some(0) => {
+                *left = None;
+                Err(io::ErrorKind::StorageFull.into())
+            }
+            Some(left) => {
+                *left -= 1;
+                Ok(())
+            }
+            None => {
+                drop(left);
+                // What is being written is written, and nothing after it.
+                self.goes_on();
+                Ok(())
+            }
+        }
+    }
+}
+
+/// What all hosts of one test share: images, and the snapshot of the template once it was made.
+pub(super) struct Ground {
+    guard: tempfile::TempDir,
+}
+
+impl Ground {
+    pub(super) fn new() -> Self {
+        // In memory where that can be: every change of a record waits for the disk.
+        let memory = Utf8Path::new("/dev/shm");
+        let guard = if memory.exists() { tempfile::tempdir_in(memory) } else { tempfile::tempdir() };
+        let ground = Self { guard: guard.unwrap() };
+        let guest = r#"{"format":1,"id":"0011223344556677","kernel_version":"6.1","envd_version":"0.1.0",
+            "kernel":"vmlinuz","initramfs":"initramfs.img"}"#;
+        let template = r#"{"format":1,"name":"base","aliases":[],"default_user":"user","default_workdir":"/",
+            "image":"image.ext4","image_id":"8899aabbccddeeff","minimum_disk_mib":1024}"#;
+        for (path, content) in [
+            ("guest/manifest.json", guest),
+            ("guest/vmlinuz", "kernel"),
+            ("guest/initramfs.img", "initramfs"),
+            ("templates/base/template.json", template),
+            ("templates/base/image.ext4", "image"),
+        ] {
+            let path = ground.path().join("images").join(path);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, content).unwrap();
+        }
+        ground
+    }
+
+    fn path(&self) -> &Utf8Path {
+        Utf8Path::from_path(self.guard.path()).unwrap()
+    }
+}
+
+/// One host, which outlives its agents.
+pub(super) struct World<'a> {
+    ground: &'a Ground,
+    guard: tempfile::TempDir,
+    instance: InstanceId,
+    pub(super) fake: Fake,
+    pub(super) guests: Guests,
+    pub(super) numbers: stand_in::Numbers,
+    pub(super) control: Control,
+}
+
+impl<'a> World<'a> {
+    pub(super) fn new(ground: &'a Ground) -> Self {
+        let guard = tempfile::tempdir_in(ground.path()).unwrap();
+        let (fake, control) = (Fake::new(), Control::default());
+        let guests = Guests::new(fake.clone(), control.clone());
+        let at = Utf8Path::from_path(guard.path()).unwrap();
+        for directory in ["sandboxes", "machines", "leases"] {
+            fs::create_dir(at.join(directory)).unwrap();
+        }
+        let numbers = stand_in::Numbers::new(at.join("leases"));
+        let observed = control.clone();
+        fake.observe(move |_| observed.goes_on());
+        Self { ground, guard, instance: InstanceId::random(), fake, guests, numbers, control }
+    }
+
+    pub(super) fn at(&self, name: &str) -> Utf8PathBuf {
+        Utf8Path::from_path(self.guard.path()).unwrap().join(name)
+    }
+
+    /// Starts an agent: it takes over what the one before it left.
+    pub(super) async fn agent(&self) -> Registry {
+        let snapshots = self.store();
+        let stock = self.take_stock(&snapshots);
+        let (sandboxes_dir, machines_dir) = (self.at("sandboxes"), self.at("machines"));
+        let images = Images::load(&self.ground.path().join("images")).unwrap();
+        let policy = Policy::resolve(&NetworkPolicy::simple(true), &[]).unwrap();
+        let (guests, control) = (self.guests.clone(), self.control.clone());
+        let guests = stand_in::Guests::new(move |number| guests.connect(number));
+        let slots = SlotPool::stand_in(&self.instance, self.numbers.clone(), guests, policy, move || {
+            control.goes_on()
+        });
+        let slots = slots.await.unwrap();
+        let vmm: Arc<dyn Vmm> = Arc::new(self.fake.clone());
+        let store = SnapshotStore::new(&self.ground.path().join("warm"), &self.ground.path().join("run"));
+        let warm = Warm::new(Parts {
+            instance: self.instance.clone(),
+            vmm: Arc::clone(&vmm),
+            guest: images.guest().bundle.clone(),
+            disks: Arc::new(Qcow2Store),
+            slots: slots.clone(),
+            store: store.unwrap(),
+            machines_dir: machines_dir.clone(),
+        });
+        let host = Arc::new(Host {
+            instance: self.instance.clone(),
+            vmm,
+            images,
+            disks: Arc::new(Qcow2Store),
+            slots,
+            warm,
+            snapshots,
+            sandboxes_dir,
+            machines_dir,
+            dns_servers: Vec::new(),
+            default_disk: DiskMib::new(1024).unwrap(),
+            unreachable: Arc::default(),
+            operations: Operations::default(),
+            metrics: Arc::default(),
+            limits: Limits::Absent("machines are played".to_owned()),
+        });
+        let registry = Registry::new(Arc::clone(&host));
+        adopt::take_over(&host, &registry, stock).await.unwrap();
+        registry
+    }
+
+    /// What is left of earlier agents goes, but for sandboxes.
+    pub(super) fn collect(&self) {
+        self.take_stock(&self.store());
+    }
+
+    fn take_stock(&self, snapshots: &Snapshots) -> adopt::Stock {
+        let sandboxes_dir = self.at("sandboxes");
+        let stock = adopt::examine(&self.instance, snapshots, &sandboxes_dir).unwrap();
+        for machine in self.fake.machines() {
+            if !stock.machines.contains(&machine) {
+                self.fake.end(&machine, ExitReason::VmmKilled { signal: 9 });
+            }
+        }
+        // A slot is taken for as long as its machine lives.
+        let alive = self.fake.machines();
+        let left = record::left_behind(&sandboxes_dir).unwrap();
+        let held = left.iter().filter_map(|left| {
+            let record = left.record.as_ref()?;
+            let machine = record.machine.as_ref()?;
+            let name = Host::machine_name(&self.instance, &record.id, &machine.name);
+            SlotNumber::new(machine.slot).ok().filter(|_| alive.contains(&name))
+        });
+        self.numbers.keep(&held.collect::<BTreeSet<_>>());
+        stock.clear(&self.at("machines")).unwrap();
+        stock
+    }
+
+    fn store(&self) -> Snapshots {
+        let control = self.control.clone();
+        Snapshots::open_watched(&self.at("agent"), move || control.store_step()).unwrap()
+    }
+
+    /// From now on nothing goes wrong.
+    pub(super) fn calm(&self) {
+        self.fake.calm();
+        self.guests.calm();
+        self.numbers.refuse(false);
+        self.control.calm();
+    }
+
+    /// The machines of a sandbox.
+    pub(super) fn machines(&self, id: &SandboxId) -> Vec<String> {
+        let prefix = format!("{}{id}-", Host::machine_mark(&self.instance));
+        self.fake.machines().into_iter().filter(|name| name.starts_with(&prefix)).collect()
+    }
+
+    /// What is on disk, and should not be when there is no sandbox and no snapshot.
+    pub(super) fn remains(&self) -> BTreeMap<&'static str, Vec<String>> {
+        let store = self.store();
+        let sandboxes = self.at("sandboxes");
+        store.collect(|| agent::roots(&sandboxes), Duration::ZERO).unwrap();
+        let names = |path: Utf8PathBuf| {
+            path.read_dir_utf8().unwrap().map(|entry| entry.unwrap().file_name().to_owned()).collect()
+        };
+        let directories = ["sandboxes", "machines", "agent/snapshots", "agent/disks", "agent/bases"];
+        let mut remains: BTreeMap<_, Vec<_>> =
+            directories.into_iter().map(|name| (name, names(self.at(name)))).collect();
+        remains.insert("processes", self.fake.machines());
+        remains.insert("slots", self.numbers.given().iter().map(ToString::to_string).collect());
+        remains.retain(|_, names| !names.is_empty());
+        remains
+    }
+}
+
+pub(super) fn spec(id: SandboxId, snapshot: Option<SnapshotId>) -> SandboxSpec {
+    SandboxSpec {
+        id,
+        generation: 1,
+        template: "base".parse().unwrap(),
+        shape: Shape { vcpus: Vcpus::default(), memory: MemoryMib::new(128).unwrap() },
+        disk: DiskMib::new(1024).unwrap(),
+        access_token: AccessToken::random(),
+        environment: BTreeMap::new(),
+        default_user: None,
+        default_workdir: None,
+        snapshot,
+        settings: Settings {
+            timeout: InactivityTimeout::new(0).unwrap(),
+            on_timeout: TimeoutAction::Pause,
+            deadline: None,
+            network: NetworkPolicy::simple(true),
+        },
+    }
+}
