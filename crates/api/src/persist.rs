@@ -123,8 +123,8 @@ pub struct Network {
     /// IPv4 networks that it may not reach.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub deny_cidrs: Option<Vec<String>>,
-    /// Names that it may reach, over TCP; `*.example.com` means every name below. On ports 80 and 443 a connection
-    /// has to name one of them (in the `Host` header, or as the server name of TLS).
+    /// Names that it may reach, on TCP ports 80 and 443; `*.example.com` means every name below. A connection has
+    /// to name one of them (in the `Host` header, or as the server name of TLS).
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(example = json!(["pypi.org", "*.pythonhosted.org"]))]
     pub allow_domains: Option<Vec<String>>,

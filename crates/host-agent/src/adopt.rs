@@ -32,7 +32,7 @@ use crate::{
     sandbox::{
         SandboxSpec,
         bring_up::Up,
-        capture::{self, OpenError},
+        capture,
         driver::Beginning,
         host::Host,
         machine::{Machine, remove_run_dir},
@@ -60,9 +60,6 @@ pub enum CollectError {
     /// The records could not be read or removed.
     #[error("could not read or remove what was left of a sandbox")]
     Record(#[source] RecordError),
-    /// What a sandbox was brought back from could not be deleted.
-    #[error("could not delete what a sandbox was saved as before it was brought back")]
-    Obsolete(#[source] SnapshotStoreError),
     /// The sockets could not be removed.
     #[error("could not clear the machines' directory")]
     RunDir(#[source] io::Error),
@@ -83,10 +80,6 @@ enum AdoptError {
     Base(#[source] SnapshotStoreError),
     #[error("what its memory stands on is not here")]
     NoBase,
-    #[error("it could not be recorded")]
-    Record(#[source] RecordError),
-    #[error("its guest does not open again")]
-    Open(#[source] OpenError),
 }
 
 /// What was found.
@@ -178,6 +171,11 @@ pub(crate) fn examine(
         let saved = match saved_as(&record) {
             Some(id) => match snapshots.get(id) {
                 Ok(kept) => kept,
+                // The machine is still there, whatever became of what it was to be saved as.
+                Err(error) if record.paused.is_none() => {
+                    tracing::warn!(id = %record.id, error = &error as &dyn std::error::Error, "a pause that was under way cannot be read");
+                    None
+                }
                 // It is not lost, and not usable: what is there stays for a person to look at.
                 Err(error) => {
                     tracing::error!(id = %record.id, error = &error as &dyn std::error::Error, "a paused sandbox cannot be read");
@@ -189,24 +187,32 @@ pub(crate) fn examine(
         if let Some(kept) = saved {
             // A pause whose machine was not ended yet, or a resume that was not answered: what is saved is it.
             let at = record.paused.as_ref().map_or(kept.about.created_at, |paused| paused.at);
+            let before = record.clone();
             record.paused = Some(PausedRecord { snapshot: kept.id.clone(), at });
             record.layers.clone_from(&kept.about.layers);
             (record.capture, record.machine) = (None, None);
             let ledger = Ledger::new(dir, record.clone());
-            ledger.put(record).map_err(CollectError::Record)?;
+            if record != before {
+                ledger.put(record).map_err(CollectError::Record)?;
+            }
             stock.left.push((ledger, Fate::Paused(Box::new(kept))));
             continue;
         }
         // A rollback that was not answered: the machine that stands still goes on.
-        let changes = record.former.is_some() || record.obsolete.is_some();
+        let mut changes = record.former.is_some();
         record.go_back();
         if let Some(machine) = record.machine.as_ref().filter(|_| has_machine(&record)) {
             stock.machines.insert(Host::machine_name(instance, &record.id, &machine.name));
             stock.directories.insert(machine.name.to_string());
             let ledger = Ledger::new(dir, record.clone());
-            if let Some(obsolete) = record.obsolete.take() {
+            if let Some(obsolete) = &record.obsolete {
                 // It was brought back from this, and whoever was to delete it was killed.
-                snapshots.delete(&obsolete).map_err(CollectError::Obsolete)?;
+                match snapshots.delete(obsolete) {
+                    Ok(_) => (record.obsolete, changes) = (None, true),
+                    Err(error) => {
+                        tracing::warn!(%obsolete, error = &error as &dyn std::error::Error, "a snapshot that is not needed stays until the next start");
+                    }
+                }
             }
             if changes {
                 ledger.put(record).map_err(CollectError::Record)?;
@@ -257,7 +263,7 @@ pub async fn take_over(host: &Arc<Host>, registry: &Registry, stock: Stock) -> R
         .map(|(ledger, fate)| go_on(host, registry, Arc::new(ledger), fate))
         .buffer_unordered(AT_ONCE);
     while let Some(way) = ways.next().await {
-        match way? {
+        match way {
             Way::Adopted(id) => taken.adopted.push(id),
             Way::Paused(id) => taken.paused.push(id),
             Way::Removed(id) => taken.removed.push(id),
@@ -277,30 +283,29 @@ enum Way {
     Removed(SandboxId),
 }
 
-async fn go_on(
-    host: &Arc<Host>,
-    registry: &Registry,
-    ledger: Arc<Ledger>,
-    fate: Fate,
-) -> Result<Way, CollectError> {
+async fn go_on(host: &Arc<Host>, registry: &Registry, ledger: Arc<Ledger>, fate: Fate) -> Way {
     let record = ledger.record();
     let id = record.id.clone();
     match fate {
         Fate::Paused(kept) => {
-            registry.take_over(spec(record), Beginning::Paused(ledger, kept)).settled().await;
-            Ok(Way::Paused(id))
+            registry.take_over(spec(record), Beginning::Paused(ledger, kept)).begun().await;
+            Way::Paused(id)
         }
         Fate::Machine => match adopt(host, &ledger).await {
             Ok(up) => {
-                registry.take_over(spec(record), Beginning::Adopted(Box::new(up))).settled().await;
-                Ok(Way::Adopted(id))
+                registry.take_over(spec(record), Beginning::Adopted(Box::new(up))).begun().await;
+                Way::Adopted(id)
             }
             Err(error) => {
                 // It died while nobody looked, or it is beyond control: either way it is no sandbox any more.
                 tracing::warn!(%id, error = &error as &dyn std::error::Error, "a sandbox could not be taken over");
-                end_machine(host, &record).await.map_err(CollectError::Machines)?;
-                ledger.remove().await.map_err(CollectError::Record)?;
-                Ok(Way::Removed(id))
+                // Others go on meanwhile, so that no error of this one ends the start.
+                if let Err(error) = end_machine(host, &record).await {
+                    tracing::error!(%id, error = &error as &dyn std::error::Error, "its machine is left to be collected");
+                } else if let Err(error) = ledger.remove().await {
+                    tracing::warn!(%id, error = &error as &dyn std::error::Error, "its record stays until the next start");
+                }
+                Way::Removed(id)
             }
         },
     }
@@ -357,11 +362,18 @@ async fn adopt(host: &Arc<Host>, ledger: &Arc<Ledger>) -> Result<Up, AdoptError>
     if let Some(next) = record.capture.as_ref().and_then(|capture| capture.next_layer.clone()) {
         let chain = vm.disk_chain().await.map_err(AdoptError::Machine)?;
         let on_top = chain.first() == Some(&host.snapshots.layer_path(&next));
-        if on_top && record.layers.first() != Some(&next) {
-            ledger.change(|record| record.layers.insert(0, next)).await.map_err(AdoptError::Record)?;
+        // Where this cannot be written, the capture that is on disk still says which layer it may be.
+        if on_top
+            && record.layers.first() != Some(&next)
+            && let Err(error) = ledger.note(|record| record.layers.insert(0, next))
+        {
+            let id = &record.id;
+            tracing::warn!(%id, error = &error as &dyn std::error::Error, "the record does not say on which layer the machine is");
         }
     }
-    vm.resume().await.map_err(AdoptError::Machine)?;
+    if record.capture.is_none() {
+        vm.resume().await.map_err(AdoptError::Machine)?;
+    }
     let machine = Machine {
         id: record.id.clone(),
         name: machine.name.clone(),
@@ -380,8 +392,8 @@ async fn adopt(host: &Arc<Host>, ledger: &Arc<Ledger>) -> Result<Up, AdoptError>
         go_on_at: None,
     };
     if record.capture.is_some() {
-        capture::open(host, &mut up, &record).await.map_err(AdoptError::Open)?;
-        ledger.change(|record| record.capture = None).await.map_err(AdoptError::Record)?;
+        // What does not go on at once is told so again by its driver: it is no less a sandbox.
+        capture::go_on(host, &mut up, &record).await;
     }
     Ok(up)
 }

@@ -291,20 +291,23 @@ impl Agent {
             limits: limits.clone(),
         });
         let registry = Arc::new(Registry::new(Arc::clone(&host)));
+        // Before any machine is held: what fails from there on would end it.
+        let (series, metrics) = (dir.join("agent/series"), Arc::clone(&host.metrics));
+        let sampler = Sampler::new(Arc::clone(&registry), metrics, &series, &outside).await;
+        let sampler = sampler.map_err(StartError::Sampler)?;
+        let socket = config.socket.unwrap_or_else(|| run_dir.join("agent.sock"));
+        let commands = Aside::bind(&socket)?;
+        let beside = || MetricsAddress::Unix(socket.with_file_name("metrics.sock"));
+        let (listener, metrics_socket) = listen(config.metrics.unwrap_or_else(beside)).await?;
         let taken = adopt::take_over(&host, &registry, stock).await.map_err(StartError::Collect)?;
         if !(taken.adopted.is_empty() && taken.paused.is_empty() && taken.removed.is_empty()) {
             tracing::info!(adopted = ?taken.adopted, paused = ?taken.paused, removed = ?taken.removed, after = ?begin.elapsed(), "took over");
         }
-        let (series, metrics) = (dir.join("agent/series"), Arc::clone(&host.metrics));
-        let sampler = Sampler::new(Arc::clone(&registry), metrics, &series, &outside);
-        let sampler = sampler.await.map_err(StartError::Sampler)?;
+        let sampler = sampler.go_on().await;
         let measuring = CancellationToken::new();
         let sampler = (tokio::spawn(sampler.run(measuring.clone())), measuring);
         let facts = Arc::new(HostFacts { host_id, accelerator_reason });
-        let socket = config.socket.unwrap_or_else(|| run_dir.join("agent.sock"));
         let stopping = CancellationToken::new();
-        let beside = || MetricsAddress::Unix(socket.with_file_name("metrics.sock"));
-        let (listener, metrics_socket) = listen(config.metrics.unwrap_or_else(beside)).await?;
         if let Some(listener) = listener {
             let serving =
                 endpoint::serve(listener, Arc::clone(&registry), Arc::clone(&facts), stopping.clone());
@@ -314,7 +317,7 @@ impl Agent {
         let (on_loss, bound) = (config.on_control_plane_loss, config.control_plane_loss_after);
         let bound = Duration::from_secs(bound.into());
         let watcher = tokio::spawn(watch_over(Arc::clone(&registry), sessions.clone(), on_loss, bound));
-        let server = serve(&socket, Arc::clone(&registry), facts, sessions.clone(), stopping.clone())?;
+        let server = serve(commands, Arc::clone(&registry), facts, sessions.clone(), stopping.clone())?;
         // Last, so that nobody's request waits for them.
         let collector = tokio::spawn(collect(Arc::clone(&host)));
         let slot_collector = has_machines.then(|| {
@@ -448,7 +451,10 @@ pub(crate) fn roots(sandboxes: &Utf8Path) -> SnapshotStoreResult<Roots> {
 async fn listen(address: MetricsAddress) -> Result<(Option<Listener>, Option<Utf8PathBuf>), StartError> {
     match address {
         MetricsAddress::Off => Ok((None, None)),
-        MetricsAddress::Unix(path) => Ok((Some(Listener::Unix(bind(&path)?)), Some(path))),
+        MetricsAddress::Unix(path) => {
+            let listener = Aside::bind(&path)?.into_place()?;
+            Ok((Some(Listener::Unix(listener)), Some(path)))
+        }
         MetricsAddress::Loopback(address) => {
             let listener = tokio::net::TcpListener::bind(address).await;
             let listener = listener.map_err(|source| StartError::Metrics { address, source })?;
@@ -457,30 +463,44 @@ async fn listen(address: MetricsAddress) -> Result<(Option<Listener>, Option<Utf
     }
 }
 
-/// Makes a socket, usable by its owner only from the first moment on.
-fn bind(socket: &Utf8Path) -> Result<UnixListener, StartError> {
-    // Bound under another name, narrowed, then moved into place: nobody can connect in between, and the
-    // socket of an agent that was killed is replaced in one step.
-    let fresh = Utf8PathBuf::from(format!("{socket}.new"));
-    match fs::remove_file(&fresh) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(failed("remove", &fresh)(error)),
-        _ => {}
+/// A socket under another name: nobody connects to it before it is put into its place. That is one step, also where
+/// the socket of an agent that was killed lies there.
+struct Aside<'a> {
+    listener: UnixListener,
+    fresh: Utf8PathBuf,
+    socket: &'a Utf8Path,
+}
+
+impl<'a> Aside<'a> {
+    /// Makes a socket that is usable by its owner only from the first moment on.
+    fn bind(socket: &'a Utf8Path) -> Result<Self, StartError> {
+        let fresh = Utf8PathBuf::from(format!("{socket}.new"));
+        match fs::remove_file(&fresh) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                return Err(failed("remove", &fresh)(error));
+            }
+            _ => {}
+        }
+        let listener = UnixListener::bind(&fresh).map_err(failed("listen on", &fresh))?;
+        fs::set_permissions(&fresh, fs::Permissions::from_mode(0o600)).map_err(failed("narrow", &fresh))?;
+        Ok(Self { listener, fresh, socket })
     }
-    let listener = UnixListener::bind(&fresh).map_err(failed("listen on", &fresh))?;
-    fs::set_permissions(&fresh, fs::Permissions::from_mode(0o600)).map_err(failed("narrow", &fresh))?;
-    fs::rename(&fresh, socket).map_err(failed("put into place", socket))?;
-    Ok(listener)
+
+    fn into_place(self) -> Result<UnixListener, StartError> {
+        fs::rename(&self.fresh, self.socket).map_err(failed("put into place", self.socket))?;
+        Ok(self.listener)
+    }
 }
 
 /// Serves the commands.
 fn serve(
-    socket: &Utf8Path,
+    socket: Aside<'_>,
     registry: Arc<Registry>,
     facts: Arc<HostFacts>,
     sessions: Sessions,
     stopping: CancellationToken,
 ) -> Result<tokio::task::JoinHandle<io::Result<()>>, StartError> {
-    let listener = bind(socket)?;
+    let listener = socket.into_place()?;
     let service = Arc::new(Service::new(Arc::clone(&registry), facts, sessions));
     let connect = service.register(connectrpc::Router::new());
     let router =

@@ -77,20 +77,29 @@ impl Sampler {
         if let Err(error) = &links {
             tracing::warn!(error = error as &dyn std::error::Error, "what sandboxes send is not measured");
         }
-        let known = registry.all();
-        for handle in &known {
-            let id = &handle.spec().id;
-            if let Some(saved) = files.read(id) {
-                metrics.begin_with(id, &saved);
-            }
-        }
-        if let Err(error) = files.keep_only(|id| known.iter().any(|handle| handle.spec().id == *id)) {
-            tracing::warn!(
-                error = &error as &dyn std::error::Error,
-                "series of sandboxes that are gone stay"
-            );
-        }
         Ok(Self { registry, metrics, files, links: links.ok(), probes: BTreeMap::new(), round: 0 })
+    }
+
+    /// Reads what was measured of the sandboxes that are known by now, and removes what was of others.
+    pub async fn go_on(self) -> Self {
+        blocking(move || {
+            let known = self.registry.all();
+            for handle in &known {
+                let id = &handle.spec().id;
+                if let Some(saved) = self.files.read(id) {
+                    self.metrics.begin_with(id, &saved);
+                }
+            }
+            if let Err(error) = self.files.keep_only(|id| known.iter().any(|handle| handle.spec().id == *id))
+            {
+                tracing::warn!(
+                    error = &error as &dyn std::error::Error,
+                    "series of sandboxes that are gone stay"
+                );
+            }
+            self
+        })
+        .await
     }
 
     /// Measures until it is told to stop. Then everything is in its file.

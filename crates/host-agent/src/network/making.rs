@@ -82,7 +82,7 @@ impl Prepared {
 }
 
 /// Settings of a namespace. They are there before its links, which take theirs from `default`.
-const SETTINGS: [(&str, &str); 10] = [
+const SETTINGS: [(&str, &str); 12] = [
     ("net/ipv4/ip_forward", "1"),
     ("net/ipv4/conf/all/accept_redirects", "0"),
     ("net/ipv4/conf/default/accept_redirects", "0"),
@@ -94,6 +94,9 @@ const SETTINGS: [(&str, &str); 10] = [
     ("net/ipv4/conf/all/rp_filter", "1"),
     // An ARP question is answered for the address of the link that it came in by, and for no other.
     ("net/ipv4/conf/all/arp_ignore", "1"),
+    // Streams through a domain filter wait in memory that the whole host shares.
+    ("net/ipv4/tcp_rmem", "4096 65536 262144"),
+    ("net/ipv4/tcp_wmem", "4096 65536 262144"),
     ("net/ipv6/conf/all/disable_ipv6", "1"),
     ("net/ipv6/conf/default/disable_ipv6", "1"),
 ];

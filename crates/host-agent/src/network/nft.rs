@@ -38,6 +38,17 @@ pub enum NftError {
     TimedOut,
 }
 
+impl NftError {
+    /// Whether the rules are those that were there before, for sure. One that was ended may have loaded some.
+    pub(super) fn changed_nothing(&self) -> bool {
+        match self {
+            Self::Missing => true,
+            Self::Refused { status, .. } => status.code().is_some(),
+            Self::Run(_) | Self::TimedOut => false,
+        }
+    }
+}
+
 /// Loads `rules` in a namespace: all of them, or none.
 ///
 /// # Errors

@@ -118,8 +118,9 @@ impl Slot {
         // There is none where only the order of name servers differs, or the bandwidth.
         for (index, rules) in ruleset::change(former.as_ref(), policy).into_iter().enumerate() {
             if let Err(source) = nft::load(&prepared.namespace, rules).await {
-                // A refused transaction changed nothing; one that was ended may have.
-                if index == 0 && matches!(source, nft::NftError::Refused { .. } | nft::NftError::Missing) {
+                // A refused transaction changed nothing; one that was ended may have. A filter has the new rules
+                // already: then whoever applies any policy next, the former one too, does all of it.
+                if index == 0 && prepared.filter.is_none() && source.changed_nothing() {
                     prepared.policy = former;
                 }
                 return Err(SlotError::Rules { number, source });

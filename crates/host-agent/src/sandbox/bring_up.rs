@@ -535,7 +535,13 @@ impl Restored {
                     .await
             }
         };
-        match outcome {
+        // Without it the next agent takes this machine for a half-made one.
+        let noted = outcome.and_then(|idle| {
+            let up = |record: &mut Record| record.machine.iter_mut().for_each(|machine| machine.up = true);
+            self.before.ledger.note(up).map_err(BringUpError::Record)?;
+            Ok(idle)
+        });
+        match noted {
             Ok(idle) => {
                 let Recorded { before: WithSlot { before, slot }, ledger, .. } = self.before;
                 let machine = Machine {
@@ -547,12 +553,6 @@ impl Restored {
                     base_memory: before.source.base.memory,
                     base_disk: before.source.base.disk.path,
                 };
-                // Without it the next agent takes this machine for a half-made one; nothing worse.
-                if let Err(error) =
-                    ledger.note(|record| record.machine.iter_mut().for_each(|machine| machine.up = true))
-                {
-                    tracing::warn!(id = %machine.id, error = &error as &dyn std::error::Error, "the record does not say that the sandbox runs");
-                }
                 let phases = before.course.timer.phases;
                 Ok(Up { machine, ledger, phases, idle, stream_after: Instant::now(), go_on_at: None })
             }

@@ -87,6 +87,9 @@ pub enum CaptureError {
         #[source]
         source: VmmError,
     },
+    /// The machine has not gone on yet after another capture.
+    #[error("the machine has not gone on after the capture before this one")]
+    Unsettled,
     /// A step took too long.
     #[error("{step} took longer than {bound:?}")]
     Timeout {
@@ -123,6 +126,13 @@ pub async fn capture(
     into: &SnapshotId,
     kind: Kind,
 ) -> Result<Captured, CaptureError> {
+    if up.go_on_at.is_some() {
+        let record = up.ledger.record();
+        go_on(host, up, &record).await;
+        if up.go_on_at.is_some() {
+            return Err(CaptureError::Unsettled);
+        }
+    }
     let record = up.ledger.record();
     let connector = up.machine.connector();
     let next = match kind {
@@ -159,9 +169,6 @@ pub async fn capture(
     let (making, about) = match saved.await {
         Ok(saved) => saved,
         Err(error) => {
-            if let Some(next) = &next {
-                note_top(host, up, next).await;
-            }
             go_on(host, up, &record).await;
             return Err(error);
         }
@@ -267,24 +274,28 @@ async fn next_layer(
     blocking(move || disks.clone_disk(&top, &path, size)).await.map_err(CaptureError::Disk)
 }
 
-/// Notes the next layer as the top one if the machine is on it: it may be even though nobody was told so.
-async fn note_top(host: &Host, up: &mut Up, next: &LayerId) {
+/// Notes the next layer of a capture as the top one if the machine is on it: it may be even though nobody was told
+/// so. Answers whether that is known now.
+async fn note_top(host: &Host, up: &mut Up) -> bool {
+    let record = up.ledger.record();
+    let next = record.capture.and_then(|capture| capture.next_layer);
+    let Some(next) = next.as_ref().filter(|next| record.layers.first() != Some(*next)) else { return true };
     let id = &up.machine.id;
     let noted = match up.machine.vm.disk_chain().await {
-        Ok(chain) if chain.first() == Some(&host.snapshots.layer_path(next)) => up.ledger.note(|record| {
-            if record.layers.first() != Some(next) {
-                record.layers.insert(0, next.clone());
-            }
-        }),
+        Ok(chain) if chain.first() == Some(&host.snapshots.layer_path(next)) => {
+            up.ledger.note(|record| record.layers.insert(0, next.clone()))
+        }
         Ok(_) => Ok(()),
         Err(error) => {
             // A machine that is gone is noticed by its exit.
-            return tracing::warn!(%id, error = &error as &dyn std::error::Error, "the layers of the disk are not known");
+            tracing::warn!(%id, error = &error as &dyn std::error::Error, "the layers of the disk are not known");
+            return false;
         }
     };
     if let Err(error) = noted {
         tracing::warn!(%id, error = &error as &dyn std::error::Error, "the record does not say on which layer the machine is");
     }
+    true
 }
 
 /// Lets the machine run and its guest open, and forgets the capture. What cannot be done here is tried again a
@@ -293,12 +304,17 @@ pub async fn go_on(host: &Host, up: &mut Up, record: &Record) {
     let id = &record.id;
     // Until it is done it is still to be done.
     up.go_on_at = Some(Instant::now() + AGAIN);
+    let is_known = note_top(host, up).await;
     if let Err(error) = up.machine.vm.resume().await {
         tracing::error!(%id, error = &error as &dyn std::error::Error, "the machine does not run again");
         return;
     }
     if let Err(error) = open(host, up, record).await {
         tracing::error!(%id, error = &error as &dyn std::error::Error, "the guest does not open again");
+        return;
+    }
+    if !is_known {
+        // The capture stays: without it nobody would know of a layer that may be in use.
         return;
     }
     up.go_on_at = None;

@@ -438,6 +438,12 @@ impl Handle {
         self.wait_for(|status| status.stage.is_settled()).await
     }
 
+    /// Waits until its driver has begun. What it then does by itself, because a clock ran out meanwhile, is not
+    /// waited for.
+    pub async fn begun(&self) -> Status {
+        self.wait_for(|status| status.stage != Stage::Starting).await
+    }
+
     /// Waits until the sandbox and everything that was made for it is gone.
     pub async fn stopped(&self) -> Status {
         self.wait_for(|status| status.stage == Stage::Stopped).await

@@ -66,6 +66,8 @@ pub(super) enum Backing {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum State {
     Running,
+    /// It was told to stop, and nobody knows whether it has.
+    Stopping,
     Paused,
     /// Its memory is part of this snapshot, which must not change any more.
     Saved(SnapshotFiles),
@@ -75,6 +77,7 @@ impl State {
     fn word(&self) -> &'static str {
         match self {
             Self::Running => "running",
+            Self::Stopping => "stopping",
             Self::Paused => "paused",
             Self::Saved(_) => "saved",
         }
@@ -314,7 +317,9 @@ impl Vm for Machine {
 
     async fn pause(&mut self) -> VmmResult<()> {
         self.alive("pause")?;
-        if self.state == State::Running {
+        if matches!(self.state, State::Running | State::Stopping) {
+            // Before the answer, which may never come: whoever wants it to run then has to tell it so.
+            self.state = State::Stopping;
             self.command("pause", "stop", Value::Null).await?;
             self.state = State::Paused;
         }
@@ -325,7 +330,7 @@ impl Vm for Machine {
         self.alive("resume")?;
         match &self.state {
             State::Running => Ok(()),
-            State::Paused => {
+            State::Paused | State::Stopping => {
                 self.command("resume", "cont", Value::Null).await?;
                 self.state = State::Running;
                 Ok(())

@@ -151,8 +151,10 @@ fn run_command(command: Command, output: Output) -> Result<u8, Failure> {
             Command::Completions { .. } => Ok(0),
         }
     });
-    // A read of the terminal or of a pipe may be under way in a thread of its own, and would be waited for.
-    runtime.shutdown_background();
+    // A read of the terminal or of a pipe may be under way in a thread of its own, and would be waited for. And what
+    // the agent has not come to an end with is left as a kill would leave it: its next start goes on with machines,
+    // which would be ended together with the tasks that hold them.
+    std::mem::forget(runtime);
     result
 }
 

@@ -94,7 +94,8 @@ pub(super) struct NetworkArguments {
     /// IPv4 network that it may not reach; may be repeated
     #[arg(long, value_name = "CIDR")]
     deny_cidr: Vec<String>,
-    /// Domain (or `*.` and a domain, for all below) that it may reach, and then nothing else; may be repeated
+    /// Domain (or `*.` and a domain, for all below) that it may reach, on TCP ports 80 and 443, and then nothing
+    /// else; may be repeated
     #[arg(long, value_name = "DOMAIN")]
     allow_domain: Vec<String>,
     /// Domain (or `*.` and a domain) that is not resolved and that no connection to ports 80 and 443 may name; may be

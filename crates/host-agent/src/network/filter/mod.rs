@@ -4,8 +4,8 @@
 //!  guest ── UDP, TCP 53 ──────────────────► names   ─ allowed? ─► the policy's name servers
 //!    │       (whatever server it means)       │ the addresses, pinned to the name
 //!    │                                        ▼
-//!    ├── TCP to what no list of networks ─► streams ─ pinned? and on ports 80 and 443: ─► the address that it means
-//!    │    leaves open                                 server name or Host allowed?
+//!    ├── TCP to what no list of networks ─► streams ─ on ports 80 and 443: pinned, and ─► the address that it means
+//!    │    leaves open                       server name or Host allowed?
 //!    │
 //!    └── everything else: the rules of the kernel alone ([`super::ruleset`])
 //! ```
@@ -16,11 +16,12 @@
 //!
 //! - **What a name opens.** Only questions for IPv4 addresses are passed on, of names that are allowed. An address
 //!   that comes back is *pinned* to the name, for as long as the answer says ([`pins`]), unless it is denied
-//!   or where no sandbox may go: a name that leads to a private address leads nowhere. TCP ports of pinned
-//!   addresses are reached; on ports 80 and 443 a connection also has to say an allowed name, which is looked for
-//!   in the first message of TLS ([`hello`]) or in the request ([`http`], one request per connection). Who says
-//!   none, or an address, is connected only to a network on the allow list.
-//! - **Denied names** are not resolved, and no connection to ports 80 and 443 may say one or say none. By other ports
+//!   or where no sandbox may go: a name that leads to a private address leads nowhere. Ports 80 and 443 of pinned
+//!   addresses are reached by who says an allowed name, which is looked for in the first message of TLS
+//!   ([`hello`]) or in the request ([`http`], one request per connection). Who says none, or an address, is
+//!   connected only to a network on the allow list. Other ports are opened by networks alone: one address serves
+//!   the names of many, and there nothing tells which is meant. What a server makes of the names *inside* of TLS is not seen.
+//! - **Denied names** are not resolved, and no connection to ports 80 and 443 may say one, say none or begin as neither TLS nor HTTP. By other ports
 //!   and by an address that a guest knows already, a deny list of names alone keeps nobody from anything.
 //! - **A process of its own.** It parses what a guest sends, so it is not the agent: it runs as an unprivileged
 //!   user in the guest's namespace, with nothing but its sockets ([`process`]). And streams go through it, so it

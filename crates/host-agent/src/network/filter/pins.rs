@@ -8,6 +8,8 @@ use std::{
 
 /// How many pairs of an address and a name are remembered. The oldest make room.
 const PINS: usize = 4096;
+/// How many names of one address are.
+const NAMES: usize = 64;
 /// The least time for which an address is remembered: a program connects a while after it has asked.
 pub(super) const LEAST: Duration = Duration::from_secs(60);
 /// The most: what a name server says of the far future is not believed.
@@ -32,18 +34,23 @@ impl Pins {
                 first.and_then(|pin| self.until.remove(&pin));
             }
         }
-        self.until.insert(pin, until);
+        self.until.insert(pin.clone(), until);
+        // Every stream to an address asks for all of its names, so they are few: this one, and those that end last.
+        while self.of(address).count() > NAMES {
+            let others = self.of(address).filter(|(other, _)| **other != pin);
+            let first = others.min_by_key(|(_, until)| **until).map(|(pin, _)| pin.clone());
+            first.and_then(|pin| self.until.remove(&pin));
+        }
+    }
+
+    fn of(&self, address: Ipv4Addr) -> impl Iterator<Item = (&(Ipv4Addr, String), &Instant)> {
+        self.until.range((address, String::new())..).take_while(move |((pinned, _), _)| *pinned == address)
     }
 
     /// The names for which an address was answered and which are not forgotten.
     #[must_use]
     pub(super) fn names(&self, address: Ipv4Addr, now: Instant) -> Vec<String> {
-        self.until
-            .range((address, String::new())..)
-            .take_while(|((pinned, _), _)| *pinned == address)
-            .filter(|(_, until)| **until > now)
-            .map(|((_, name), _)| name.clone())
-            .collect()
+        self.of(address).filter(|(_, until)| **until > now).map(|((_, name), _)| name.clone()).collect()
     }
 
     /// Forgets what is not to be kept any more.
@@ -89,6 +96,18 @@ mod tests {
             pins.names(Ipv4Addr::from_bits(3), now).is_empty()
                 && !pins.names(Ipv4Addr::from_bits(4000), now).is_empty()
         );
+    }
+
+    #[test]
+    fn an_address_has_few_names_and_the_newest_is_one_of_them() {
+        let (mut pins, now, address) = (Pins::default(), Instant::now(), Ipv4Addr::new(9, 9, 9, 9));
+        for number in 0..1000 {
+            pins.add(address, &format!("n{number}.example"), MOST, now);
+        }
+        pins.add(address, "last.example", LEAST, now);
+        let names = pins.names(address, now);
+        assert_eq!(names.len(), NAMES);
+        assert!(names.iter().any(|name| name == "last.example"), "{names:?}");
     }
 
     proptest! {

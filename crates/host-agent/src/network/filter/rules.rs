@@ -107,7 +107,8 @@ impl Rules {
             return self.leaves_open(address);
         }
         if !WEB_PORTS.contains(&port) {
-            return pinned || self.leaves_open(address);
+            // A name cannot be looked for there, and one address serves many names.
+            return self.leaves_open(address);
         }
         match name.filter(|name| is_name(name)) {
             Some(name) if self.denies(name) => false,
@@ -165,14 +166,9 @@ mod tests {
         for wrong in [None, Some("example.com"), Some("bad.example.com"), Some("x y.example.com"), Some("")] {
             assert!(!rules.permit(web, wrong, true), "{wrong:?}");
         }
-        assert!(
-            rules.permit(target("203.0.113.10:22"), None, true)
-                && !rules.permit(target("203.0.113.10:22"), None, false)
-        );
-        assert!(
-            !rules.permit(target("203.0.113.10:853"), None, true)
-                && !rules.permit(target("203.0.113.10:53"), None, true)
-        );
+        for other in ["203.0.113.10:22", "203.0.113.10:8443", "203.0.113.10:853", "203.0.113.10:53"] {
+            assert!(!rules.permit(target(other), Some("a.example.com"), true), "{other}");
+        }
         for never in ["203.0.113.65:443", "10.0.0.1:443", "169.254.169.254:80", "127.0.0.1:80"] {
             assert!(!rules.permit(target(never), Some("a.example.com"), true), "{never}");
             assert!(!rules.may_pin(*target(never).ip()));

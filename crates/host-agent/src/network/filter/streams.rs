@@ -20,7 +20,7 @@ use tokio::{
 use super::{Shared, hello, http, http::Head, rules::Rules};
 
 /// How many streams there are at the same time. The next one waits until one has ended.
-pub(super) const STREAMS: usize = 1024;
+pub(super) const STREAMS: usize = 256;
 /// How long a guest may take to say which name it means.
 const HEAD_BOUND: Duration = Duration::from_secs(15);
 /// In how many parts it may say that: each of them is a look at all that came before.
@@ -66,12 +66,14 @@ enum Opening {
     Plain(Vec<u8>),
     /// One request, and what was read behind its head.
     Request(Head, Vec<u8>),
+    /// As it is, and it is neither TLS nor HTTP that can be understood: whoever gets it may find a name in it.
+    Unread(Vec<u8>),
 }
 
 impl Opening {
     fn name(&self) -> Option<&str> {
         match self {
-            Self::Plain(_) => None,
+            Self::Plain(_) | Self::Unread(_) => None,
             Self::Request(head, _) => head.name.as_deref(),
         }
     }
@@ -89,7 +91,11 @@ async fn carry(shared: &Shared, mut guest: TcpStream) -> io::Result<()> {
     };
     // From here on every change of the rules is seen: by this look or by the watch.
     let names = shared.names(*target.ip());
+    let is_unread = matches!(opening, Opening::Unread(_));
     let permitted = |rules: &Rules| {
+        if is_unread && rules.names_are_denied() {
+            return false;
+        }
         let pinned = names.iter().any(|name| rules.allows(name));
         rules.permit(target, name.as_deref(), pinned)
     };
@@ -105,7 +111,7 @@ async fn carry(shared: &Shared, mut guest: TcpStream) -> io::Result<()> {
             sockopt::set_tcp_keepidle(end, KEEP_ALIVE)?;
         }
         match opening {
-            Opening::Plain(first) => {
+            Opening::Plain(first) | Opening::Unread(first) => {
                 server.write_all(&first).await?;
                 copy_bidirectional(&mut guest, &mut server).await?;
             }
@@ -159,7 +165,7 @@ async fn hear(guest: &mut TcpStream) -> io::Result<(Option<String>, Opening)> {
             http::Heard::Other => break,
         }
     }
-    Ok((None, Opening::Plain(bytes)))
+    Ok((None, Opening::Unread(bytes)))
 }
 
 /// Sends one request on, and everything that comes back. Nothing that a guest sends after its request is sent.

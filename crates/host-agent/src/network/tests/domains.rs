@@ -41,7 +41,11 @@ async fn an_allowed_name_is_reached_and_nothing_else() {
     let hello = String::from_utf8_lossy(&tls("a.example")).into_owned();
     assert_eq!(guest.talk(INTERNET, 443, tls("a.example")).await, Outcome::Answered(hello));
     assert_eq!(guest.talk(INTERNET, PORT, http("a.example")).await, answered("outside"));
-    assert_eq!(guest.talk(INTERNET, OTHER_PORT, b"hello".to_vec()).await, answered("hello"));
+    assert_eq!(
+        guest.talk(INTERNET, OTHER_PORT, b"hello".to_vec()).await,
+        Outcome::Refused,
+        "a name opens the ports on which it can be looked for"
+    );
 
     for bytes in
         [tls("other.example"), tls("203.0.113.10"), http("other.example"), http(INTERNET), b"?\n".to_vec()]
@@ -220,7 +224,8 @@ async fn a_deny_list_of_names_closes_those_alone() {
     // A network on the allow list needs no name, but may not say a denied one.
     slot.apply(&named(&["deny bad.example", &format!("allow {INTERNET}")])).await.unwrap();
     assert_eq!(guest.talk(INTERNET, 443, tls("bad.example")).await, Outcome::Refused);
-    assert_eq!(guest.talk(INTERNET, 443, b"?\n".to_vec()).await, answered("?\n"));
+    assert_eq!(guest.talk(INTERNET, 443, b"?\n".to_vec()).await, Outcome::Refused, "it may mean any name");
+    assert_eq!(guest.talk(INTERNET, OTHER_PORT, b"hello".to_vec()).await, answered("hello"));
     assert_eq!(guest.talk(RESOLVER, 443, tls("good.example")).await, Outcome::Refused);
     drop(slot);
     pool.shutdown().await;

@@ -151,7 +151,11 @@ impl Driver {
         // was saved, so it must not be removed.
         if let Err(error) = up.ledger.change(Record::settle).await {
             let Up { machine, ledger, .. } = up;
-            self.leave(machine).await;
+            // Not the machine that was the sandbox: the way to the guest of that one stays open.
+            if let Err(error) = machine.end(&self.host).await {
+                let id = &self.handle.spec().id;
+                tracing::error!(%id, error = &error as &dyn std::error::Error, "the machine did not stop; it is left to be collected");
+            }
             if let Err(error) = ledger.put_back(former).await {
                 let id = &self.handle.spec().id;
                 tracing::warn!(%id, error = &error as &dyn std::error::Error, "the record is put right at the next start");
