@@ -168,6 +168,7 @@ pub(crate) fn examine(
             stock.remains.push(dir);
             continue;
         };
+        let found = record.clone();
         let saved = match saved_as(&record) {
             Some(id) => match snapshots.get(id) {
                 Ok(kept) => kept,
@@ -187,42 +188,43 @@ pub(crate) fn examine(
         if let Some(kept) = saved {
             // A pause whose machine was not ended yet, or a resume that was not answered: what is saved is it.
             let at = record.paused.as_ref().map_or(kept.about.created_at, |paused| paused.at);
-            let before = record.clone();
             record.paused = Some(PausedRecord { snapshot: kept.id.clone(), at });
             record.layers.clone_from(&kept.about.layers);
             (record.capture, record.machine) = (None, None);
-            let ledger = Ledger::new(dir, record.clone());
-            if record != before {
-                ledger.put(record).map_err(CollectError::Record)?;
-            }
+            let ledger = ledger_of(dir, found, record)?;
             stock.left.push((ledger, Fate::Paused(Box::new(kept))));
             continue;
         }
         // A rollback that was not answered: the machine that stands still goes on.
-        let mut changes = record.former.is_some();
         record.go_back();
         if let Some(machine) = record.machine.as_ref().filter(|_| has_machine(&record)) {
             stock.machines.insert(Host::machine_name(instance, &record.id, &machine.name));
             stock.directories.insert(machine.name.to_string());
-            let ledger = Ledger::new(dir, record.clone());
             if let Some(obsolete) = &record.obsolete {
                 // It was brought back from this, and whoever was to delete it was killed.
                 match snapshots.delete(obsolete) {
-                    Ok(_) => (record.obsolete, changes) = (None, true),
+                    Ok(_) => record.obsolete = None,
                     Err(error) => {
                         tracing::warn!(%obsolete, error = &error as &dyn std::error::Error, "a snapshot that is not needed stays until the next start");
                     }
                 }
             }
-            if changes {
-                ledger.put(record).map_err(CollectError::Record)?;
-            }
-            stock.left.push((ledger, Fate::Machine));
+            stock.left.push((ledger_of(dir, found, record)?, Fate::Machine));
         } else {
             stock.remains.push(dir);
         }
     }
     Ok(stock)
+}
+
+/// The ledger of a sandbox whose record was `found` and is to be `record`, which is written only where it differs.
+fn ledger_of(dir: SandboxDir, found: Record, record: Record) -> Result<Ledger, CollectError> {
+    let is_new = record != found;
+    let ledger = Ledger::new(dir, found);
+    if is_new {
+        ledger.put(record).map_err(CollectError::Record)?;
+    }
+    Ok(ledger)
 }
 
 impl Stock {
@@ -355,25 +357,10 @@ async fn adopt(host: &Arc<Host>, ledger: &Arc<Ledger>) -> Result<Up, AdoptError>
         memory: Some(base.memory.clone()),
         pid_hint: None,
     };
-    let mut vm = host.vmm.adopt(wanted).await.map_err(AdoptError::Machine)?;
+    let vm = host.vmm.adopt(wanted).await.map_err(AdoptError::Machine)?;
     let number = SlotNumber::new(machine.slot).map_err(|_| AdoptError::Number)?;
     let policy = Policy::resolve(&record.settings.network, &host.dns_servers).map_err(AdoptError::Policy)?;
     let slot = host.slots.adopt(number, &policy).await.map_err(AdoptError::Slot)?;
-    if let Some(next) = record.capture.as_ref().and_then(|capture| capture.next_layer.clone()) {
-        let chain = vm.disk_chain().await.map_err(AdoptError::Machine)?;
-        let on_top = chain.first() == Some(&host.snapshots.layer_path(&next));
-        // Where this cannot be written, the capture that is on disk still says which layer it may be.
-        if on_top
-            && record.layers.first() != Some(&next)
-            && let Err(error) = ledger.note(|record| record.layers.insert(0, next))
-        {
-            let id = &record.id;
-            tracing::warn!(%id, error = &error as &dyn std::error::Error, "the record does not say on which layer the machine is");
-        }
-    }
-    if record.capture.is_none() {
-        vm.resume().await.map_err(AdoptError::Machine)?;
-    }
     let machine = Machine {
         id: record.id.clone(),
         name: machine.name.clone(),
@@ -394,6 +381,8 @@ async fn adopt(host: &Arc<Host>, ledger: &Arc<Ledger>) -> Result<Up, AdoptError>
     if record.capture.is_some() {
         // What does not go on at once is told so again by its driver: it is no less a sandbox.
         capture::go_on(host, &mut up, &record).await;
+    } else {
+        up.machine.vm.resume().await.map_err(AdoptError::Machine)?;
     }
     Ok(up)
 }

@@ -439,40 +439,37 @@ impl WithSlot {
 
 impl Recorded {
     async fn restore(mut self) -> Result<Restored, BringUpError> {
-        let course = &mut self.before.before.course;
+        let WithSlot { before: WithDisk { course, source, layer, disk, .. }, slot } = &mut self.before;
         let host = Arc::clone(&course.host);
         let record = self.ledger.record();
-        let run_dir = host.run_dir(&self.before.before.layer);
-        let restored = match (std::fs::create_dir(&run_dir), self.before.slot.lock()) {
-            (Err(source), _) => Err(BringUpError::RunDir { path: run_dir.clone(), source }),
-            (Ok(()), Err(error)) => Err(BringUpError::Slot(error)),
-            (Ok(()), Ok(lock)) => {
-                match host.limits.begin(&record.id, &self.before.before.layer, record.shape) {
-                    Err(source) => Err(BringUpError::Limits(source)),
-                    Ok(control_group) => {
-                        let machine = MachineSpec {
-                            name: Host::machine_name(&host.instance, &record.id, &self.before.before.layer),
-                            run_dir: run_dir.clone(),
-                            shape: record.shape,
-                            guest: host.images.guest().bundle.clone(),
-                            disk: Some(self.before.before.disk.clone()),
-                            network: Some(NetworkSpec {
-                                namespace: self.before.slot.netns_path().to_owned(),
-                                tap: self.before.slot.tap().to_owned(),
-                            }),
-                            kernel_arguments: Vec::new(),
-                            keep_open: vec![lock],
-                            control_group,
-                        };
-                        let files = self.before.before.source.files.clone();
-                        course
-                            .step("restore", RESTORE_BOUND, async {
-                                host.vmm.restore(machine, &files).await.map_err(BringUpError::Restore)
-                            })
-                            .await
-                    }
-                }
+        let run_dir = host.run_dir(layer);
+        let spec = || {
+            std::fs::create_dir(&run_dir)
+                .map_err(|source| BringUpError::RunDir { path: run_dir.clone(), source })?;
+            let lock = slot.lock().map_err(BringUpError::Slot)?;
+            let control_group = host.limits.begin(&record.id, layer, record.shape);
+            Ok(MachineSpec {
+                name: Host::machine_name(&host.instance, &record.id, layer),
+                run_dir: run_dir.clone(),
+                shape: record.shape,
+                guest: host.images.guest().bundle.clone(),
+                disk: Some(disk.clone()),
+                network: Some(NetworkSpec {
+                    namespace: slot.netns_path().to_owned(),
+                    tap: slot.tap().to_owned(),
+                }),
+                kernel_arguments: Vec::new(),
+                keep_open: vec![lock],
+                control_group: control_group.map_err(BringUpError::Limits)?,
+            })
+        };
+        let restored = match spec() {
+            Ok(machine) => {
+                let restore =
+                    async { host.vmm.restore(machine, &source.files).await.map_err(BringUpError::Restore) };
+                course.step("restore", RESTORE_BOUND, restore).await
             }
+            Err(error) => Err(error),
         };
         match restored {
             Ok(vm) => Ok(Restored { before: self, run_dir, vm }),
@@ -486,13 +483,11 @@ impl Recorded {
 
     async fn undo(self, error: BringUpError) -> BringUpError {
         let error = self.before.undo(error).await;
-        let put_back = match self.former {
-            None => self.ledger.remove().await,
-            Some(former) => self.ledger.put_back(former).await,
-        };
-        if let Err(error) = put_back {
+        if let Some(former) = self.former {
+            self.ledger.put_back(former).await;
+        } else if let Err(error) = self.ledger.remove().await {
             let id = self.ledger.record().id;
-            tracing::warn!(%id, error = &error as &dyn std::error::Error, "the record is put right at the next start");
+            tracing::warn!(%id, error = &error as &dyn std::error::Error, "the record stays until the next start");
         }
         error
     }
@@ -566,10 +561,8 @@ impl Restored {
             // disk and the namespace from under it. The next start collects it.
             let id = self.before.ledger.record().id;
             tracing::error!(%id, error = &stuck as &dyn std::error::Error, "the machine did not stop; it is left to be collected");
-            if let Some(former) = self.before.former
-                && let Err(error) = self.before.ledger.put_back(former).await
-            {
-                tracing::warn!(%id, error = &error as &dyn std::error::Error, "the record is put right at the next start");
+            if let Some(former) = self.before.former {
+                self.before.ledger.put_back(former).await;
             }
             return error;
         }

@@ -311,14 +311,15 @@ impl Ledger {
         blocking(move || ledger.put(record)).await
     }
 
-    /// Makes the record what it was, whether or not that can be written: what is done next follows from it.
-    ///
-    /// # Errors
-    /// The record that an agent finds is the one before this.
-    pub async fn put_back(self: &Arc<Self>, former: Record) -> Result<(), RecordError> {
+    /// Makes the record what it was, whether or not that can be written: what is done next follows from it. Where it
+    /// cannot, the next agent finds the one before this, and puts it right.
+    pub async fn put_back(self: &Arc<Self>, former: Record) {
+        let id = former.id.clone();
         *self.record.lock().unwrap_or_else(PoisonError::into_inner) = former.clone();
         let ledger = Arc::clone(self);
-        blocking(move || ledger.put(former)).await
+        if let Err(error) = blocking(move || ledger.put(former)).await {
+            tracing::warn!(%id, error = &error as &dyn std::error::Error, "the record is put right at the next start");
+        }
     }
 
     /// Notes what has happened, for an agent that is started after this one, but not for a host that is: machines do

@@ -16,11 +16,10 @@ use std::{
 };
 
 use camino::Utf8Path;
-use rustix::{fs::SeekFrom, io::Errno};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 
-use super::{SnapshotStoreError, SnapshotStoreResult};
+use super::{SnapshotStoreError, SnapshotStoreResult, files::next_block_with_data};
 
 const BLOCK: usize = 64 << 10;
 
@@ -115,7 +114,7 @@ fn digest_blocks(file: &File) -> io::Result<Digest> {
     let mut hasher = Sha256::new();
     let length = file.metadata()?.len();
     let mut position = 0;
-    while let Some(block) = next_block_with_data(file, position, length)? {
+    while let Some(block) = next_block_with_data(file, position, length, BLOCK as u64)? {
         position = block;
         let wanted = usize::try_from(length - position).map_or(BLOCK, |left| left.min(BLOCK));
         let bytes = &mut buffer[..wanted];
@@ -128,21 +127,6 @@ fn digest_blocks(file: &File) -> io::Result<Digest> {
     }
     hasher.update(length.to_le_bytes());
     Ok(Digest::of(hasher))
-}
-
-/// The start of the first block at or after `position`, itself the start of one, that is not all hole.
-fn next_block_with_data(file: &File, position: u64, length: u64) -> io::Result<Option<u64>> {
-    if position >= length {
-        return Ok(None);
-    }
-    match rustix::fs::seek(file, SeekFrom::Data(position)) {
-        Ok(data) if data < length => Ok(Some(data - data % BLOCK as u64)),
-        // The file was cut meanwhile, or there is only a hole up to the end.
-        Ok(_) | Err(Errno::NXIO) => Ok(None),
-        // A filesystem that knows no holes: everything is data.
-        Err(Errno::INVAL | Errno::OPNOTSUPP) => Ok(Some(position)),
-        Err(error) => Err(error.into()),
-    }
 }
 
 #[cfg(test)]

@@ -8,7 +8,7 @@ use std::{
 
 use camino::Utf8Path;
 use rustix::{
-    fs::{CWD, RenameFlags},
+    fs::{CWD, RenameFlags, SeekFrom, seek},
     io::Errno,
 };
 
@@ -34,6 +34,27 @@ pub(crate) fn sync(path: &Utf8Path) -> SnapshotStoreResult<()> {
 /// The apparent size of a file.
 pub(crate) fn length(path: &Utf8Path) -> SnapshotStoreResult<u64> {
     fs::metadata(path).map(|it| it.len()).map_err(|source| SnapshotStoreError::file("examine", path, source))
+}
+
+/// The start of the first block at or after `position`, itself the start of one, that is not all hole; none when
+/// there is only a hole up to the end.
+pub(crate) fn next_block_with_data(
+    file: &File,
+    position: u64,
+    length: u64,
+    block: u64,
+) -> io::Result<Option<u64>> {
+    if position >= length {
+        return Ok(None);
+    }
+    match seek(file, SeekFrom::Data(position)) {
+        Ok(data) if data < length => Ok(Some(data - data % block)),
+        // The file was cut meanwhile, or there is only a hole up to the end.
+        Ok(_) | Err(Errno::NXIO) => Ok(None),
+        // A filesystem that knows no holes: everything is data.
+        Err(Errno::INVAL | Errno::OPNOTSUPP) => Ok(Some(position)),
+        Err(error) => Err(error.into()),
+    }
 }
 
 /// Renames with flags. The caller knows what each error means to it.

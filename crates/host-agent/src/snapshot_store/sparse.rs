@@ -6,12 +6,9 @@
 use std::{fs::File, io, os::unix::fs::FileExt as _};
 
 use camino::Utf8Path;
-use rustix::{
-    fs::{FallocateFlags, SeekFrom, fallocate, seek},
-    io::Errno,
-};
+use rustix::fs::{FallocateFlags, fallocate};
 
-use super::{SnapshotStoreError, SnapshotStoreResult};
+use super::{SnapshotStoreError, SnapshotStoreResult, files::next_block_with_data};
 
 const PAGE: usize = 4 << 10;
 /// How much is read at once.
@@ -37,7 +34,7 @@ fn punch(file: &File) -> io::Result<()> {
     let mut buffer = vec![0; CHUNK];
     let mut zeros = Zeros::default();
     let mut position = 0;
-    while let Some(data) = next_data(file, position, length)? {
+    while let Some(data) = next_block_with_data(file, position, length, PAGE as u64)? {
         if data > position
             && let Some(hole) = zeros.end()
         {
@@ -93,19 +90,6 @@ impl Zeros {
 fn punch_hole(file: &File, hole: Hole) -> io::Result<()> {
     let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
     Ok(rustix::io::retry_on_intr(|| fallocate(file, flags, hole.start, hole.bytes))?)
-}
-
-/// Where the next data is, from the page of `position` on.
-fn next_data(file: &File, position: u64, length: u64) -> io::Result<Option<u64>> {
-    if position >= length {
-        return Ok(None);
-    }
-    match seek(file, SeekFrom::Data(position)) {
-        Ok(data) if data < length => Ok(Some(data - data % PAGE as u64)),
-        Ok(_) | Err(Errno::NXIO) => Ok(None),
-        Err(Errno::INVAL | Errno::OPNOTSUPP) => Ok(Some(position)),
-        Err(error) => Err(error.into()),
-    }
 }
 
 #[cfg(test)]

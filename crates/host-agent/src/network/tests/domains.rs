@@ -3,10 +3,10 @@
 use std::io::{Read as _, Write as _};
 
 use super::{
-    internet_of_names::{NAME_SERVER, Names, OTHER_PORT, http, named, say, tls},
+    internet_of_names::{Filtered, NAME_SERVER, OTHER_PORT, http, named, say, tls},
     world::{
-        FORBIDDEN, Guest, INTERNET, METADATA, OTHER_RESOLVER, Outcome, PORT, PRIVATE, RESOLVER, World,
-        address, answered, can_run, internet,
+        FORBIDDEN, INTERNET, METADATA, OTHER_RESOLVER, Outcome, PORT, PRIVATE, RESOLVER, address, answered,
+        internet,
     },
 };
 use crate::network::filter::dns;
@@ -16,20 +16,10 @@ const REFUSED: u8 = 5;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_allowed_name_is_reached_and_nothing_else() {
-    if !can_run() {
-        return;
-    }
-    let world = World::new().await;
-    let names = Names::of(&world).await;
-    names.put("a.example", &[INTERNET]);
-    names.put("x.b.example", &[RESOLVER]);
-    names.put("other.example", &[OTHER_RESOLVER]);
-    let pool = world.pool(1).await;
-    let mut slot = pool.take().await.unwrap();
-    // Before the guest's first packet.
-    let policy = named(&["allow a.example", "allow *.b.example"]);
-    slot.apply(&policy).await.unwrap();
-    let guest = Guest::on(&slot, "guest").await;
+    let zone: &[(_, &[_])] =
+        &[("a.example", &[INTERNET]), ("x.b.example", &[RESOLVER]), ("other.example", &[OTHER_RESOLVER])];
+    let filtered = Filtered::new(zone, &["allow a.example", "allow *.b.example"]).await;
+    let Some(Filtered { world, names, pool, slot, guest }) = filtered else { return };
     assert_eq!(slot.name_servers(), [address(NAME_SERVER)]);
 
     assert_eq!(
@@ -85,17 +75,10 @@ async fn an_allowed_name_is_reached_and_nothing_else() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_name_opens_nothing_that_no_sandbox_reaches() {
-    if !can_run() {
-        return;
-    }
-    let world = World::new().await;
-    let names = Names::of(&world).await;
-    names
-        .put("a.example", &[&FORBIDDEN[..], &["169.254.0.22", "203.0.113.200", RESOLVER, INTERNET]].concat());
-    let pool = world.pool(1).await;
-    let mut slot = pool.take().await.unwrap();
-    slot.apply(&named(&["allow a.example", &format!("deny {RESOLVER}")])).await.unwrap();
-    let guest = Guest::on(&slot, "guest").await;
+    let all = [&FORBIDDEN[..], &["169.254.0.22", "203.0.113.200", RESOLVER, INTERNET]].concat();
+    let denied = format!("deny {RESOLVER}");
+    let filtered = Filtered::new(&[("a.example", &all)], &["allow a.example", &denied]).await;
+    let Some(Filtered { world, pool, slot, guest, .. }) = filtered else { return };
     // The host's public address looks like any other, and is guarded where the namespace ends.
     assert_eq!(guest.look_up("a.example").await, Ok(vec![address("203.0.113.200"), address(INTERNET)]));
     world.callers.take();
@@ -117,16 +100,8 @@ async fn a_name_opens_nothing_that_no_sandbox_reaches() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn questions_are_answered_over_tcp_too_and_only_for_addresses() {
-    if !can_run() {
-        return;
-    }
-    let world = World::new().await;
-    let names = Names::of(&world).await;
-    names.put("a.example", &[INTERNET]);
-    let pool = world.pool(1).await;
-    let mut slot = pool.take().await.unwrap();
-    slot.apply(&named(&["allow a.example"])).await.unwrap();
-    let guest = Guest::on(&slot, "guest").await;
+    let filtered = Filtered::new(&[("a.example", &[INTERNET])], &["allow a.example"]).await;
+    let Some(Filtered { pool, slot, guest, .. }) = filtered else { return };
     let stream = guest.connect(OTHER_RESOLVER, 53).await.unwrap();
     for (name, code) in [("a.example", 0), ("b.example", REFUSED)] {
         let question = dns::ask(9, name).unwrap();
@@ -166,16 +141,8 @@ async fn questions_are_answered_over_tcp_too_and_only_for_addresses() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_connection_carries_one_request() {
-    if !can_run() {
-        return;
-    }
-    let world = World::new().await;
-    let names = Names::of(&world).await;
-    names.put("a.example", &[INTERNET]);
-    let pool = world.pool(1).await;
-    let mut slot = pool.take().await.unwrap();
-    slot.apply(&named(&["allow a.example"])).await.unwrap();
-    let guest = Guest::on(&slot, "guest").await;
+    let filtered = Filtered::new(&[("a.example", &[INTERNET])], &["allow a.example"]).await;
+    let Some(Filtered { pool, slot, guest, .. }) = filtered else { return };
     guest.look_up("a.example").await.unwrap();
     let request = "POST / HTTP/1.1\r\nHost: a.example\r\nContent-Length: 4\r\n\r\nbody";
     let second = "GET / HTTP/1.1\r\nHost: other.example\r\n\r\n";
@@ -196,17 +163,9 @@ async fn a_connection_carries_one_request() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_deny_list_of_names_closes_those_alone() {
-    if !can_run() {
-        return;
-    }
-    let world = World::new().await;
-    let names = Names::of(&world).await;
-    names.put("bad.example", &[INTERNET]);
-    names.put("good.example", &[INTERNET]);
-    let pool = world.pool(1).await;
-    let mut slot = pool.take().await.unwrap();
-    slot.apply(&named(&["deny bad.example"])).await.unwrap();
-    let guest = Guest::on(&slot, "guest").await;
+    let zone: &[(_, &[_])] = &[("bad.example", &[INTERNET]), ("good.example", &[INTERNET])];
+    let filtered = Filtered::new(zone, &["deny bad.example"]).await;
+    let Some(Filtered { pool, mut slot, guest, .. }) = filtered else { return };
     assert_eq!(guest.look_up("bad.example").await, Err(REFUSED));
     assert_eq!(guest.look_up("good.example").await, Ok(vec![address(INTERNET)]));
     for bytes in [tls("bad.example"), http("bad.example"), http(INTERNET), b"?\n".to_vec()] {
@@ -233,15 +192,8 @@ async fn a_deny_list_of_names_closes_those_alone() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_change_ends_what_it_forbids_and_nothing_else() {
-    if !can_run() {
-        return;
-    }
-    let world = World::new().await;
-    let names = Names::of(&world).await;
-    names.put("a.example", &[INTERNET]);
-    let pool = world.pool(1).await;
-    let mut slot = pool.take().await.unwrap();
-    let guest = Guest::on(&slot, "guest").await;
+    let filtered = Filtered::new(&[("a.example", &[INTERNET])], &[]).await;
+    let Some(Filtered { pool, mut slot, guest, .. }) = filtered else { return };
     let ping = || b"ping".to_vec();
     let open = async |first: Vec<u8>| {
         let stream = guest.connect(INTERNET, 443).await.unwrap();

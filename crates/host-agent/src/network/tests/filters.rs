@@ -6,7 +6,7 @@ use wrenn_host_linux::process::{Found, Spawn, find_by_argument};
 use wrenn_types::InstanceId;
 
 use super::{
-    internet_of_names::{Names, named, say, tls},
+    internet_of_names::{Filtered, Names, named, say, tls},
     life::{COLLECTING, crash, far_number},
     world::{Guest, INTERNET, Outcome, World, address, answered, can_run, is_gone},
 };
@@ -70,16 +70,8 @@ async fn there_is_one_when_it_is_needed_and_it_ends_with_its_slot() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn without_its_filter_a_guest_reaches_nothing_until_there_is_another() {
-    if !can_run() {
-        return;
-    }
-    let world = World::new().await;
-    let names = Names::of(&world).await;
-    names.put("a.example", &[INTERNET]);
-    let pool = world.pool(1).await;
-    let mut slot = pool.take().await.unwrap();
-    slot.apply(&named(&["allow a.example"])).await.unwrap();
-    let guest = Guest::on(&slot, "guest").await;
+    let filtered = Filtered::new(&[("a.example", &[INTERNET])], &["allow a.example"]).await;
+    let Some(Filtered { pool, mut slot, guest, .. }) = filtered else { return };
     guest.look_up("a.example").await.unwrap();
     let stream = guest.connect(INTERNET, 443).await.unwrap();
     assert!(say(&stream, tls("a.example")).await.is_answer());

@@ -9,9 +9,9 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::world::{Guest, Outcome, World, policy};
+use super::world::{Guest, Outcome, World, can_run, policy};
 use crate::network::{
-    Policy,
+    Policy, Slot, SlotPool,
     filter::{
         dns::{self, Code},
         hello::tests::hello,
@@ -30,6 +30,37 @@ const PATIENCE: Duration = Duration::from_secs(20);
 pub(super) struct Names {
     zone: Arc<Mutex<BTreeMap<String, Vec<Ipv4Addr>>>>,
     asked: Arc<Mutex<Vec<String>>>,
+}
+
+/// A guest whose policy is about names, and all that is around it.
+pub(super) struct Filtered {
+    pub(super) world: World,
+    pub(super) names: Names,
+    pub(super) pool: SlotPool,
+    pub(super) slot: Slot,
+    pub(super) guest: Guest,
+}
+
+impl Filtered {
+    /// One with a zone, and a policy that is there before its first packet: that of a new slot when there are no
+    /// words. None where it cannot run.
+    pub(super) async fn new(zone: &[(&str, &[&str])], words: &[&str]) -> Option<Self> {
+        if !can_run() {
+            return None;
+        }
+        let world = World::new().await;
+        let names = Names::of(&world).await;
+        for (name, addresses) in zone {
+            names.put(name, addresses);
+        }
+        let pool = world.pool(1).await;
+        let mut slot = pool.take().await.unwrap();
+        if !words.is_empty() {
+            slot.apply(&named(words)).await.unwrap();
+        }
+        let guest = Guest::on(&slot, "guest").await;
+        Some(Self { world, names, pool, slot, guest })
+    }
 }
 
 impl Names {

@@ -156,10 +156,7 @@ impl Driver {
                 let id = &self.handle.spec().id;
                 tracing::error!(%id, error = &error as &dyn std::error::Error, "the machine did not stop; it is left to be collected");
             }
-            if let Err(error) = ledger.put_back(former).await {
-                let id = &self.handle.spec().id;
-                tracing::warn!(%id, error = &error as &dyn std::error::Error, "the record is put right at the next start");
-            }
+            ledger.put_back(former).await;
             return Err(OperationError::Record(error));
         }
         Ok(up)
