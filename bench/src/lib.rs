@@ -9,3 +9,4 @@ pub mod floor;
 pub mod machine;
 pub mod memory;
 pub mod statistics;
+pub mod table;

@@ -7,6 +7,7 @@ use wrenn_bench::{
     machine::Machine,
     memory::Memory,
     statistics::{Samples, Summary, ratio},
+    table,
 };
 
 use crate::product::Phases;
@@ -140,12 +141,10 @@ impl Results {
              take turns in one run. On our side nothing is restored ahead of a request; network namespaces come from the pool\n\
              that the agent keeps.\n\n",
         );
-        self.write_machine(&mut text);
+        table::write_about(&mut text, &[("date", self.date.clone())], &self.machine, &[]);
+        text.push('\n');
         let _ = writeln!(text, "## Times in milliseconds\n");
-        let _ = writeln!(
-            text,
-            "| operation | count | failures | p50 | p99 | max |\n|---|---:|---:|---:|---:|---:|"
-        );
+        table::write_samples_head(&mut text);
         let at_once = |what: &str| format!("{what}, {} at once", self.width);
         for (name, samples) in [
             ("floor: restore to first byte, in series".to_owned(), &self.series.floor),
@@ -158,7 +157,7 @@ impl Results {
             (format!("file of {} MiB up", self.file_mib), &self.upload),
             (format!("file of {} MiB down", self.file_mib), &self.download),
         ] {
-            write_samples(&mut text, &name, samples);
+            table::write_samples(&mut text, &name, samples);
         }
         let _ = writeln!(text, "\n```text\n{}```\n", self.ratio_lines());
         self.write_throughput(&mut text);
@@ -173,15 +172,6 @@ impl Results {
         write_phases(&mut text, &format!("{} at once", self.width), &self.at_once.phases);
         self.write_memory(&mut text);
         text
-    }
-
-    fn write_machine(&self, text: &mut String) {
-        let _ = writeln!(text, "| | |\n|---|---|");
-        let date = ("date", self.date.clone());
-        for (name, value) in [date].into_iter().chain(self.machine.rows()) {
-            let _ = writeln!(text, "| {name} | {value} |");
-        }
-        text.push('\n');
     }
 
     fn write_throughput(&self, text: &mut String) {
@@ -212,18 +202,6 @@ impl Results {
             let _ = writeln!(text, "| {} |", cells.join(" | "));
         }
     }
-}
-
-fn write_samples(text: &mut String, name: &str, samples: &Samples) {
-    let milliseconds = |duration: Duration| format!("{:.1}", duration.as_secs_f64() * 1000.0);
-    let failures = samples.failures().len();
-    let row = match samples.summary() {
-        Some(Summary { count, p50, p99, max, .. }) => {
-            [count.to_string(), failures.to_string(), milliseconds(p50), milliseconds(p99), milliseconds(max)]
-        }
-        None => ["0".to_owned(), failures.to_string(), "–".to_owned(), "–".to_owned(), "–".to_owned()],
-    };
-    let _ = writeln!(text, "| {name} | {} |", row.join(" | "));
 }
 
 fn write_phases(text: &mut String, load: &str, phases: &Phases) {

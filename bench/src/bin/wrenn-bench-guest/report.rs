@@ -6,6 +6,7 @@ use wrenn_bench::{
     machine::Machine,
     memory::Memory,
     statistics::{Samples, Summary, ratio},
+    table,
 };
 
 /// What one sample of a series is.
@@ -187,13 +188,9 @@ impl Results {
              Aims: in a machine, files at 0.8 of a raw TCP copy. Beside the peer: half its time for a program, half its memory, a\n\
              fifth of its size, and at least its rates.\n\n",
         );
-        let _ = writeln!(text, "| | |\n|---|---|");
         let [before, after] = &self.load;
-        let around =
-            [("date", self.date.clone()), ("load before and after", format!("{before} and {after}"))];
-        for (name, value) in around.into_iter().chain(self.machine.rows()) {
-            let _ = writeln!(text, "| {name} | {value} |");
-        }
+        let load = ("load before and after", format!("{before} and {after}"));
+        table::write_about(&mut text, &[("date", self.date.clone()), load], &self.machine, &[]);
         if let Some(inside) = &self.inside {
             text.push_str(
                 "\n## In a microVM, from the host's side\n\n\

@@ -1,10 +1,11 @@
 //! The text of `bench/PERSISTENCE.md`. Pure.
 
-use std::{fmt::Write as _, time::Duration};
+use std::fmt::Write as _;
 
 use wrenn_bench::{
     machine::Machine,
-    statistics::{Samples, Summary, ratio},
+    statistics::{Samples, ratio},
+    table,
 };
 
 /// One part of the memory that is dirty.
@@ -127,20 +128,15 @@ impl Results {
              digest or record them. Pause, floors and resume take turns. How long a guest stood still for a snapshot is what\n\
              the server says: from before the guest is asked to stand still until its processes run again.\n\n",
         );
-        let _ = writeln!(text, "| | |\n|---|---|");
         let [before, after] = &self.load;
-        let load = format!("{before} before, {after} after");
-        let about = [("date", self.date.clone())].into_iter().chain(self.machine.rows());
-        for (name, value) in about.chain([("load of the last minute", load)]) {
-            let _ = writeln!(text, "| {name} | {value} |");
-        }
+        let load = ("load of the last minute", format!("{before} before, {after} after"));
+        table::write_about(&mut text, &[("date", self.date.clone())], &self.machine, &[load]);
         let _ = writeln!(text, "\n```text\n{}```\n", self.ratio_lines());
         for (name, case) in self.cases() {
             let _ = writeln!(text, "## {name}: times in milliseconds\n");
-            let _ = writeln!(text, "| operation | count | failures | p50 | p99 | max |");
-            let _ = writeln!(text, "|---|---:|---:|---:|---:|---:|");
+            table::write_samples_head(&mut text);
             for (what, samples) in case.rows(self.children) {
-                write_samples(&mut text, &what, samples);
+                table::write_samples(&mut text, &what, samples);
             }
             text.push('\n');
             if let Some(needed) = case.left_out {
@@ -180,20 +176,10 @@ impl Results {
     }
 }
 
-fn write_samples(text: &mut String, name: &str, samples: &Samples) {
-    let milliseconds = |duration: Duration| format!("{:.1}", duration.as_secs_f64() * 1000.0);
-    let failures = samples.failures().len();
-    let row = match samples.summary() {
-        Some(Summary { count, p50, p99, max, .. }) => {
-            [count.to_string(), failures.to_string(), milliseconds(p50), milliseconds(p99), milliseconds(max)]
-        }
-        None => ["0".to_owned(), failures.to_string(), "–".to_owned(), "–".to_owned(), "–".to_owned()],
-    };
-    let _ = writeln!(text, "| {name} | {} |", row.join(" | "));
-}
-
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
 
     fn results() -> Results {
