@@ -39,6 +39,11 @@ pub(crate) fn run(repository: &Repository, arguments: &[String]) -> Result<()> {
 
 /// Runs all tests with their full counts and writes what they say about it to bench/SOAK.md.
 pub(crate) fn soak(repository: &Repository, arguments: &[String]) -> Result<()> {
+    // What is tested, not what is there hours later.
+    let commit = step::output(
+        Command::new("git").current_dir(repository.root()).args(["describe", "--always", "--dirty"]),
+    )
+    .unwrap_or_else(|_| "unknown".to_owned());
     let mut command = prepare(repository, arguments)?;
     command.env("WRENN_SOAK", "1");
     if std::env::var_os("PROPTEST_CASES").is_none() {
@@ -46,10 +51,6 @@ pub(crate) fn soak(repository: &Repository, arguments: &[String]) -> Result<()> 
     }
     let (report, succeeded) = follow(&mut command)?;
     dependencies::give(repository, &Cache::open()?)?;
-    let commit = step::output(
-        Command::new("git").current_dir(repository.root()).args(["describe", "--always", "--dirty"]),
-    )
-    .unwrap_or_else(|_| "unknown".to_owned());
     let mut text = format!("# Soak run\n\nCommit {}. Result: {report}.\n\n", commit.trim());
     for line in &report.soak {
         writeln!(text, "- {line}")?;
