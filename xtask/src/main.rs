@@ -31,6 +31,7 @@ mod programs;
 mod recipe;
 mod repository;
 mod root_tree;
+mod soak_report;
 mod stack;
 mod step;
 mod template;

@@ -8,8 +8,7 @@
 //! nothing holds back prints them while it runs.
 
 use std::{
-    fmt::{self, Write as _},
-    fs,
+    fmt, fs,
     io::{BufRead as _, BufReader},
     process::{Command, Stdio},
 };
@@ -20,12 +19,13 @@ use crate::{
     cache::Cache,
     dependencies,
     repository::Repository,
+    soak_report::{self, Run},
     stack::{self, Product},
     step,
 };
 
 /// How many cases a property test tries in a soak run, unless the environment says otherwise.
-const SOAK_CASES: &str = "20000";
+const SOAK_CASES: &str = "5000";
 
 /// Runs all tests, or those that the arguments name.
 pub(crate) fn run(repository: &Repository, arguments: &[String]) -> Result<()> {
@@ -51,12 +51,11 @@ pub(crate) fn soak(repository: &Repository, arguments: &[String]) -> Result<()> 
     }
     let (report, succeeded) = follow(&mut command)?;
     dependencies::give(repository, &Cache::open()?)?;
-    let mut text = format!("# Soak run\n\nCommit {}. Result: {report}.\n\n", commit.trim());
-    for line in &report.soak {
-        writeln!(text, "- {line}")?;
-    }
     let path = repository.path("bench/SOAK.md");
-    fs::write(&path, text).with_context(|| format!("writing {}", path.display()))?;
+    let before = fs::read_to_string(&path).unwrap_or_default();
+    let run = Run { commit: commit.trim(), arguments, counts: report.to_string(), said: &report.soak };
+    fs::write(&path, soak_report::after(&before, &run))
+        .with_context(|| format!("writing {}", path.display()))?;
     println!("\n{report}");
     ensure!(succeeded, "tests failed");
     Ok(())
