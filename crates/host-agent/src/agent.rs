@@ -142,7 +142,6 @@ pub struct Agent {
     /// Measures until the second of the two is cancelled, after the sandboxes have ended or were left.
     sampler: (tokio::task::JoinHandle<()>, CancellationToken),
     metrics_socket: Option<Utf8PathBuf>,
-    limits: Limits,
     watcher: tokio::task::JoinHandle<()>,
     sessions: Sessions,
     server: tokio::task::JoinHandle<io::Result<()>>,
@@ -229,7 +228,7 @@ impl Agent {
         let images = Images::load(&config.images).map_err(StartError::Images)?;
         let uplink = config.uplink_netns.clone().map_or(Uplink::Host, Uplink::Named);
         let snapshots = Snapshots::open(&dir.join("agent")).map_err(StartError::Kept)?;
-        let limits = Limits::open(&instance);
+        let limits = Limits::open(&instance, &sandboxes_dir, config.machine_io());
         tracing::info!("{limits}");
         let begin = std::time::Instant::now();
         let (stock, found) = tokio::join!(
@@ -287,13 +286,12 @@ impl Agent {
             default_disk,
             unreachable: Arc::default(),
             operations: Operations::default(),
-            metrics: Arc::new(Metrics::default()),
-            limits: limits.clone(),
+            metrics: Metrics::default(),
+            limits,
         });
         let registry = Arc::new(Registry::new(Arc::clone(&host)));
         // Before any machine is held: what fails from there on would end it.
-        let (series, metrics) = (dir.join("agent/series"), Arc::clone(&host.metrics));
-        let sampler = Sampler::new(Arc::clone(&registry), metrics, &series, &outside).await;
+        let sampler = Sampler::new(Arc::clone(&registry), &dir.join("agent/series"), &outside).await;
         let sampler = sampler.map_err(StartError::Sampler)?;
         let socket = config.socket.unwrap_or_else(|| run_dir.join("agent.sock"));
         let commands = Aside::bind(&socket)?;
@@ -313,7 +311,7 @@ impl Agent {
                 endpoint::serve(listener, Arc::clone(&registry), Arc::clone(&facts), stopping.clone());
             tokio::spawn(serving);
         }
-        let sessions = Sessions::new();
+        let sessions = Sessions::default();
         let (on_loss, bound) = (config.on_control_plane_loss, config.control_plane_loss_after);
         let bound = Duration::from_secs(bound.into());
         let watcher = tokio::spawn(watch_over(Arc::clone(&registry), sessions.clone(), on_loss, bound));
@@ -336,7 +334,6 @@ impl Agent {
             slot_collector,
             sampler,
             metrics_socket,
-            limits,
             watcher,
             sessions,
             server,
@@ -387,7 +384,7 @@ impl Agent {
             let _ = fs::remove_file(socket);
         }
         self.slots.shutdown().await;
-        self.limits.close();
+        self.registry.host().limits.close();
         drop(self.machines_dir);
     }
 }

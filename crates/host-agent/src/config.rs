@@ -1,10 +1,10 @@
 //! What an agent is told at its start. One struct, from flags and environment.
 
-use std::net::Ipv4Addr;
+use std::{net::Ipv4Addr, num::NonZeroU64};
 
 use camino::Utf8PathBuf;
 
-use crate::{metrics::endpoint::MetricsAddress, network::NamespaceName};
+use crate::{limits::IoBound, metrics::endpoint::MetricsAddress, network::NamespaceName};
 
 /// Flags of `wrenn agent`.
 #[derive(Debug, Clone, clap::Args)]
@@ -59,6 +59,15 @@ pub struct Config {
     #[arg(long, env = "WRENN_AGENT_METRICS")]
     pub metrics: Option<MetricsAddress>,
 
+    /// What each machine may read of the disk that the directory is on, and what it may write, in MiB per second;
+    /// 0 is no limit.
+    #[arg(long, env = "WRENN_MACHINE_IO_MIB", value_name = "MIB", default_value_t = 1024)]
+    pub machine_io_mib: u32,
+
+    /// The same in operations per second.
+    #[arg(long, env = "WRENN_MACHINE_IO_OPERATIONS", value_name = "COUNT", default_value_t = 100_000)]
+    pub machine_io_operations: u32,
+
     /// What becomes of running sandboxes when the agent is stopped; paused ones stay in any case.
     #[arg(long, value_enum, default_value_t = OnStop::Leave)]
     pub on_stop: OnStop,
@@ -76,6 +85,17 @@ pub struct Config {
         value_parser = clap::value_parser!(u32).range(1..)
     )]
     pub control_plane_loss_after: u32,
+}
+
+impl Config {
+    /// The two limits of I/O.
+    #[must_use]
+    pub fn machine_io(&self) -> IoBound {
+        IoBound {
+            bytes: NonZeroU64::new(u64::from(self.machine_io_mib) << 20),
+            operations: NonZeroU64::new(self.machine_io_operations.into()),
+        }
+    }
 }
 
 /// How many seconds without a control plane are a loss, when nobody says. One that is started anew is back before.

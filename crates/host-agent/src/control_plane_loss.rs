@@ -48,22 +48,13 @@ struct Count {
 }
 
 /// The sessions of control planes, and what they are told of the time without them. Cheap to clone.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Default)]
 pub struct Sessions {
-    count: Arc<watch::Sender<Count>>,
-    report: Arc<watch::Sender<Option<Arc<Report>>>>,
+    count: watch::Sender<Count>,
+    report: watch::Sender<Option<Arc<Report>>>,
 }
 
 impl Sessions {
-    /// No session, and nothing to tell.
-    #[must_use]
-    pub fn new() -> Self {
-        Self {
-            count: Arc::new(watch::Sender::new(Count::default())),
-            report: Arc::new(watch::Sender::new(None)),
-        }
-    }
-
     /// A session that lasts until it is dropped.
     #[must_use]
     pub fn open(&self) -> Session {
@@ -71,7 +62,7 @@ impl Sessions {
             count.open += 1;
             count.ever += 1;
         });
-        Session { count: Arc::clone(&self.count) }
+        Session { count: self.count.clone() }
     }
 
     /// The last report, to be read now and waited for.
@@ -81,16 +72,10 @@ impl Sessions {
     }
 }
 
-impl Default for Sessions {
-    fn default() -> Self {
-        Self::new()
-    }
-}
-
 /// Somebody watches.
 #[derive(Debug)]
 pub struct Session {
-    count: Arc<watch::Sender<Count>>,
+    count: watch::Sender<Count>,
 }
 
 impl Drop for Session {
@@ -273,7 +258,7 @@ mod tests {
 
     #[test]
     fn sessions_are_counted() {
-        let sessions = Sessions::new();
+        let sessions = Sessions::default();
         let (one, other) = (sessions.open(), sessions.clone().open());
         drop(one);
         assert_eq!(*sessions.count.borrow(), Count { open: 1, ever: 2 });

@@ -524,7 +524,7 @@ impl wire::HostAgentService for Service {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             vmm: identity.name.clone(),
             vmm_version: identity.version.clone(),
-            accelerator: format!("{:?}", identity.accelerator).to_lowercase(),
+            accelerator: identity.accelerator.word().to_owned(),
             accelerator_reason: self.facts.accelerator_reason.clone(),
             running: u32::try_from(running).unwrap_or(u32::MAX),
             default_disk_mib: host.default_disk.get().into(),

@@ -102,6 +102,8 @@ impl Place {
             qemu: None,
             disks: DiskDriver::Qcow2,
             metrics: None,
+            machine_io_mib: 1024,
+            machine_io_operations: 0,
             on_stop,
             on_control_plane_loss,
             control_plane_loss_after,
@@ -399,16 +401,16 @@ async fn measured(place: Arc<Place>) -> Result<()> {
     let agent = place.agent(OnStop::Destroy).await?;
     let handle = create(agent.registry(), spec(None)).await?;
     let id = handle.spec().id.clone();
-    let metrics = Arc::clone(&agent.registry().host().metrics);
-    let limits = agent.registry().host().limits.clone();
-    match &limits {
+    let host = Arc::clone(agent.registry().host());
+    let metrics = &host.metrics;
+    match &host.limits {
         Limits::Groups(groups) => {
-            let names = groups.names()?;
+            let names = groups.hierarchy().names()?;
             ensure!(names.len() == 1 && names[0].starts_with(id.as_str()), "{names:?}");
             let vmm = handle.footing().and_then(|footing| footing.pid).context("it has a process")?;
-            ensure!(groups.group(&names[0]).processes()? == [vmm], "it is in its control group");
+            ensure!(groups.hierarchy().group(&names[0]).processes()? == [vmm], "it is in its control group");
         }
-        Limits::Absent(_) => println!("skipped: {limits}"),
+        absent @ Limits::Absent(_) => println!("skipped: {absent}"),
     }
     // What it sends to nowhere goes through its link all the same.
     run(
@@ -451,7 +453,8 @@ async fn measured(place: Arc<Place>) -> Result<()> {
     ensure!(!socket.exists(), "nothing is left of the socket");
 
     let agent = place.agent(OnStop::Destroy).await?;
-    let metrics = Arc::clone(&agent.registry().host().metrics);
+    let host = Arc::clone(agent.registry().host());
+    let metrics = &host.metrics;
     let after = metrics.points(&id, 3_600_000);
     ensure!(!after.is_empty() && after.len() == before.len(), "{before:?} became {after:?}");
     for (one, other) in before.iter().zip(&after) {
@@ -474,8 +477,8 @@ async fn measured(place: Arc<Place>) -> Result<()> {
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
     agent.stop().await;
-    if let Limits::Groups(groups) = &limits {
-        ensure!(groups.names().is_err(), "nor of its control group");
+    if let Limits::Groups(groups) = &host.limits {
+        ensure!(groups.hierarchy().names().is_err(), "nor of its control group");
     }
     Ok(())
 }

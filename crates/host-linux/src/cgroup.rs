@@ -14,7 +14,7 @@
 use std::{
     collections::BTreeSet,
     fmt,
-    fs::{self, File, OpenOptions},
+    fs::{self, OpenOptions},
     io,
     os::fd::OwnedFd,
     path::{Path, PathBuf},
@@ -98,7 +98,7 @@ fn parse_controllers(text: &str) -> BTreeSet<Controller> {
     Controller::ALL.into_iter().filter(|controller| words.contains(controller.name())).collect()
 }
 
-/// The group itself, and those that its children may use.
+/// Lets the children of a group use what is wanted, and answers with what they may use.
 fn enable(group: &Path, wanted: &BTreeSet<Controller>) -> BTreeSet<Controller> {
     for controller in wanted {
         // Each for itself: one that is refused does not keep the others away. What holds is what can be read below.
@@ -125,17 +125,14 @@ impl Hierarchy {
     /// # Errors
     /// As [`Hierarchy::open`].
     pub fn below(mount: &Path, owner: &str) -> Result<Self, NoGroups> {
-        let mut made = Self::make(mount, owner);
-        // Another owner may remove the common directory, which is empty, before ours is in it.
         for _ in 0..ATTEMPTS {
-            match made {
-                Err(NoGroups::NotWritable { ref source, .. }) if source.kind() == io::ErrorKind::NotFound => {
-                    made = Self::make(mount, owner);
-                }
+            match Self::make(mount, owner) {
+                // Another owner removed the common directory, which was empty, before ours was in it.
+                Err(NoGroups::NotWritable { source, .. }) if source.kind() == io::ErrorKind::NotFound => {}
                 other => return other,
             }
         }
-        made
+        Self::make(mount, owner)
     }
 
     fn make(mount: &Path, owner: &str) -> Result<Self, NoGroups> {
@@ -256,7 +253,7 @@ impl Group {
     /// # Errors
     /// The group is not there.
     pub fn processes(&self) -> io::Result<Vec<u32>> {
-        let text = io::read_to_string(File::open(self.path.join("cgroup.procs"))?)?;
+        let text = fs::read_to_string(self.path.join("cgroup.procs"))?;
         Ok(text.lines().filter_map(|line| line.parse().ok()).collect())
     }
 }

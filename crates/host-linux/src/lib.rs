@@ -4,6 +4,7 @@
 
 pub mod cgroup;
 pub mod conntrack;
+pub mod disk;
 pub mod lock;
 pub mod netns;
 pub mod privileges;

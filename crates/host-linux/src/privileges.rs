@@ -2,10 +2,8 @@
 
 use std::io;
 
-use nix::{
-    sys::resource::{Resource, getrlimit, setrlimit},
-    unistd::{Gid, Uid, setgroups, setresgid, setresuid},
-};
+use nix::unistd::{Gid, Uid, setgroups, setresgid, setresuid};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 /// Becomes a user and a group, with no other group, for ever: no program that is executed later gives anything
 /// back. What the process has open stays open. Every thread of it changes.
@@ -26,9 +24,11 @@ pub fn give_up(user: u32, group: u32) -> io::Result<()> {
 /// # Errors
 /// Not permitted.
 pub fn allow_descriptors(count: u64) -> io::Result<()> {
-    let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
-    if soft < count {
-        setrlimit(Resource::RLIMIT_NOFILE, count, hard.max(count))?;
+    // None is no limit.
+    let Rlimit { current, maximum } = getrlimit(Resource::Nofile);
+    if current.is_some_and(|current| current < count) {
+        let maximum = maximum.map(|maximum| maximum.max(count));
+        setrlimit(Resource::Nofile, Rlimit { current: Some(count), maximum })?;
     }
     Ok(())
 }

@@ -16,6 +16,17 @@ pub enum Accelerator {
     Tcg,
 }
 
+impl Accelerator {
+    /// The word for it in what is shown and kept.
+    #[must_use]
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::Kvm => "kvm",
+            Self::Tcg => "tcg",
+        }
+    }
+}
+
 /// What a driver can do beyond the seven things.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Capabilities {

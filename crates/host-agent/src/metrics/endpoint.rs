@@ -95,21 +95,12 @@ async fn metrics(State(endpoint): State<Arc<Endpoint>>) -> impl IntoResponse {
 impl Endpoint {
     async fn view(&self) -> View {
         let host = self.registry.host();
-        let mut sandboxes: Vec<_> = Stage::ALL
-            .into_iter()
-            .filter(|stage| *stage != Stage::Stopped)
-            .map(|stage| (stage.word(), 0))
-            .collect();
-        let mut promised = 0;
-        for handle in self.registry.all() {
-            let stage = handle.stage();
-            let known = sandboxes.iter_mut().find(|(word, _)| *word == stage.word());
-            known.into_iter().for_each(|(_, count)| *count += 1);
-            // Also what has a machine in a moment: it is not to be promised again.
-            if !matches!(stage, Stage::Paused | Stage::Stopped) {
-                promised += u64::from(handle.spec().shape.memory.get()) << 20;
-            }
-        }
+        let all = self.registry.all();
+        let staged: Vec<_> = all.iter().map(|handle| (handle.stage(), handle.spec().shape)).collect();
+        let count = |stage| staged.iter().filter(|(of, _)| *of == stage).count() as u64;
+        let told = Stage::ALL.into_iter().filter(|stage| *stage != Stage::Stopped);
+        // Also what has a machine in a moment: it is not to be promised again.
+        let have = staged.iter().filter(|(stage, _)| !matches!(stage, Stage::Paused | Stage::Stopped));
         let slots = host.slots.counts().await.unwrap_or_default();
         let identity = host.vmm.identity();
         View {
@@ -118,12 +109,13 @@ impl Endpoint {
                 ("version", env!("CARGO_PKG_VERSION").to_owned()),
                 ("vmm", identity.name.clone()),
                 ("vmm_version", identity.version.clone()),
-                ("accelerator", format!("{:?}", identity.accelerator).to_lowercase()),
+                ("accelerator", identity.accelerator.word().to_owned()),
             ],
-            sandboxes,
+            limits: host.limits.controllers().map(|(controller, is)| (controller.name(), is)).into(),
+            sandboxes: told.map(|stage| (stage.word(), count(stage))).collect(),
             slots_used: slots.used as u64,
             slots_ready: slots.ready as u64,
-            memory_promised_bytes: promised,
+            memory_promised_bytes: have.map(|(_, shape)| shape.memory.bytes()).sum(),
             snapshot_bytes: self.snapshot_bytes().await,
             operations: host.operations.counted(),
             each: host.metrics.totals(),
@@ -139,12 +131,7 @@ impl Endpoint {
             return bytes;
         }
         let snapshots = self.registry.host().snapshots.clone();
-        let bytes = blocking(move || {
-            let all = snapshots.all().unwrap_or_default();
-            let kept = all.into_iter().filter_map(|(_, kept)| kept.ok());
-            kept.filter_map(|kept| snapshots.own_bytes(&kept).ok()).sum()
-        })
-        .await;
+        let bytes = blocking(move || snapshots.bytes_of_all()).await;
         *known = Some((Instant::now(), bytes));
         bytes
     }

@@ -8,7 +8,7 @@ use std::fmt::Write as _;
 use wrenn_types::SandboxId;
 
 use super::{
-    Totals,
+    meter::Counters,
     operations::{BUCKETS_MS, Counted},
 };
 
@@ -20,6 +20,8 @@ pub const CONTENT_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
 pub struct View {
     /// What the agent is: names and values of labels.
     pub agent: Vec<(&'static str, String)>,
+    /// What of a machine the host limits, and what it does not.
+    pub limits: Vec<(&'static str, bool)>,
     /// How many sandboxes are in each state.
     pub sandboxes: Vec<(&'static str, u64)>,
     /// How many network slots are in a sandbox's hands.
@@ -33,7 +35,7 @@ pub struct View {
     /// How many operations there were.
     pub operations: Vec<Counted>,
     /// What each sandbox uses.
-    pub each: Vec<(SandboxId, Totals)>,
+    pub each: Vec<(SandboxId, Counters)>,
 }
 
 /// A value of a sample.
@@ -88,6 +90,12 @@ pub fn text(view: &View) -> String {
     text.family("wrenn_agent_info", "gauge", "What the agent is; the value is always 1.");
     let labels: Vec<_> = view.agent.iter().map(|(name, value)| (*name, value.as_str())).collect();
     text.sample("wrenn_agent_info", &labels, Number::Whole(1));
+    let help = "Whether machines are limited by a control group of the host, by controller: 1 or 0.";
+    text.family("wrenn_machines_limited", "gauge", help);
+    for (controller, is_limited) in &view.limits {
+        let value = Number::Whole((*is_limited).into());
+        text.sample("wrenn_machines_limited", &[("controller", controller)], value);
+    }
     text.family("wrenn_sandboxes", "gauge", "Sandboxes by state.");
     for (state, count) in &view.sandboxes {
         text.sample("wrenn_sandboxes", &[("state", state)], Number::Whole(*count));
@@ -130,31 +138,30 @@ fn operations(text: &mut Text, all: &[Counted]) {
 }
 
 /// What one family says of a sandbox.
-type Of = fn(&Totals) -> Number;
+type Of = fn(&Counters) -> Number;
 
-fn each(text: &mut Text, all: &[(SandboxId, Totals)]) {
+fn each(text: &mut Text, all: &[(SandboxId, Counters)]) {
     let families: [(&str, &str, &str, Of); 5] = [
-        ("wrenn_sandbox_cpu_seconds_total", "counter", "Time for which its VMM had a CPU.", |totals| {
-            Number::Micros(totals.counted.cpu_micros)
+        ("wrenn_sandbox_cpu_seconds_total", "counter", "Time for which its VMM had a CPU.", |counters| {
+            Number::Micros(counters.cpu_micros)
         }),
-        ("wrenn_sandbox_memory_bytes", "gauge", "Memory of the host that is only its own.", |totals| {
-            // One that does not run has none.
-            Number::Whole(if totals.runs { totals.counted.memory_bytes } else { 0 })
+        ("wrenn_sandbox_memory_bytes", "gauge", "Memory of the host that is only its own.", |counters| {
+            Number::Whole(counters.memory_bytes)
         }),
-        ("wrenn_sandbox_disk_bytes", "gauge", "What its disk takes of the host's.", |totals| {
-            Number::Whole(totals.counted.disk_bytes)
+        ("wrenn_sandbox_disk_bytes", "gauge", "What its disk takes of the host's.", |counters| {
+            Number::Whole(counters.disk_bytes)
         }),
-        ("wrenn_sandbox_network_sent_bytes_total", "counter", "Bytes that it sent.", |totals| {
-            Number::Whole(totals.counted.sent_bytes)
+        ("wrenn_sandbox_network_sent_bytes_total", "counter", "Bytes that it sent.", |counters| {
+            Number::Whole(counters.sent_bytes)
         }),
-        ("wrenn_sandbox_network_received_bytes_total", "counter", "Bytes that it received.", |totals| {
-            Number::Whole(totals.counted.received_bytes)
+        ("wrenn_sandbox_network_received_bytes_total", "counter", "Bytes that it received.", |counters| {
+            Number::Whole(counters.received_bytes)
         }),
     ];
     for (name, kind, help, of) in families {
         text.family(name, kind, help);
-        for (id, totals) in all {
-            text.sample(name, &[("sandbox", id.as_str())], of(totals));
+        for (id, counters) in all {
+            text.sample(name, &[("sandbox", id.as_str())], of(counters));
         }
     }
 }
@@ -164,10 +171,7 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
-    use crate::metrics::{
-        meter::Counters,
-        operations::{Operation, Operations},
-    };
+    use crate::metrics::operations::{Operation, Operations};
 
     fn view() -> View {
         let operations = Operations::default();
@@ -182,13 +186,14 @@ mod tests {
         };
         View {
             agent: vec![("version", "1".to_owned()), ("vmm", "a \"b\" \\ \n".to_owned())],
+            limits: vec![("cpu", true), ("io", false)],
             sandboxes: vec![("running", 1), ("paused", 2)],
             slots_used: 1,
             slots_ready: 8,
             memory_promised_bytes: 1 << 29,
             snapshot_bytes: 7,
             operations: operations.counted(),
-            each: vec![("sb-00000001".parse().unwrap(), Totals { counted, runs: true })],
+            each: vec![("sb-00000001".parse().unwrap(), counted)],
         }
     }
 
@@ -197,6 +202,8 @@ mod tests {
         let text = text(&view());
         for line in [
             r#"wrenn_agent_info{version="1",vmm="a \"b\" \\ \n"} 1"#,
+            r#"wrenn_machines_limited{controller="cpu"} 1"#,
+            r#"wrenn_machines_limited{controller="io"} 0"#,
             r#"wrenn_sandboxes{state="paused"} 2"#,
             r#"wrenn_network_slots{state="ready"} 8"#,
             "wrenn_memory_promised_bytes 536870912",

@@ -53,20 +53,13 @@ pub struct Metrics {
 #[derive(Debug, Default)]
 struct Track {
     series: Series,
-    totals: Totals,
+    /// The counters added up over all its machines since this agent has known it, with the disk of the last look, and
+    /// the memory that its machine has now.
+    totals: Counters,
     /// Whether there are points that are in no file.
     unsaved: bool,
     /// When it was last written to a file, or first seen.
     saved_at: i64,
-}
-
-/// What was counted of a sandbox since this agent has known it, and what it has now.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct Totals {
-    /// The counters added up over all its machines, with the memory and disk of the last look.
-    pub counted: Counters,
-    /// Whether it has a machine now.
-    pub runs: bool,
 }
 
 impl Default for Metrics {
@@ -102,7 +95,7 @@ impl Metrics {
 
     /// What every sandbox has used, by id.
     #[must_use]
-    pub fn totals(&self) -> Vec<(SandboxId, Totals)> {
+    pub fn totals(&self) -> Vec<(SandboxId, Counters)> {
         self.lock().iter().map(|(id, track)| (id.clone(), track.totals)).collect()
     }
 
@@ -115,21 +108,19 @@ impl Metrics {
     fn add(&self, at: i64, measured: impl IntoIterator<Item = (SandboxId, Measured)>) {
         let mut tracks = self.lock();
         for track in tracks.values_mut() {
-            track.totals.runs = false;
+            // Only those that have a machine are measured.
+            track.totals.memory_bytes = 0;
         }
         for (id, Measured { values, length, counted }) in measured {
             let track = tracks.entry(id).or_insert_with(|| Track { saved_at: at, ..Track::default() });
             track.series.push(Point { at, values }, length);
             track.unsaved = true;
-            let sum = track.totals.counted;
-            track.totals = Totals {
-                counted: Counters {
-                    cpu_micros: sum.cpu_micros.saturating_add(counted.cpu_micros),
-                    sent_bytes: sum.sent_bytes.saturating_add(counted.sent_bytes),
-                    received_bytes: sum.received_bytes.saturating_add(counted.received_bytes),
-                    ..counted
-                },
-                runs: true,
+            let sum = track.totals;
+            track.totals = Counters {
+                cpu_micros: sum.cpu_micros.saturating_add(counted.cpu_micros),
+                sent_bytes: sum.sent_bytes.saturating_add(counted.sent_bytes),
+                received_bytes: sum.received_bytes.saturating_add(counted.received_bytes),
+                ..counted
             };
         }
     }

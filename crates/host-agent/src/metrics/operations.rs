@@ -50,15 +50,9 @@ struct Durations {
 }
 
 /// The counters. Whoever does an operation counts it; they are never set back.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Operations {
     counted: [Durations; Operation::ALL.len()],
-}
-
-impl Default for Operations {
-    fn default() -> Self {
-        Self { counted: array::from_fn(|_| Durations::default()) }
-    }
 }
 
 /// What was counted of one operation.

@@ -53,7 +53,6 @@ struct Probe {
 #[derive(Debug)]
 pub struct Sampler {
     registry: Arc<Registry>,
-    metrics: Arc<Metrics>,
     files: Files,
     /// None where the kernel does not say what goes through links.
     links: Option<Links>,
@@ -62,13 +61,12 @@ pub struct Sampler {
 }
 
 impl Sampler {
-    /// Reads what was kept of the sandboxes that there are, and removes what was kept of others.
+    /// Finds what there is to measure with; nothing is measured yet.
     ///
     /// # Errors
-    /// The directory of the files cannot be made. That a file in it cannot be used is none.
+    /// The directory of the files cannot be made.
     pub async fn new(
         registry: Arc<Registry>,
-        metrics: Arc<Metrics>,
         directory: &Utf8Path,
         uplink: &NetworkNamespace,
     ) -> std::io::Result<Self> {
@@ -77,7 +75,11 @@ impl Sampler {
         if let Err(error) = &links {
             tracing::warn!(error = error as &dyn std::error::Error, "what sandboxes send is not measured");
         }
-        Ok(Self { registry, metrics, files, links: links.ok(), probes: BTreeMap::new(), round: 0 })
+        Ok(Self { registry, files, links: links.ok(), probes: BTreeMap::new(), round: 0 })
+    }
+
+    fn metrics(&self) -> &Metrics {
+        &self.registry.host().metrics
     }
 
     /// Reads what was measured of the sandboxes that are known by now, and removes what was of others.
@@ -87,7 +89,7 @@ impl Sampler {
             for handle in &known {
                 let id = &handle.spec().id;
                 if let Some(saved) = self.files.read(id) {
-                    self.metrics.begin_with(id, &saved);
+                    self.metrics().begin_with(id, &saved);
                 }
             }
             if let Err(error) = self.files.keep_only(|id| known.iter().any(|handle| handle.spec().id == *id))
@@ -138,16 +140,16 @@ impl Sampler {
         self.probes.retain(|id, _| here.get(id).is_some_and(|stage| stage.has_guest()));
         let links = self.links.as_mut().map(|links| links.bytes(OUTER_PREFIX));
         let links = links.and_then(|links| links.ok()).unwrap_or_default();
-        let at = self.metrics.now();
+        let at = self.metrics().now();
         let mut measured = Vec::with_capacity(running.len());
         for (id, vcpus, footing) in running {
             if let Some(found) = self.look(&id, at, vcpus, &footing, &links) {
                 measured.push((id, found));
             }
         }
-        self.metrics.add(at, measured);
+        self.metrics().add(at, measured);
         self.round += 1;
-        for id in self.metrics.prune(|id| here.contains_key(id)) {
+        for id in self.metrics().prune(|id| here.contains_key(id)) {
             if let Err(error) = self.files.remove(&id) {
                 tracing::warn!(%id, error = &error as &dyn std::error::Error, "the series of a sandbox that is gone stays");
             }
@@ -196,7 +198,7 @@ impl Sampler {
     }
 
     fn save(&mut self, is_due: impl Fn(&SandboxId) -> bool) {
-        for (id, saved) in self.metrics.take_unsaved(SAVE_EVERY, is_due) {
+        for (id, saved) in self.metrics().take_unsaved(SAVE_EVERY, is_due) {
             if let Err(error) = self.files.write(&id, saved) {
                 tracing::warn!(%id, error = &error as &dyn std::error::Error, "the series of a sandbox could not be kept");
             }

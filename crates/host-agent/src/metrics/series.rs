@@ -232,6 +232,12 @@ impl Means {
         }
     }
 
+    fn prune(&mut self, now: i64) {
+        self.ring.prune(now);
+        let oldest = now.saturating_sub(self.ring.resolution.kept());
+        self.open.take_if(|bucket| bucket.last <= oldest);
+    }
+
     fn points(&self) -> impl Iterator<Item = Point> {
         self.ring.points.iter().copied().chain(self.open.as_ref().map(Bucket::mean))
     }
@@ -278,18 +284,13 @@ impl Series {
         self.fine.push(point);
         self.middle.push(point, length);
         self.coarse.push(point, length);
-        self.prune(point.at);
     }
 
     /// Lets go of what is too old.
     pub fn prune(&mut self, now: i64) {
         self.fine.prune(now);
-        self.middle.ring.prune(now);
-        self.coarse.ring.prune(now);
-        for means in [&mut self.middle, &mut self.coarse] {
-            let oldest = now.saturating_sub(means.ring.resolution.kept());
-            means.open.take_if(|bucket| bucket.last <= oldest);
-        }
+        self.middle.prune(now);
+        self.coarse.prune(now);
     }
 
     /// The points of the last `range` milliseconds, the oldest first, in the finest resolution in which there are so

@@ -49,7 +49,7 @@ pub struct Host {
     /// How many creates, pauses, … there were.
     pub operations: Operations,
     /// What sandboxes use.
-    pub metrics: Arc<Metrics>,
+    pub metrics: Metrics,
     /// What each machine may have of the host.
     pub limits: Limits,
 }

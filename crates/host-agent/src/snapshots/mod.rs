@@ -61,6 +61,7 @@ mod tests;
 
 use std::{
     collections::BTreeMap,
+    collections::BTreeSet,
     fs::{self, DirBuilder, File},
     io,
     os::unix::fs::{DirBuilderExt, MetadataExt},
@@ -238,6 +239,20 @@ impl Snapshots {
             bytes += used_bytes(&self.layer_path(layer))?;
         }
         Ok(bytes)
+    }
+
+    /// What all snapshots take of the host's disk together, in bytes of blocks in use; nothing of their bases. What
+    /// goes meanwhile, or cannot be read, is left out.
+    #[must_use]
+    pub fn bytes_of_all(&self) -> u64 {
+        let all: Vec<Kept> =
+            self.all().unwrap_or_default().into_iter().filter_map(|(_, kept)| kept.ok()).collect();
+        let memories = all.iter().filter(|kept| kept.about.has_memory);
+        let memories = memories.flat_map(|kept| [kept.state.clone(), kept.pages.clone()]);
+        // Several may stand on a layer, which is there once.
+        let layers: BTreeSet<&LayerId> = all.iter().flat_map(|kept| &kept.about.layers).collect();
+        let layers = layers.into_iter().map(|layer| self.layer_path(layer));
+        memories.chain(layers).filter_map(|path| used_bytes(&path).ok()).sum()
     }
 
     /// The ids of all folders of snapshots. A name that is no id is none of ours and is left alone.

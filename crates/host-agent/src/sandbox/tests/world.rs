@@ -24,7 +24,7 @@ use crate::{
     adopt, agent,
     images::Images,
     limits::Limits,
-    metrics::operations::Operations,
+    metrics::{Metrics, operations::Operations},
     network::{Policy, SlotPool, addresses::SlotNumber, stand_in},
     registry::Registry,
     rootfs::Qcow2Store,
@@ -245,7 +245,7 @@ impl<'a> World<'a> {
             default_disk: DiskMib::new(1024).unwrap(),
             unreachable: Arc::default(),
             operations: Operations::default(),
-            metrics: Arc::default(),
+            metrics: Metrics::default(),
             limits: Limits::Absent("machines are played".to_owned()),
         });
         let registry = Registry::new(Arc::clone(&host));

@@ -277,6 +277,9 @@ fn sizes_are_blocks_in_use_and_nothing_of_the_base() {
     // With a chain that is the base's disk alone there is only memory.
     let bare = make(&it.store, 4, &it.base.key, &[]);
     assert_eq!(it.store.own_bytes(&bare).unwrap(), blocks(&bare.state) + blocks(&bare.pages));
+    // Together a layer that two of them stand on counts once: that of the snapshot that was there, and of the third.
+    let each: u64 = [&it.kept, &kept, &bare].map(|kept| it.store.own_bytes(kept).unwrap()).iter().sum();
+    assert_eq!(it.store.bytes_of_all(), each - blocks(&it.store.layer_path(&layer(1))));
 }
 
 #[test]
