@@ -128,7 +128,8 @@ pub struct Network {
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(example = json!(["pypi.org", "*.pythonhosted.org"]))]
     pub allow_domains: Option<Vec<String>>,
-    /// Names that are not resolved for it, and that no connection to ports 80 and 443 may name.
+    /// Names that are not resolved for it, and that no connection to ports 80 and 443 may name. With any, what is
+    /// neither TLS nor HTTP, or names nothing, is refused on these ports.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub deny_domains: Option<Vec<String>>,
     /// Up to three addresses that are asked for names; the host's choice when there is none.

@@ -201,7 +201,8 @@ fn shortened(text: &str) -> String {
 /// list is stronger than an allow list. Without `internet` nothing is reached, whatever the lists say.
 ///
 /// Domains are about what a guest asks a name server for, and about the name in a connection to port 80 or 443.
-/// By a name on the allow list it reaches TCP ports of the addresses that it was answered for that name.
+/// By a name on the allow list it reaches these two ports of the addresses that it was answered for that name. Where
+/// names are denied, a connection to them that is neither TLS nor HTTP is refused.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct NetworkPolicy {
@@ -213,7 +214,7 @@ pub struct NetworkPolicy {
     /// Networks that it may not reach.
     #[serde(default)]
     pub deny_cidrs: Vec<Cidr>,
-    /// Names that are resolved for it and whose addresses it may reach.
+    /// Names that are resolved for it and whose addresses it may reach, on TCP ports 80 and 443.
     #[serde(default)]
     pub allow_domains: Vec<DomainPattern>,
     /// Names that are not resolved for it, and that no connection of it may name.

@@ -176,6 +176,20 @@ impl Core {
         })
     }
 
+    async fn started(
+        self: &Arc<Self>,
+        caller: &Caller,
+        id: &SandboxId,
+        launch: Launch,
+    ) -> Result<Session, CoreError> {
+        let silence = self.bounds.guest_silence;
+        let start = |guest: Guest| {
+            let launch = launch.clone();
+            async move { guest.start(launch, silence).await }
+        };
+        self.session(caller, id, start).await
+    }
+
     /// Starts a process whose events are followed. With `foreground` it dies with the session.
     pub(crate) async fn start(
         self: &Arc<Self>,
@@ -185,13 +199,8 @@ impl Core {
         launch: Launch,
         foreground: bool,
     ) -> Result<Session, CoreError> {
-        let silence = self.bounds.guest_silence;
         let metadata = line(&launch);
-        let launch = |guest: Guest| {
-            let launch = launch.clone();
-            async move { guest.start(launch, silence).await }
-        };
-        let start = self.session(caller, id, launch);
+        let start = self.started(caller, id, launch);
         let mut session = self.audited(caller, id, action, metadata, start).await?;
         if foreground {
             session.kill_when_dropped();
@@ -232,12 +241,7 @@ impl Core {
         let begin = Instant::now();
         let Command { mut launch, stdin, timeout: bound, .. } = command;
         launch.killed_after = Some(bound + BACKSTOP);
-        let silence = self.bounds.guest_silence;
-        let start = |guest: Guest| {
-            let launch = launch.clone();
-            async move { guest.start(launch, silence).await }
-        };
-        let mut session = self.session(caller, id, start).await?;
+        let mut session = self.started(caller, id, launch).await?;
         session.kill_when_dropped();
         let control = session.control();
 

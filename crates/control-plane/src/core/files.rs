@@ -74,11 +74,7 @@ impl Core {
     ) -> Result<(), CoreError> {
         let paths = json!({ "path": place.path });
         let work = async {
-            // A body can be sent once, so whether there is somebody to take it is asked before.
-            if self.routes.find(caller.team, id).is_none() {
-                self.is_asleep(caller, id).await;
-            }
-            let guest = self.guest(caller, id).await?;
+            let guest = self.settled_guest(caller, id).await?;
             match guest.upload(&place.path, place.user(), body).await {
                 Ok(()) => Ok(()),
                 Err(error) => Err(self.explain(caller, id, error).await),

@@ -135,18 +135,29 @@ impl Core {
 
     /// The way to the guest of a sandbox that should be running. One that is paused and asks for it is resumed.
     pub(crate) async fn guest(self: &Arc<Self>, caller: &Caller, id: &SandboxId) -> Result<Guest, CoreError> {
-        let route = match self.routes.find(caller.team, id) {
-            Some(route) => route,
-            None => {
-                use SandboxState::{Paused, Pausing, Resuming};
-                let row = self.row(caller.team, id).await?;
-                let row = match row.state() {
-                    Paused | Pausing | Resuming if row.auto_resume => self.wake(caller, id).await?,
-                    _ => is_live(row, id)?,
-                };
-                self.remember_route(caller.team, id, &row)
-            }
-        };
+        match self.routes.find(caller.team, id) {
+            Some(route) => Ok(self.guests.of(id.clone(), route.token, route.timeout)),
+            None => self.guest_of(caller, id, self.row(caller.team, id).await?).await,
+        }
+    }
+
+    /// The guest of a sandbox of which it is certain that it does not sleep: for what can be sent only once.
+    async fn settled_guest(self: &Arc<Self>, caller: &Caller, id: &SandboxId) -> Result<Guest, CoreError> {
+        match self.routes.find(caller.team, id) {
+            Some(route) => Ok(self.guests.of(id.clone(), route.token, route.timeout)),
+            None => self.guest_of(caller, id, self.settled_row(caller, id).await?).await,
+        }
+    }
+
+    /// The guest of a sandbox with this row, which is woken if it has to be.
+    async fn guest_of(
+        self: &Arc<Self>,
+        caller: &Caller,
+        id: &SandboxId,
+        row: SandboxRow,
+    ) -> Result<Guest, CoreError> {
+        let row = if sleeps(&row) { self.wake(caller, id).await? } else { is_live(row, id)? };
+        let route = self.remember_route(caller.team, id, &row);
         Ok(self.guests.of(id.clone(), route.token, route.timeout))
     }
 
@@ -180,19 +191,20 @@ impl Core {
     /// Whether a sandbox resumes by itself and has to. Where the row says that it runs, its host may know better: what
     /// that says is written first.
     async fn is_asleep(&self, caller: &Caller, id: &SandboxId) -> bool {
-        use SandboxState::{Missing, Paused, Pausing, Resuming, Running};
-        let look = async {
-            let row = self.row(caller.team, id).await?;
-            match row.state() {
-                Running | Missing if row.auto_resume => {
-                    watch::settle_now(self, id, row.generation).await?;
-                    self.row(caller.team, id).await
-                }
-                _ => Ok(row),
+        self.settled_row(caller, id).await.is_ok_and(|row| sleeps(&row))
+    }
+
+    /// The row of a sandbox: of one that resumes by itself once what its host says is written there.
+    async fn settled_row(&self, caller: &Caller, id: &SandboxId) -> Result<SandboxRow, CoreError> {
+        use SandboxState::{Missing, Running};
+        let row = self.row(caller.team, id).await?;
+        match row.state() {
+            Running | Missing if row.auto_resume => {
+                watch::settle_now(self, id, row.generation).await?;
+                self.row(caller.team, id).await
             }
-        };
-        let row: Result<SandboxRow, CoreError> = look.await;
-        row.is_ok_and(|row| row.auto_resume && matches!(row.state(), Paused | Pausing | Resuming))
+            _ => Ok(row),
+        }
     }
 
     /// Remembers the way to a guest, if it can be trusted without a look at the row: one that resumes by itself
@@ -241,6 +253,12 @@ impl Core {
             Err(known) => known,
         }
     }
+}
+
+/// Whether a sandbox has no guest and gets one by itself.
+fn sleeps(row: &SandboxRow) -> bool {
+    use SandboxState::{Paused, Pausing, Resuming};
+    row.auto_resume && matches!(row.state(), Paused | Pausing | Resuming)
 }
 
 fn is_live(row: SandboxRow, id: &SandboxId) -> Result<SandboxRow, CoreError> {

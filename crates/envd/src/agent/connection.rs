@@ -14,7 +14,7 @@ use tokio::{
     task::yield_now,
 };
 
-use super::outlet::{First, Outlet};
+use super::outlet::Outlet;
 
 /// How much is sent of files before others have their turn. It is more than what most sockets take at once, and less
 /// than what takes long.
@@ -81,10 +81,9 @@ impl AsyncWrite for Connection {
         pieces: &[IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
         let this = &mut *self;
-        let first = this.outlet.first(pieces)?;
-        if first == First::All {
+        let Some(first) = this.outlet.first(pieces)? else {
             return Pin::new(&mut this.stream).poll_write_vectored(context, pieces);
-        }
+        };
         if this.sent >= TURN {
             this.sent = 0;
             // Asked once, it wakes this task after the others, which is all that it is for.

@@ -43,7 +43,7 @@ use std::{
 use bytes::Bytes;
 use rustix::{
     fs::sendfile,
-    io::{Errno, writev},
+    io::Errno,
     net::{SendFlags, send},
 };
 
@@ -102,11 +102,9 @@ impl Drop for StandIn {
     }
 }
 
-/// What is written first of slices.
+/// What is written first of slices among which there is a stand-in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum First {
-    /// All of them, which are ordinary bytes.
-    All,
     /// The slice of this number, which is ordinary bytes. Somewhere behind it is a stand-in.
     One(usize),
     /// A stand-in, of which so much was written already and so much is left.
@@ -114,13 +112,11 @@ pub(super) enum First {
 }
 
 impl First {
-    /// Looks where slices lie, not what is in them.
-    fn of(slices: &[IoSlice<'_>]) -> Self {
-        if !slices.iter().any(|slice| place(slice).is_some()) {
-            return Self::All;
-        }
-        let first = slices.iter().enumerate().find(|(_, slice)| !slice.is_empty());
-        first.map_or(Self::All, |(index, slice)| match place(slice) {
+    /// Looks where slices lie, not what is in them. None when all of them are ordinary bytes.
+    fn of(slices: &[IoSlice<'_>]) -> Option<Self> {
+        slices.iter().find(|slice| place(slice).is_some())?;
+        let (index, slice) = slices.iter().enumerate().find(|(_, slice)| !slice.is_empty())?;
+        Some(match place(slice) {
             Some(written) => Self::StandIn { written, left: slice.len() },
             None => Self::One(index),
         })
@@ -152,14 +148,15 @@ impl Outlet {
         Bytes::from_owner(StandIn { length, number, outlet: self.clone() })
     }
 
-    /// What of these slices is written first.
+    /// What of these slices is written first, by [`Outlet::write`]. None when all of them are ordinary bytes, which
+    /// can be written as ever.
     ///
     /// # Errors
     /// Nothing may be written to the connection any more.
-    pub(super) fn first(&self, slices: &[IoSlice<'_>]) -> io::Result<First> {
+    pub(super) fn first(&self, slices: &[IoSlice<'_>]) -> io::Result<Option<First>> {
         let (first, promises) = (First::of(slices), self.promises());
         let begun = promises.open.front().is_some_and(|promise| promise.sent > 0);
-        if promises.broken || begun && !matches!(first, First::StandIn { .. }) {
+        if promises.broken || begun && !matches!(first, Some(First::StandIn { .. })) {
             return Err(broken());
         }
         Ok(first)
@@ -182,7 +179,6 @@ impl Outlet {
     /// Writes some of what is first to a socket that does not block, and says how many bytes.
     pub(super) fn write(&self, socket: impl AsFd, slices: &[IoSlice<'_>], first: First) -> io::Result<usize> {
         Ok(match first {
-            First::All => writev(socket, slices)?,
             // What follows should be in the same packet.
             First::One(index) => send(socket, &slices[index], SendFlags::MORE | SendFlags::NOSIGNAL)?,
             First::StandIn { written, left } => self.keep(socket.as_fd(), written, left)?,

@@ -407,7 +407,7 @@ mod tests {
             for (index, piece) in pieces.iter().enumerate() {
                 let first = outlet.first(&[IoSlice::new(piece)]).unwrap();
                 let promised = First::StandIn { written: 0, left: piece.len() };
-                assert_eq!(first, if index == 2 { First::All } else { promised });
+                assert_eq!(first, (index != 2).then_some(promised));
             }
         }
     }

@@ -21,8 +21,9 @@
 //!   ([`hello`]) or in the request ([`http`], one request per connection). Who says none, or an address, is
 //!   connected only to a network on the allow list. Other ports are opened by networks alone: one address serves
 //!   the names of many, and there nothing tells which is meant. What a server makes of the names *inside* of TLS is not seen.
-//! - **Denied names** are not resolved, and no connection to ports 80 and 443 may say one, say none or begin as neither TLS nor HTTP. By other ports
-//!   and by an address that a guest knows already, a deny list of names alone keeps nobody from anything.
+//! - **Denied names** are not resolved, and a connection to ports 80 and 443 must be TLS or HTTP and say a name that
+//!   is none of them; to a network on the allow list it may also say none. By other ports, a deny list of names alone
+//!   keeps nobody from an address that it knows already.
 //! - **A process of its own.** It parses what a guest sends, so it is not the agent: it runs as an unprivileged
 //!   user in the guest's namespace, with nothing but its sockets ([`process`]). And streams go through it, so it
 //!   outlives the agent: the next one finds it again by a socket in the namespace ([`keeper`]).

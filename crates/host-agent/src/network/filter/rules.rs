@@ -10,6 +10,17 @@ use super::super::policy::{DNS_PORTS, UNREACHABLE};
 /// The ports on which a connection has to say the name that it is for.
 pub const WEB_PORTS: [u16; 2] = [80, 443];
 
+/// What a connection says about whom it is for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Said {
+    /// A name, or what stands in the place of one.
+    Name(String),
+    /// It could be read, and there is no name in it.
+    Nothing,
+    /// It is neither TLS nor HTTP that can be understood: whoever gets it may find a name in it.
+    Unread,
+}
+
 /// The owner's words about one sandbox, with the name servers that were chosen.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -89,10 +100,10 @@ impl Rules {
             && (self.names_are_denied() || !self.lists(*target.ip()))
     }
 
-    /// Whether a TCP connection to `target` may be, that says `name`, and whose address is (or is not) `pinned`:
+    /// Whether a TCP connection to `target` may be, by what it has said, and whose address is (or is not) `pinned`:
     /// the answer to a question for a name that is allowed.
     #[must_use]
-    pub fn permit(&self, target: SocketAddrV4, name: Option<&str>, pinned: bool) -> bool {
+    pub fn permit(&self, target: SocketAddrV4, said: &Said, pinned: bool) -> bool {
         let (address, port) = (*target.ip(), target.port());
         if !self.may_pin(address) {
             return false;
@@ -103,17 +114,16 @@ impl Rules {
                 && self.leaves_open(address)
                 && self.name_servers.contains(&address);
         }
-        if !self.are_about_names() {
+        // On other ports a name cannot be looked for, and one address serves many names.
+        if !self.are_about_names() || !WEB_PORTS.contains(&port) {
             return self.leaves_open(address);
         }
-        if !WEB_PORTS.contains(&port) {
-            // A name cannot be looked for there, and one address serves many names.
-            return self.leaves_open(address);
-        }
-        match name.filter(|name| is_name(name)) {
-            Some(name) if self.denies(name) => false,
-            Some(name) => (pinned && self.allows(name)) || self.leaves_open(address),
-            None => self.lists(address),
+        match said {
+            Said::Name(name) if is_name(name) => {
+                !self.denies(name) && (pinned && self.allows(name) || self.leaves_open(address))
+            }
+            Said::Name(_) | Said::Nothing => self.lists(address),
+            Said::Unread => !self.names_are_denied() && self.lists(address),
         }
     }
 }
@@ -131,7 +141,10 @@ mod tests {
     use proptest::prelude::*;
     use wrenn_types::NetworkPolicy;
 
-    use super::*;
+    use super::{
+        Said::{Nothing, Unread},
+        *,
+    };
     use crate::network::{Policy, policy::tests::words};
 
     fn rules(words: &[&str]) -> Rules {
@@ -148,6 +161,10 @@ mod tests {
         rules
     }
 
+    fn named(text: &str) -> Said {
+        Said::Name(text.to_owned())
+    }
+
     fn target(text: &str) -> SocketAddrV4 {
         text.parse().unwrap()
     }
@@ -161,21 +178,30 @@ mod tests {
             "allow 9.0.0.0/8",
         ]);
         let web = target("203.0.113.10:443");
-        assert!(rules.permit(web, Some("a.example.com"), true));
-        assert!(!rules.permit(web, Some("a.example.com"), false), "nobody said that it lives there");
-        for wrong in [None, Some("example.com"), Some("bad.example.com"), Some("x y.example.com"), Some("")] {
-            assert!(!rules.permit(web, wrong, true), "{wrong:?}");
+        assert!(rules.permit(web, &named("a.example.com"), true));
+        assert!(!rules.permit(web, &named("a.example.com"), false), "nobody said that it lives there");
+        for wrong in [
+            Unread,
+            Nothing,
+            named("example.com"),
+            named("bad.example.com"),
+            named("x y.example.com"),
+            named(""),
+        ] {
+            assert!(!rules.permit(web, &wrong, true), "{wrong:?}");
         }
         for other in ["203.0.113.10:22", "203.0.113.10:8443", "203.0.113.10:853", "203.0.113.10:53"] {
-            assert!(!rules.permit(target(other), Some("a.example.com"), true), "{other}");
+            assert!(!rules.permit(target(other), &named("a.example.com"), true), "{other}");
         }
         for never in ["203.0.113.65:443", "10.0.0.1:443", "169.254.169.254:80", "127.0.0.1:80"] {
-            assert!(!rules.permit(target(never), Some("a.example.com"), true), "{never}");
+            assert!(!rules.permit(target(never), &named("a.example.com"), true), "{never}");
             assert!(!rules.may_pin(*target(never).ip()));
         }
         let listed = target("9.1.1.1:443");
-        assert!(rules.permit(listed, None, false) && rules.permit(listed, Some("other.example"), false));
-        assert!(!rules.permit(listed, Some("bad.example.com"), false), "to deny is stronger");
+        assert!(
+            rules.permit(listed, &Nothing, false) && rules.permit(listed, &named("other.example"), false)
+        );
+        assert!(!rules.permit(listed, &named("bad.example.com"), false), "to deny is stronger");
         assert!(
             rules.depend_on_name(listed)
                 && rules.depend_on_name(web)
@@ -192,17 +218,26 @@ mod tests {
     fn what_a_deny_list_alone_closes() {
         let rules = rules(&["deny bad.example"]);
         let web = target("203.0.113.10:80");
-        assert!(rules.permit(web, Some("good.example"), false) && rules.may_resolve("good.example"));
-        assert!(!rules.permit(web, Some("BAD.example."), false) && !rules.may_resolve("bad.EXAMPLE"));
-        assert!(!rules.permit(web, None, false), "who says no name might mean that one");
-        assert!(rules.permit(target("203.0.113.10:22"), None, false));
+        assert!(rules.permit(web, &named("good.example"), false) && rules.may_resolve("good.example"));
+        assert!(!rules.permit(web, &named("BAD.example."), false) && !rules.may_resolve("bad.EXAMPLE"));
+        assert!(!rules.permit(web, &Nothing, false), "who says no name might mean that one");
+        assert!(!rules.permit(web, &Unread, false), "nor what cannot be read");
+        assert!(rules.permit(target("203.0.113.10:22"), &Nothing, false));
     }
 
     #[test]
     fn an_allowed_network_needs_no_name() {
         let rules = rules(&["allow a.example", "allow 9.0.0.0/8"]);
         assert!(!rules.depend_on_name(target("9.1.1.1:443")));
-        assert!(rules.permit(target("9.1.1.1:443"), None, false));
+        assert!(rules.permit(target("9.1.1.1:443"), &Nothing, false));
+        assert!(rules.permit(target("9.1.1.1:443"), &Unread, false));
+    }
+
+    #[test]
+    fn what_cannot_be_read_goes_nowhere_where_names_are_denied() {
+        let rules = rules(&["deny bad.example", "allow 9.0.0.0/8"]);
+        let listed = target("9.1.1.1:443");
+        assert!(rules.permit(listed, &Nothing, false) && !rules.permit(listed, &Unread, false));
     }
 
     fn with_domains() -> impl Strategy<Value = Rules> {
@@ -213,7 +248,7 @@ mod tests {
         #[test]
         fn nothing_opens_what_no_sandbox_reaches(rules in with_domains(), bits: u32, port: u16, pinned: bool, name in "[a-c]\\.(x|y)|.{0,9}") {
             let address = Ipv4Addr::from_bits(bits);
-            let permitted = rules.permit(SocketAddrV4::new(address, port), Some(&name), pinned);
+            let permitted = rules.permit(SocketAddrV4::new(address, port), &named(&name), pinned);
             let open = rules.internet && !within(&UNREACHABLE, address) && !within(&rules.deny_cidrs, address);
             prop_assert!(!permitted || open);
         }
@@ -223,7 +258,7 @@ mod tests {
             let words = NetworkPolicy { allow_domains: vec![], deny_domains: vec![], ..words };
             let policy = Policy::resolve(&words, &[]).unwrap();
             let address = Ipv4Addr::from_bits(0xcb00_7100 | low);
-            prop_assert_eq!(policy.rules().permit(SocketAddrV4::new(address, port), None, false), policy.reaches(address, port));
+            prop_assert_eq!(policy.rules().permit(SocketAddrV4::new(address, port), &Nothing, false), policy.reaches(address, port));
         }
 
         #[test]
@@ -231,7 +266,7 @@ mod tests {
             let policy = Policy::resolve(&words, &[]).unwrap();
             let address = Ipv4Addr::from_bits(0xcb00_7100 | low);
             let port = if web { 443 } else { 22 };
-            let permitted = policy.rules().permit(SocketAddrV4::new(address, port), None, false);
+            let permitted = policy.rules().permit(SocketAddrV4::new(address, port), &Nothing, false);
             prop_assert!(!policy.reaches(address, port) || permitted);
         }
 
@@ -239,7 +274,7 @@ mod tests {
         fn a_name_that_does_not_matter_changes_nothing(rules in with_domains(), low in 0_u32..64, port in prop::sample::select(vec![22_u16, 53, 80, 443]), pinned: bool, name in "[ab]\\.(x|y)") {
             let target = SocketAddrV4::new(Ipv4Addr::from_bits(0xcb00_7100 | low), port);
             if !rules.depend_on_name(target) {
-                prop_assert_eq!(rules.permit(target, None, pinned), rules.permit(target, Some(&name), pinned));
+                prop_assert_eq!(rules.permit(target, &Nothing, pinned), rules.permit(target, &named(&name), pinned));
             }
         }
     }

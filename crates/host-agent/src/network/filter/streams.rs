@@ -17,7 +17,11 @@ use tokio::{
     time::timeout,
 };
 
-use super::{Shared, hello, http, http::Head, rules::Rules};
+use super::{
+    Shared, hello, http,
+    http::Head,
+    rules::{Rules, Said},
+};
 
 /// How many streams there are at the same time. The next one waits until one has ended.
 pub(super) const STREAMS: usize = 256;
@@ -66,17 +70,6 @@ enum Opening {
     Plain(Vec<u8>),
     /// One request, and what was read behind its head.
     Request(Head, Vec<u8>),
-    /// As it is, and it is neither TLS nor HTTP that can be understood: whoever gets it may find a name in it.
-    Unread(Vec<u8>),
-}
-
-impl Opening {
-    fn name(&self) -> Option<&str> {
-        match self {
-            Self::Plain(_) | Self::Unread(_) => None,
-            Self::Request(head, _) => head.name.as_deref(),
-        }
-    }
 }
 
 async fn carry(shared: &Shared, mut guest: TcpStream) -> io::Result<()> {
@@ -84,20 +77,16 @@ async fn carry(shared: &Shared, mut guest: TcpStream) -> io::Result<()> {
     reset_on_drop(&guest)?;
     let target = sockopt::ip_original_dst(&guest)?;
     let mut watched = shared.rules.clone();
-    let (name, opening) = if shared.rules().depend_on_name(target) {
+    let (said, opening) = if shared.rules().depend_on_name(target) {
         timeout(HEAD_BOUND, hear(&mut guest)).await??
     } else {
-        (None, Opening::Plain(Vec::new()))
+        (Said::Nothing, Opening::Plain(Vec::new()))
     };
     // From here on every change of the rules is seen: by this look or by the watch.
     let names = shared.names(*target.ip());
-    let is_unread = matches!(opening, Opening::Unread(_));
     let permitted = |rules: &Rules| {
-        if is_unread && rules.names_are_denied() {
-            return false;
-        }
         let pinned = names.iter().any(|name| rules.allows(name));
-        rules.permit(target, name.as_deref(), pinned)
+        rules.permit(target, &said, pinned)
     };
     if !permitted(&watched.borrow_and_update()) {
         return Ok(());
@@ -111,7 +100,7 @@ async fn carry(shared: &Shared, mut guest: TcpStream) -> io::Result<()> {
             sockopt::set_tcp_keepidle(end, KEEP_ALIVE)?;
         }
         match opening {
-            Opening::Plain(first) | Opening::Unread(first) => {
+            Opening::Plain(first) => {
                 server.write_all(&first).await?;
                 copy_bidirectional(&mut guest, &mut server).await?;
             }
@@ -142,30 +131,29 @@ async fn forbidden(watched: &mut watch::Receiver<Arc<Rules>>, permitted: impl Fn
     }
 }
 
-/// The name that a guest says, and what it sent until then. Where it says nothing that can be understood, there
-/// is no name.
-async fn hear(guest: &mut TcpStream) -> io::Result<(Option<String>, Opening)> {
+/// What a guest says about whom its connection is for, and what it sent until then.
+async fn hear(guest: &mut TcpStream) -> io::Result<(Said, Opening)> {
+    let said = |name: Option<String>| name.map_or(Said::Nothing, Said::Name);
     let mut bytes = Vec::with_capacity(2048);
     for _ in 0..PARTS {
         if guest.read_buf(&mut bytes).await? == 0 {
             break;
         }
         match hello::listen(&bytes) {
-            hello::Heard::Hello(name) => return Ok((name, Opening::Plain(bytes))),
+            hello::Heard::Hello(name) => return Ok((said(name), Opening::Plain(bytes))),
             hello::Heard::Incomplete => continue,
             hello::Heard::Other => {}
         }
         match http::listen(&bytes) {
             http::Heard::Head(head) => {
                 let rest = bytes.split_off(head.length);
-                let opening = Opening::Request(head, rest);
-                return Ok((opening.name().map(str::to_owned), opening));
+                return Ok((said(head.name.clone()), Opening::Request(head, rest)));
             }
             http::Heard::Incomplete => {}
             http::Heard::Other => break,
         }
     }
-    Ok((None, Opening::Unread(bytes)))
+    Ok((Said::Unread, Opening::Plain(bytes)))
 }
 
 /// Sends one request on, and everything that comes back. Nothing that a guest sends after its request is sent.
