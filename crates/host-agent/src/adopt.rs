@@ -3,10 +3,13 @@
 //! ```text
 //!  records ─► which machines are somebody's (pure) ─► end the others ─► remove free slots, at once or later
 //!     │
-//!     └─► each record ─► paused                     : known again, as it is
+//!     └─► each record ─► none yet                   : half-made, and removed
+//!                        one that cannot be read    : nothing of it is touched, its machine goes on
+//!                        paused                     : known again, as it is, also if what is saved cannot be read
 //!                        a pause that was committed : the same; its machine was among the others
 //!                        a rollback under way       : the former machine is adopted; the new one was among the others
-//!                        a machine that was up      : adopted; let run and opened again if it stood still
+//!                        a machine that was up      : adopted; let run and opened again if it stood still. One that lives
+//!                                                     and cannot be adopted goes on, and is tried again by its driver
 //!                        anything else              : half-made, and removed
 //! ```
 //!
@@ -23,22 +26,18 @@ use futures::StreamExt as _;
 use tokio::time::timeout;
 use wrenn_host_linux::process::find_by_argument;
 use wrenn_types::{InstanceId, SandboxId};
-use wrenn_vmm::{AdoptedMachine, VmmError};
 
 use crate::{
     limits::Limits,
-    network::{Policy, PolicyError, SlotError, addresses::SlotNumber},
+    network::SlotError,
     registry::Registry,
     sandbox::{
         SandboxSpec,
-        bring_up::Up,
-        capture,
-        driver::Beginning,
+        driver::{Beginning, chain},
         host::Host,
-        machine::{Machine, remove_run_dir},
         record::{self, Ledger, Left, PausedRecord, Record, RecordError, SandboxDir},
+        regain::regain,
     },
-    snapshot_store::SnapshotStoreError,
     snapshots::Kept,
     warm::blocking,
 };
@@ -65,23 +64,6 @@ pub enum CollectError {
     RunDir(#[source] io::Error),
 }
 
-/// Why a machine that lives is not this agent's.
-#[derive(Debug, thiserror::Error)]
-enum AdoptError {
-    #[error("its machine cannot be controlled")]
-    Machine(#[source] VmmError),
-    #[error("its network slot is not one")]
-    Number,
-    #[error("its network policy cannot be")]
-    Policy(#[source] PolicyError),
-    #[error("its network slot cannot be taken over")]
-    Slot(#[source] SlotError),
-    #[error("what its memory stands on cannot be used")]
-    Base(#[source] SnapshotStoreError),
-    #[error("what its memory stands on is not here")]
-    NoBase,
-}
-
 /// What was found.
 #[derive(Debug, Default)]
 pub struct Stock {
@@ -91,6 +73,8 @@ pub struct Stock {
     left: Vec<(Ledger, Fate)>,
     /// Directories of what is half-made.
     remains: Vec<SandboxDir>,
+    /// Sandboxes of which nobody can say what they are. What there is of them stays for a person to look at.
+    unusable: BTreeSet<SandboxId>,
     /// The machines of what goes on.
     pub(crate) machines: BTreeSet<String>,
     /// The names of their directories.
@@ -100,14 +84,15 @@ pub struct Stock {
 impl Stock {
     /// Whether there are machines to go on with, for which somebody may be waiting.
     pub fn has_machines(&self) -> bool {
-        self.left.iter().any(|(_, fate)| matches!(fate, Fate::Machine))
+        !self.unusable.is_empty() || self.left.iter().any(|(_, fate)| matches!(fate, Fate::Machine))
     }
 }
 
 /// What a sandbox goes on as.
 #[derive(Debug)]
 enum Fate {
-    Paused(Box<Kept>),
+    /// What it is saved as, and what was read of that, or why it cannot be.
+    Paused(PausedRecord, Result<Box<Kept>, String>),
     Machine,
 }
 
@@ -146,8 +131,8 @@ pub async fn take_stock(
     limits: &Limits,
 ) -> Result<Stock, CollectError> {
     let mut stock = examine(instance, snapshots, sandboxes_dir)?;
-    stock.ended = end_machines(instance, &stock.machines).await.map_err(CollectError::Machines)?;
     let mark = Host::machine_mark(instance);
+    stock.ended = stock.end_machines(&mark).await.map_err(CollectError::Machines)?;
     limits.keep_only(|name| stock.machines.contains(&format!("{mark}{name}")));
     stock.clear(machines_dir)?;
     Ok(stock)
@@ -164,35 +149,56 @@ pub(crate) fn examine(
 ) -> Result<Stock, CollectError> {
     let mut stock = Stock::default();
     for Left { dir, record } in record::left_behind(sandboxes_dir).map_err(CollectError::Record)? {
-        let Some(mut record) = record.filter(|record| record.instance == *instance) else {
-            stock.remains.push(dir);
-            continue;
+        let mut record = match record {
+            Ok(Some(record)) if record.instance == *instance => record,
+            Ok(None) => {
+                stock.remains.push(dir);
+                continue;
+            }
+            unusable => {
+                let why = match &unusable {
+                    Err(error) => chain(error),
+                    Ok(_) => "it is another instance's".to_owned(),
+                };
+                tracing::error!(dir = %dir.path(), why, "a sandbox is left as it is, because its record cannot be used");
+                stock.unusable.extend(dir.path().file_name().and_then(|name| name.parse().ok()));
+                continue;
+            }
         };
-        let found = record.clone();
-        let saved = match saved_as(&record) {
-            Some(id) => match snapshots.get(id) {
-                Ok(kept) => kept,
-                // The machine is still there, whatever became of what it was to be saved as.
-                Err(error) if record.paused.is_none() => {
-                    tracing::warn!(id = %record.id, error = &error as &dyn std::error::Error, "a pause that was under way cannot be read");
-                    None
-                }
-                // It is not lost, and not usable: what is there stays for a person to look at.
-                Err(error) => {
-                    tracing::error!(id = %record.id, error = &error as &dyn std::error::Error, "a paused sandbox cannot be read");
-                    continue;
-                }
-            },
-            None => None,
+        let found_record = record.clone();
+        let found_saved = saved_as(&record).map(|id| snapshots.get(id)).transpose();
+        let kept = match (found_saved, &record.paused) {
+            (Ok(Some(Some(kept))), _) => Some(kept),
+            // A resume whose machine is the sandbox says so in one step with this; until then it is what was saved.
+            (found, Some(saved)) if !has_machine(&record) => {
+                // It is not lost: it can be resumed when what is saved can be read, and it can be destroyed.
+                let why = match found {
+                    Err(error) => chain(&error),
+                    Ok(_) => format!("there is no snapshot {} on this host", saved.snapshot),
+                };
+                tracing::error!(id = %record.id, why, "what a sandbox is saved as cannot be read");
+                let saved = saved.clone();
+                (record.capture, record.machine) = (None, None);
+                let ledger = ledger_of(dir, found_record, record)?;
+                stock.left.push((ledger, Fate::Paused(saved, Err(why))));
+                continue;
+            }
+            // The machine is still there, whatever became of what it was to be saved as.
+            (Err(error), _) => {
+                tracing::warn!(id = %record.id, error = &error as &dyn std::error::Error, "a pause that was under way cannot be read");
+                None
+            }
+            (Ok(_), _) => None,
         };
-        if let Some(kept) = saved {
+        if let Some(kept) = kept {
             // A pause whose machine was not ended yet, or a resume that was not answered: what is saved is it.
             let at = record.paused.as_ref().map_or(kept.about.created_at, |paused| paused.at);
-            record.paused = Some(PausedRecord { snapshot: kept.id.clone(), at });
+            let saved = PausedRecord { snapshot: kept.id.clone(), at };
+            record.paused = Some(saved.clone());
             record.layers.clone_from(&kept.about.layers);
             (record.capture, record.machine) = (None, None);
-            let ledger = ledger_of(dir, found, record)?;
-            stock.left.push((ledger, Fate::Paused(Box::new(kept))));
+            let ledger = ledger_of(dir, found_record, record)?;
+            stock.left.push((ledger, Fate::Paused(saved, Ok(Box::new(kept)))));
             continue;
         }
         // A rollback that was not answered: the machine that stands still goes on.
@@ -209,7 +215,7 @@ pub(crate) fn examine(
                     }
                 }
             }
-            stock.left.push((ledger_of(dir, found, record)?, Fate::Machine));
+            stock.left.push((ledger_of(dir, found_record, record)?, Fate::Machine));
         } else {
             stock.remains.push(dir);
         }
@@ -227,7 +233,41 @@ fn ledger_of(dir: SandboxDir, found: Record, record: Record) -> Result<Ledger, C
     Ok(ledger)
 }
 
+/// Whose machine this is, and the name of its directory, by the machine's name.
+fn owner<'a>(mark: &str, machine: &'a str) -> Option<(SandboxId, &'a str)> {
+    let name = machine.strip_prefix(mark)?;
+    // Both parts have a hyphen of their own.
+    let (at, _) = name.match_indices('-').nth(1)?;
+    Some((name[..at].parse().ok()?, &name[at + 1..]))
+}
+
 impl Stock {
+    /// Kills the machines with this mark that are nobody's, and waits until each is gone.
+    async fn end_machines(&mut self, mark: &str) -> io::Result<usize> {
+        let mut ended = 0;
+        for machine in &find_by_argument(&format!("guest={mark}"))? {
+            let name = machine.argument.strip_prefix("guest=").unwrap_or(&machine.argument);
+            let name = name.split(',').next().unwrap_or(name);
+            if !self.keeps(mark, name) {
+                timeout(KILL_BOUND, machine.process.kill_and_wait()).await??;
+                ended += 1;
+            }
+        }
+        Ok(ended)
+    }
+
+    /// Whether a machine is to go on: it is in a record, or nobody can say that it is in none.
+    pub(crate) fn keeps(&mut self, mark: &str, machine: &str) -> bool {
+        if self.machines.contains(machine) {
+            return true;
+        }
+        let Some((_, directory)) = owner(mark, machine).filter(|(id, _)| self.unusable.contains(id)) else {
+            return false;
+        };
+        self.directories.insert(directory.to_owned());
+        self.machines.insert(machine.to_owned())
+    }
+
     /// Removes the machines' directories that belong to none of its machines.
     pub(crate) fn clear(&self, machines_dir: &Utf8Path) -> Result<(), CollectError> {
         for entry in machines_dir.read_dir_utf8().map_err(CollectError::RunDir)? {
@@ -238,21 +278,6 @@ impl Stock {
         }
         Ok(())
     }
-}
-
-/// Kills the machines of this instance that are in nobody's record, and waits until each is gone.
-async fn end_machines(instance: &InstanceId, kept: &BTreeSet<String>) -> io::Result<usize> {
-    let found = find_by_argument(&format!("guest={}", Host::machine_mark(instance)))?;
-    let mut ended = 0;
-    for machine in &found {
-        let name = machine.argument.strip_prefix("guest=").unwrap_or(&machine.argument);
-        let name = name.split(',').next().unwrap_or(name);
-        if !kept.contains(name) {
-            timeout(KILL_BOUND, machine.process.kill_and_wait()).await??;
-            ended += 1;
-        }
-    }
-    Ok(ended)
 }
 
 /// Goes on with what was found.
@@ -289,40 +314,29 @@ async fn go_on(host: &Arc<Host>, registry: &Registry, ledger: Arc<Ledger>, fate:
     let record = ledger.record();
     let id = record.id.clone();
     match fate {
-        Fate::Paused(kept) => {
-            registry.take_over(spec(record), Beginning::Paused(ledger, kept)).begun().await;
+        Fate::Paused(saved, kept) => {
+            registry.take_over(spec(record), Beginning::Paused(ledger, saved, kept)).begun().await;
             Way::Paused(id)
         }
-        Fate::Machine => match adopt(host, &ledger).await {
+        Fate::Machine => match regain(host, &ledger).await {
             Ok(up) => {
                 registry.take_over(spec(record), Beginning::Adopted(Box::new(up))).begun().await;
                 Way::Adopted(id)
             }
-            Err(error) => {
-                // It died while nobody looked, or it is beyond control: either way it is no sandbox any more.
-                tracing::warn!(%id, error = &error as &dyn std::error::Error, "a sandbox could not be taken over");
+            Err(error) if error.is_gone() => {
+                tracing::warn!(%id, error = &error as &dyn std::error::Error, "a sandbox ended while nobody looked");
                 // Others go on meanwhile, so that no error of this one ends the start.
-                if let Err(error) = end_machine(host, &record).await {
-                    tracing::error!(%id, error = &error as &dyn std::error::Error, "its machine is left to be collected");
-                } else if let Err(error) = ledger.remove().await {
+                if let Err(error) = ledger.remove().await {
                     tracing::warn!(%id, error = &error as &dyn std::error::Error, "its record stays until the next start");
                 }
                 Way::Removed(id)
             }
+            Err(error) => {
+                registry.take_over(spec(record), Beginning::Astray(ledger, error)).begun().await;
+                Way::Adopted(id)
+            }
         },
     }
-}
-
-/// Ends the machine of a record, if it lives, and removes its directory.
-async fn end_machine(host: &Host, record: &Record) -> io::Result<()> {
-    let Some(machine) = &record.machine else { return Ok(()) };
-    let name = Host::machine_name(&host.instance, &record.id, &machine.name);
-    for found in find_by_argument(&format!("guest={name}"))? {
-        timeout(KILL_BOUND, found.process.kill_and_wait()).await??;
-    }
-    remove_run_dir(&host.run_dir(&machine.name));
-    host.limits.end(&record.id, &machine.name);
-    Ok(())
 }
 
 /// What a sandbox was made as, from its record.
@@ -340,49 +354,4 @@ fn spec(record: Record) -> SandboxSpec {
         snapshot: None,
         settings: record.settings,
     }
-}
-
-/// Takes a machine over: control, network, exit notice. One that stood still is let run.
-async fn adopt(host: &Arc<Host>, ledger: &Arc<Ledger>) -> Result<Up, AdoptError> {
-    let record = ledger.record();
-    let Some(machine) = &record.machine else { return Err(AdoptError::Number) };
-    let (snapshots, key) = (host.snapshots.clone(), record.base.clone());
-    let base = blocking(move || snapshots.base(&key)).await.map_err(AdoptError::Base)?;
-    let base = base.ok_or(AdoptError::NoBase)?;
-    let run_dir = host.run_dir(&machine.name);
-    let wanted = AdoptedMachine {
-        name: Host::machine_name(&host.instance, &record.id, &machine.name),
-        run_dir: run_dir.clone(),
-        has_disk: true,
-        memory: Some(base.memory.clone()),
-        pid_hint: None,
-    };
-    let vm = host.vmm.adopt(wanted).await.map_err(AdoptError::Machine)?;
-    let number = SlotNumber::new(machine.slot).map_err(|_| AdoptError::Number)?;
-    let policy = Policy::resolve(&record.settings.network, &host.dns_servers).map_err(AdoptError::Policy)?;
-    let slot = host.slots.adopt(number, &policy).await.map_err(AdoptError::Slot)?;
-    let machine = Machine {
-        id: record.id.clone(),
-        name: machine.name.clone(),
-        vm,
-        slot,
-        run_dir,
-        base_memory: base.memory,
-        base_disk: base.disk.path,
-    };
-    let mut up = Up {
-        machine,
-        ledger: Arc::clone(ledger),
-        phases: Vec::new(),
-        idle: None,
-        stream_after: tokio::time::Instant::now(),
-        go_on_at: None,
-    };
-    if record.capture.is_some() {
-        // What does not go on at once is told so again by its driver: it is no less a sandbox.
-        capture::go_on(host, &mut up, &record).await;
-    } else {
-        up.machine.vm.resume().await.map_err(AdoptError::Machine)?;
-    }
-    Ok(up)
 }

@@ -435,9 +435,9 @@ pub(crate) fn roots(sandboxes: &Utf8Path) -> SnapshotStoreResult<Roots> {
     let unknown = |source: io::Error| SnapshotStoreError::file("read the records in", sandboxes, source);
     let mut roots = Roots::default();
     for left in record::left_behind(sandboxes).map_err(|error| unknown(io::Error::other(error)))? {
-        let record = left
-            .record
-            .ok_or_else(|| unknown(io::Error::other(format!("{} has no record", left.dir.path()))))?;
+        let record = left.record.map_err(|error| unknown(io::Error::other(error)))?;
+        let record =
+            record.ok_or_else(|| unknown(io::Error::other(format!("{} has no record", left.dir.path()))))?;
         roots.layers.extend(record.layers_in_use().cloned());
         roots.bases.extend(record.bases_in_use().cloned());
     }

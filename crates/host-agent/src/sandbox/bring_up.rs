@@ -34,7 +34,7 @@ use wrenn_vmm::{DiskSpec, ExitReason, MachineSpec, NetworkSpec, Vm, VmmError};
 use super::{
     Phase, SandboxSpec,
     host::Host,
-    machine::{Machine, gone, remove_run_dir},
+    machine::{Machine, Maker, gone, remove_run_dir},
     record::{FORMAT, Ledger, MachineRecord, Record, RecordError, SandboxDir},
     source::{Source, SourceError},
 };
@@ -545,6 +545,7 @@ impl Restored {
                     vm: self.vm,
                     slot,
                     run_dir: self.run_dir,
+                    maker: Maker { vmm: before.source.base.vmm, guest: before.source.base.guest },
                     base_memory: before.source.base.memory,
                     base_disk: before.source.base.disk.path,
                 };

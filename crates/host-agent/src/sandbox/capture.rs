@@ -212,6 +212,7 @@ async fn save(
         pages: Some(making.pages()),
     };
     let failed = |operation| move |source| CaptureError::Machine { operation, source };
+    let maker = up.machine.maker.clone();
     let (vm, ledger) = (&mut up.machine.vm, &up.ledger);
     let mut layers = record.layers.clone();
     let work = async {
@@ -249,8 +250,8 @@ async fn save(
         disk_format: host.disks.format(),
         disk: record.disk,
         shape: record.shape,
-        vmm: host.vmm.identity().clone(),
-        guest: host.images.guest().bundle.id.clone(),
+        vmm: maker.vmm,
+        guest: maker.guest,
         has_memory: true,
         prepared,
         access_token: record.access_token.clone(),

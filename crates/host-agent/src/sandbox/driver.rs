@@ -1,6 +1,6 @@
 //! The driver: the one task that owns a sandbox from its first file to its last.
 //!
-//! It begins with a bring-up, or with what an earlier agent left. Then it waits for the first of: the machine's
+//! It begins with a bring-up, or with what an earlier agent left, be it under control or not ([`astray`]). Then it waits for the first of: the machine's
 //! end, a request, one of the two clocks, the time to try again what did not go on. The machine's end comes first when several are true at once, because a
 //! sandbox that is gone must not be reported as destroyed by request. Each is worked off before the next is looked
 //! at; only a destroy is seen while something is under way, and breaks a bring-up off.
@@ -8,6 +8,7 @@
 //! What cannot be done leaves the sandbox as it was. Whatever ends it, everything is taken down, and the end is
 //! published after nothing is left.
 
+mod astray;
 mod counted;
 mod error;
 mod verbs;
@@ -18,6 +19,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
+use astray::Found;
 pub use error::OperationError;
 use jiff::Timestamp;
 use tokio::{
@@ -36,7 +38,8 @@ use super::{
     host::Host,
     machine::gone,
     queue::{Next, RequestQueue, Verb},
-    record::{Ledger, Record},
+    record::{Ledger, PausedRecord, Record},
+    regain::RegainError,
     source::From,
 };
 use crate::{metrics::operations::Operation, snapshots::Kept, warm::blocking};
@@ -55,8 +58,10 @@ pub enum Beginning {
     Create,
     /// A machine that an earlier agent started.
     Adopted(Box<Up>),
-    /// A sandbox that is saved.
-    Paused(Arc<Ledger>, Box<Kept>),
+    /// A machine that lives, and why it could not be taken over.
+    Astray(Arc<Ledger>, RegainError),
+    /// A sandbox that is saved, and what was read of that, or why it cannot be.
+    Paused(Arc<Ledger>, PausedRecord, Result<Box<Kept>, String>),
 }
 
 /// Starts the driver of a sandbox. `published` is called after every publication, by the driver.
@@ -168,11 +173,24 @@ impl Driver {
                 self.enter(&mut up);
                 self.live(Residence::Up(up)).await
             }
-            Beginning::Paused(ledger, kept) => {
-                let record = ledger.record();
-                let since = record.paused.as_ref().map_or_else(SystemTime::now, |paused| paused.at.into());
-                self.rest(&kept, since, &record).await;
-                self.live(Residence::Paused(Paused { ledger, snapshot: kept.id })).await
+            Beginning::Astray(ledger, error) => match self.find(&ledger, error).await {
+                Found::Up(mut up) => {
+                    self.enter(&mut up);
+                    self.live(Residence::Up(up)).await
+                }
+                Found::Ended(end) => Some(end),
+                Found::Left => None,
+            },
+            Beginning::Paused(ledger, saved, kept) => {
+                let bytes = match kept {
+                    Ok(kept) => self.host.snapshot_bytes(&kept).await,
+                    Err(error) => {
+                        self.status.send_modify(|status| status.last_failure = Some(error));
+                        0
+                    }
+                };
+                self.rest(&saved, bytes, &ledger.record());
+                self.live(Residence::Paused(Paused { ledger, snapshot: saved.snapshot })).await
             }
         };
         let id = &self.handle.spec().id;
@@ -243,14 +261,14 @@ impl Driver {
     }
 
     /// Publishes that it is saved, and what of its deadline is left.
-    async fn rest(&self, kept: &Kept, since: SystemTime, record: &Record) {
-        let bytes = self.host.snapshot_bytes(kept).await;
+    fn rest(&self, saved: &PausedRecord, bytes: u64, record: &Record) {
         self.publish(|status| {
             status.stage = Stage::Paused;
             status.settings.deadline = record.settings.deadline;
             status.deadline_met = record.deadline_met;
             status.deadline_again = None;
-            status.paused = Some(PausedStatus { snapshot: kept.id.clone(), at: since, bytes });
+            status.paused =
+                Some(PausedStatus { snapshot: saved.snapshot.clone(), at: saved.at.into(), bytes });
         });
     }
 

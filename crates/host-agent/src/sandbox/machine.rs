@@ -5,10 +5,20 @@ use std::io;
 use camino::{Utf8Path, Utf8PathBuf};
 use tokio::sync::watch;
 use wrenn_types::{LayerId, SandboxId};
-use wrenn_vmm::{ExitReason, Vm, VmmError};
+use wrenn_vmm::{ExitReason, Vm, VmmError, VmmIdentity};
 
 use super::host::Host;
 use crate::network::{GuestConnector, Slot};
+
+/// What a snapshot of a machine can be restored with: what the machine was made with. The agent may have been
+/// replaced since, and the VMM and the guest bundle with it.
+#[derive(Debug, Clone)]
+pub struct Maker {
+    /// The program that runs it.
+    pub vmm: VmmIdentity,
+    /// Id of the bundle of kernel and initramfs that runs in it.
+    pub guest: String,
+}
 
 /// A machine and what goes with it.
 #[derive(Debug)]
@@ -23,6 +33,8 @@ pub struct Machine {
     pub slot: Slot,
     /// The directory of its sockets.
     pub run_dir: Utf8PathBuf,
+    /// What it was made with.
+    pub maker: Maker,
     /// What its memory differs from.
     pub base_memory: Utf8PathBuf,
     /// What the layers of its disk stand on.

@@ -28,6 +28,7 @@ pub mod host;
 pub mod machine;
 pub mod queue;
 pub mod record;
+pub mod regain;
 pub mod source;
 #[cfg(test)]
 mod tests;

@@ -16,7 +16,7 @@
 
 use std::{
     collections::BTreeMap,
-    fs::{self, File, OpenOptions},
+    fs::{self, OpenOptions},
     io::{self, Write as _},
     os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _},
     sync::{Arc, Mutex, PoisonError},
@@ -240,13 +240,36 @@ impl SandboxDir {
         fs::rename(&fresh, &path).map_err(failed("put into place", &path))
     }
 
-    /// The directory of a sandbox that an earlier agent made, if its name and its record agree.
+    /// The directory of a sandbox that an earlier agent made.
     fn found(path: Utf8PathBuf) -> Left {
-        let record: Option<Record> =
-            File::open(path.join(FILE)).ok().and_then(|file| serde_json::from_reader(file).ok());
-        let record =
-            record.filter(|record| record.format == FORMAT && path.file_name() == Some(record.id.as_str()));
-        Left { dir: Self { path }, record }
+        let dir = Self { path };
+        Left { record: dir.read(), dir }
+    }
+
+    /// None if there is none yet. Its name is given when it is whole, so a part of one is damage.
+    fn read(&self) -> Result<Option<Record>, RecordError> {
+        /// What every format has.
+        #[derive(Deserialize)]
+        struct Format {
+            format: u32,
+        }
+        let path = self.path.join(FILE);
+        let unusable = |source: serde_json::Error| failed("understand", &path)(source.into());
+        let wrong = |why: String| failed("use", &path)(io::Error::other(why));
+        let text = match fs::read(&path) {
+            Ok(text) => text,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(failed("read", &path)(error)),
+        };
+        let Format { format } = serde_json::from_slice(&text).map_err(unusable)?;
+        if format != FORMAT {
+            return Err(wrong(format!("it has format {format}, and this program reads format {FORMAT}")));
+        }
+        let record: Record = serde_json::from_slice(&text).map_err(unusable)?;
+        if self.path.file_name() != Some(record.id.as_str()) {
+            return Err(wrong(format!("it is that of {}", record.id)));
+        }
+        Ok(Some(record))
     }
 
     /// Where it is.
@@ -322,8 +345,8 @@ impl Ledger {
         }
     }
 
-    /// Notes what has happened, for an agent that is started after this one, but not for a host that is: machines do
-    /// not survive that. It waits for no disk.
+    /// Notes what has happened, for an agent that is started after this one. Of a paused sandbox it is durable; of a
+    /// machine it is not, because machines do not survive their host, and it waits for no disk.
     ///
     /// # Errors
     /// On disk is the former one; it has happened all the same, and what this agent does next follows from it.
@@ -331,7 +354,7 @@ impl Ledger {
         let mut record = self.record();
         change(&mut record);
         *self.record.lock().unwrap_or_else(PoisonError::into_inner) = record.clone();
-        self.dir.replace(&record, false)
+        self.dir.replace(&record, record.paused.is_some())
     }
 
     /// Removes the directory with the record, and all that is in it.
@@ -349,14 +372,14 @@ impl Ledger {
 pub struct Left {
     /// Its directory.
     pub dir: SandboxDir,
-    /// Its record, unless it was not yet whole.
-    pub record: Option<Record>,
+    /// Its record; none if it was not written yet.
+    pub record: Result<Option<Record>, RecordError>,
 }
 
 /// The record of a sandbox that is there.
 #[must_use]
 pub fn read(parent: &Utf8Path, id: &SandboxId) -> Option<Record> {
-    SandboxDir::found(parent.join(id.as_str())).record
+    SandboxDir::found(parent.join(id.as_str())).record.ok().flatten()
 }
 
 /// The directories of sandboxes below `parent`. A name that is no id is none of ours and is left alone.
@@ -461,7 +484,7 @@ mod tests {
         fs::create_dir(parent.join("something else")).unwrap();
         let left = left_behind(parent).unwrap();
         assert_eq!(left.len(), 1);
-        assert_eq!(left[0].record.as_ref(), Some(&record));
+        assert_eq!(left[0].record.as_ref().unwrap().as_ref(), Some(&record));
         dir.remove().unwrap();
         assert!(left_behind(parent).unwrap().is_empty());
     }
@@ -473,7 +496,7 @@ mod tests {
         let record = record();
         let _dir = SandboxDir::create(parent, &record).unwrap();
         assert!(SandboxDir::create(parent, &record).is_err());
-        assert_eq!(left_behind(parent).unwrap()[0].record.as_ref(), Some(&record));
+        assert_eq!(read(parent, &record.id), Some(record.clone()));
     }
 
     #[test]
@@ -485,17 +508,31 @@ mod tests {
         record.paused = Some(PausedRecord { snapshot: SnapshotId::random(), at: Timestamp::UNIX_EPOCH });
         record.environment.clear();
         dir.write(&record).unwrap();
-        assert_eq!(left_behind(parent).unwrap()[0].record.as_ref(), Some(&record));
+        assert_eq!(read(parent, &record.id), Some(record.clone()));
         assert!(!format!("{record:?}").contains(record.access_token.expose()));
     }
 
     #[test]
-    fn a_half_written_record_is_still_found() {
+    fn what_was_not_written_yet_is_no_damage_and_everything_else_is() {
         let parent = tempfile::tempdir().unwrap();
         let parent = Utf8Path::from_path(parent.path()).unwrap();
-        let dir = SandboxDir::create(parent, &record()).unwrap();
-        fs::write(dir.path().join(FILE), b"{\"format\":").unwrap();
-        let left = left_behind(parent).unwrap();
-        assert_eq!((left.len(), left[0].record.is_none()), (1, true));
+        let record = record();
+        let dir = SandboxDir::create(parent, &record).unwrap();
+        let path = dir.path().join(FILE);
+        let found = || left_behind(parent).unwrap().pop().unwrap().record;
+        let text = fs::read_to_string(&path).unwrap();
+        let other = Record { id: SandboxId::random(), ..record };
+        for (damaged, why) in [
+            (String::new(), "understand"),
+            (text[..text.len() - 1].to_owned(), "understand"),
+            (text.replace("\"format\":2", "\"format\":1"), "use"),
+            (serde_json::to_string(&other).unwrap(), "use"),
+        ] {
+            fs::write(&path, damaged).unwrap();
+            let error = found().unwrap_err().to_string();
+            assert_eq!(error, format!("could not {why} {path}"));
+        }
+        fs::remove_file(&path).unwrap();
+        assert_eq!(found().unwrap(), None);
     }
 }

@@ -1,11 +1,13 @@
 //! Why something that was asked of a sandbox was not done.
 
+use std::sync::Arc;
+
 use wrenn_types::SnapshotId;
 use wrenn_vmm::VmmError;
 
 use crate::{
     network::{PolicyError, SlotError},
-    sandbox::{bring_up::BringUpError, capture::CaptureError, record::RecordError},
+    sandbox::{bring_up::BringUpError, capture::CaptureError, record::RecordError, regain::RegainError},
     snapshot_store::SnapshotStoreError,
 };
 
@@ -30,6 +32,9 @@ pub enum OperationError {
     /// The machine could not be stopped for a rollback.
     #[error("the machine could not be stopped")]
     Stop(#[source] VmmError),
+    /// Its machine lives and is not under control.
+    #[error("the sandbox runs, but its host agent has no control over it yet, and tries again")]
+    Astray(#[source] Arc<RegainError>),
     /// It could not be recorded.
     #[error("the change could not be recorded")]
     Record(#[source] RecordError),

@@ -65,9 +65,9 @@ impl Driver {
             Err(error) => return self.still_up(up, OperationError::Capture(error)),
         };
         let at = Timestamp::now();
-        let paused = PausedRecord { snapshot: snapshot.clone(), at };
+        let saved = PausedRecord { snapshot: snapshot.clone(), at };
         let recorded = up.ledger.change(|record| {
-            record.paused = Some(paused);
+            record.paused = Some(saved.clone());
             record.capture = None;
             record.machine = None;
             record.meet_deadline(at);
@@ -79,7 +79,7 @@ impl Driver {
         }
         let Up { machine, ledger, .. } = *up;
         self.leave(machine).await;
-        self.rest(&kept, at.into(), &ledger.record()).await;
+        self.rest(&saved, self.host.snapshot_bytes(&kept).await, &ledger.record());
         (Residence::Paused(Paused { ledger, snapshot }), Ok(Outcome::Done))
     }
 

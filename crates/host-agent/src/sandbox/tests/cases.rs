@@ -1,11 +1,15 @@
 //! Orders that once ended badly, each at every moment at which it may be broken off.
 
-use std::pin::Pin;
+use std::{fs, pin::Pin};
 
 use wrenn_types::SandboxId;
 
 use super::{Call, End, Fault, Ground, Manner, Plan, Stage, Step, Verb, Vm, World, record, run, world::spec};
-use crate::registry::Registry;
+use crate::{
+    config::OnStop,
+    registry::Registry,
+    sandbox::{RequestError, driver::OperationError},
+};
 
 type Life = Pin<Box<dyn Future<Output = ()>>>;
 
@@ -51,24 +55,39 @@ fn an_agent_killed_in_a_resume_loses_nothing() {
     check(&[&[Plan::Create], &[Plan::Pause(0)]], &[Plan::Resume(0)], kills());
 }
 
+/// Lives an agent's life on what is in the world, and then kills it.
+fn in_an_agent(world: &World<'_>, life: impl FnOnce(Registry) -> Life) {
+    let mut runtime = tokio::runtime::Builder::new_current_thread();
+    let runtime = runtime.enable_all().start_paused(true).build().unwrap();
+    runtime.block_on(async { life(world.agent().await).await });
+    world.fake.lose_owners();
+}
+
+/// Makes a sandbox that runs.
+fn create(world: &World<'_>) -> SandboxId {
+    let id = SandboxId::random();
+    let wanted = spec(id.clone(), None);
+    in_an_agent(world, |registry| {
+        Box::pin(async move {
+            let status = registry.create(wanted).unwrap().settled().await;
+            assert_eq!(status.stage, Stage::Running);
+        })
+    });
+    id
+}
+
 /// Nobody knew any more that the snapshot from which it was resumed was to be deleted.
 #[test]
 fn what_a_sandbox_was_resumed_from_is_deleted_by_the_next_agent_at_the_latest() {
     let ground = Ground::new();
     let world = World::new(&ground);
     let id = SandboxId::random();
-    let in_an_agent = |life: &mut dyn FnMut(Registry) -> Life| {
-        let mut runtime = tokio::runtime::Builder::new_current_thread();
-        let runtime = runtime.enable_all().start_paused(true).build().unwrap();
-        runtime.block_on(async { life(world.agent().await).await });
-        world.fake.lose_owners();
-    };
     let obsolete = || record::read(&world.at("sandboxes"), &id).unwrap().obsolete;
     let control = world.control.clone();
-    in_an_agent(&mut |registry| {
-        let (id, control) = (id.clone(), control.clone());
+    let wanted = spec(id.clone(), None);
+    in_an_agent(&world, |registry| {
         Box::pin(async move {
-            let handle = registry.create(spec(id, None)).unwrap();
+            let handle = registry.create(wanted).unwrap();
             handle.settled().await;
             handle.request(Verb::Pause, None).await.unwrap();
             control.fill_disk_after(Some(0));
@@ -76,9 +95,9 @@ fn what_a_sandbox_was_resumed_from_is_deleted_by_the_next_agent_at_the_latest() 
         })
     });
     assert!(obsolete().is_some());
-    in_an_agent(&mut |registry| {
-        let id = id.clone();
-        Box::pin(async move { assert_eq!(registry.get(&id).unwrap().stage(), Stage::Running) })
+    let same = id.clone();
+    in_an_agent(&world, |registry| {
+        Box::pin(async move { assert_eq!(registry.get(&same).unwrap().stage(), Stage::Running) })
     });
     assert_eq!(obsolete(), None);
 }
@@ -110,4 +129,135 @@ fn what_does_not_go_on_at_once_is_told_so_again() {
     let troubles = guest.into_iter().chain(machine).map(|fault| (Some(fault), End::GoOn)).collect::<Vec<_>>();
     check(&[&[Plan::Create]], &[Plan::Snapshot(0)], troubles.clone());
     check(&[&[Plan::Create], &[Plan::Snapshot(0)]], &[Plan::Rollback(0, 0)], troubles);
+}
+
+/// Whatever did not answer when an agent started was taken for dead, and ended.
+#[test]
+fn a_machine_that_does_not_answer_is_tried_again() {
+    let ground = Ground::new();
+    let world = World::new(&ground);
+    let id = create(&world);
+    world.fake.fail_next(Vm::Adopt);
+    world.fake.fail_next(Vm::Adopt);
+    let same = id.clone();
+    in_an_agent(&world, |registry| {
+        Box::pin(async move {
+            let handle = registry.get(&same).unwrap();
+            let status = handle.status();
+            assert_eq!((status.stage, handle.footing().is_some()), (Stage::Running, false));
+            assert!(status.last_failure.unwrap().contains("cannot be controlled"));
+            let refused = handle.request(Verb::Pause, None).await.unwrap_err();
+            assert!(
+                matches!(refused, RequestError::Failed(error) if matches!(*error, OperationError::Astray(_)))
+            );
+            handle.watch().wait_for(|status| status.last_failure.is_none()).await.unwrap();
+            handle.request(Verb::Pause, None).await.unwrap();
+            handle.request(Verb::Resume { timeout: None }, None).await.unwrap();
+        })
+    });
+    assert_eq!(world.machines(&id).len(), 1);
+}
+
+#[test]
+fn a_machine_that_never_answers_can_be_destroyed_or_left() {
+    for ends in [true, false] {
+        let ground = Ground::new();
+        let world = World::new(&ground);
+        let id = create(&world);
+        for _ in 0..100 {
+            world.fake.fail_next(Vm::Adopt);
+        }
+        let (same, at) = (id.clone(), world.at("sandboxes"));
+        in_an_agent(&world, |registry| {
+            Box::pin(async move {
+                if ends {
+                    registry.destroy(&same, None).await.unwrap();
+                } else {
+                    registry.close(OnStop::Leave).await;
+                }
+                assert_eq!(record::read(&at, &same).is_none(), ends);
+            })
+        });
+        world.calm();
+        in_an_agent(&world, |registry| {
+            Box::pin(async move {
+                let stage = registry.get(&id).map(|handle| handle.stage());
+                assert_eq!(stage, (!ends).then_some(Stage::Running));
+                registry.close(OnStop::Destroy).await;
+            })
+        });
+        assert!(world.remains().is_empty(), "{:?}", world.remains());
+    }
+}
+
+/// What could not be read was taken for half-made, and removed.
+#[test]
+fn a_record_that_cannot_be_read_is_no_reason_to_end_a_sandbox() {
+    let ground = Ground::new();
+    let world = World::new(&ground);
+    let id = create(&world);
+    let path = world.at("sandboxes").join(id.as_str()).join("record.json");
+    let text = fs::read_to_string(&path).unwrap();
+    for damaged in [text.replacen("\"format\":2", "\"format\":3", 1), text[1..].to_owned()] {
+        fs::write(&path, damaged).unwrap();
+        let same = id.clone();
+        in_an_agent(&world, |registry| Box::pin(async move { assert!(registry.get(&same).is_none()) }));
+        assert_eq!(world.machines(&id).len(), 1);
+    }
+    fs::write(&path, text).unwrap();
+    let same = id.clone();
+    in_an_agent(&world, |registry| {
+        Box::pin(async move {
+            registry.get(&same).unwrap().request(Verb::Pause, None).await.unwrap();
+        })
+    });
+}
+
+async fn cannot_resume(registry: &Registry, id: &SandboxId) {
+    let handle = registry.get(id).unwrap();
+    assert_eq!(handle.stage(), Stage::Paused);
+    assert!(handle.status().last_failure.is_some());
+    handle.request(Verb::Resume { timeout: None }, None).await.unwrap_err();
+    assert_eq!(handle.stage(), Stage::Paused);
+}
+
+/// One whose snapshot could not be read was not known any more: it could be neither resumed later nor destroyed.
+#[test]
+fn what_is_paused_and_cannot_be_read_stays_paused() {
+    let ground = Ground::new();
+    let world = World::new(&ground);
+    let id = create(&world);
+    let same = id.clone();
+    in_an_agent(&world, |registry| {
+        Box::pin(async move {
+            registry.get(&same).unwrap().request(Verb::Pause, None).await.unwrap();
+        })
+    });
+    let snapshots = world.at("agent/snapshots");
+    let snapshot = snapshots.read_dir_utf8().unwrap().next().unwrap().unwrap().into_path();
+    let manifest = snapshot.join("manifest.json");
+    let text = fs::read(&manifest).unwrap();
+    let mut damaged = text.clone();
+    damaged[20] ^= 1;
+    fs::write(&manifest, damaged).unwrap();
+    let same = id.clone();
+    in_an_agent(&world, |registry| Box::pin(async move { cannot_resume(&registry, &same).await }));
+    fs::write(&manifest, text).unwrap();
+    let same = id.clone();
+    in_an_agent(&world, |registry| {
+        Box::pin(async move {
+            registry.get(&same).unwrap().request(Verb::Resume { timeout: None }, None).await.unwrap();
+            registry.get(&same).unwrap().request(Verb::Pause, None).await.unwrap();
+        })
+    });
+    let snapshot = snapshots.read_dir_utf8().unwrap().next().unwrap().unwrap().into_path();
+    // A snapshot without a manifest is none, and goes; what was saved as it is still known, until it is destroyed.
+    fs::remove_file(snapshot.join("manifest.json")).unwrap();
+    in_an_agent(&world, |registry| {
+        Box::pin(async move {
+            cannot_resume(&registry, &id).await;
+            registry.destroy(&id, None).await.unwrap();
+        })
+    });
+    assert!(world.remains().is_empty(), "{:?}", world.remains());
 }

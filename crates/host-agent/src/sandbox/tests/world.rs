@@ -260,9 +260,10 @@ impl<'a> World<'a> {
 
     fn take_stock(&self, snapshots: &Snapshots) -> adopt::Stock {
         let sandboxes_dir = self.at("sandboxes");
-        let stock = adopt::examine(&self.instance, snapshots, &sandboxes_dir).unwrap();
+        let mut stock = adopt::examine(&self.instance, snapshots, &sandboxes_dir).unwrap();
+        let mark = Host::machine_mark(&self.instance);
         for machine in self.fake.machines() {
-            if !stock.machines.contains(&machine) {
+            if !stock.keeps(&mark, &machine) {
                 self.fake.end(&machine, ExitReason::VmmKilled { signal: 9 });
             }
         }
@@ -270,7 +271,7 @@ impl<'a> World<'a> {
         let alive = self.fake.machines();
         let left = record::left_behind(&sandboxes_dir).unwrap();
         let held = left.iter().filter_map(|left| {
-            let record = left.record.as_ref()?;
+            let record = left.record.as_ref().ok()?.as_ref()?;
             let machine = record.machine.as_ref()?;
             let name = Host::machine_name(&self.instance, &record.id, &machine.name);
             SlotNumber::new(machine.slot).ok().filter(|_| alive.contains(&name))
