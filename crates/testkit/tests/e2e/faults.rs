@@ -23,6 +23,7 @@ pub(crate) fn cases() -> Vec<OwnCase> {
             "faults::after_kill_9_of_everything_the_next_start_collects_its_own_and_keeps_what_is_saved",
             kill_everything,
         ),
+        own_case("faults::a_stack_that_is_stopped_and_started_again_can_leave_what_runs", upgrade),
         own_case("faults::a_killed_agent_is_followed_by_one_that_goes_on", killed_agent),
         own_case("faults::a_lost_control_plane_pauses_what_runs_if_asked_to", lost_control_plane),
         own_case("faults::two_stacks_do_not_see_each_other", two_stacks),
@@ -134,6 +135,46 @@ async fn kill_everything() -> Result<()> {
     let left = left_of(&instance)?;
     ensure!(left.is_empty(), "left: {left:?}");
     bystander.stop().await
+}
+
+/// As at an upgrade: every process of the stack is another one afterwards, and no sandbox is.
+async fn upgrade() -> Result<()> {
+    let dir = tempfile::Builder::new().prefix("wrenn-test-").tempdir()?;
+    let options = |action: &str| StackOptions {
+        dir: Some(dir.path().to_owned()),
+        environment: vec![("WRENN_ON_STOP".to_owned(), action.to_owned())],
+        ..StackOptions::default()
+    };
+    let first = Stack::start(options("leave")).await?;
+    let instance = first.instance()?;
+    let template = json!({ "vcpus": 2, "memory_mb": 256, "env": { "COLOUR": "green" } });
+    let created = first.client().post("/v1/sandboxes", &template).await?.expect(201)?.json();
+    let id = created["id"].as_str().context("it has an id")?.to_owned();
+    let mut sandbox = Sandbox { id: id.clone(), client: first.client() };
+    let before = sandbox.output("sleep 1000 >/dev/null 2>&1 & echo $! > /tmp/pid; cat /tmp/pid").await?;
+    let machine = format!("guest=wrenn-{instance}-{id}");
+    let agent = agent_of(&first)?;
+    kill(Pid::from_raw(i32::try_from(first.pid().context("it runs")?)?), Signal::SIGINT)?;
+    let uplink = first.ended().await?;
+    ensure!(kill(agent, None).is_err(), "the agent is gone");
+    ensure!(process_exists(&machine)?, "its machine goes on");
+
+    let second = Stack::start(StackOptions { uplink: Some(uplink), ..options("destroy") }).await?;
+    let mut sandbox = Sandbox { id: id.clone(), client: second.client() };
+    let told = sandbox.client.get(&sandbox.path("")).await?.expect(200)?.json();
+    ensure!(told["status"] == "running", "{told}");
+    for (name, value) in
+        [("vcpus", json!(2)), ("memory_mb", json!(256)), ("template", created["template"].clone())]
+    {
+        ensure!(told[name] == value, "{name}: {told}");
+    }
+    let line = "kill -0 $(cat /tmp/pid) && cat /tmp/pid && echo $COLOUR";
+    let after = sandbox.output(line).await?;
+    ensure!(after == format!("{before}green\n"), "{before:?} became {after:?}");
+    second.stop().await?;
+    let left = left_of(&instance)?;
+    ensure!(left.is_empty(), "left: {left:?}");
+    Ok(())
 }
 
 /// The process id of the host agent of a stack.

@@ -51,6 +51,7 @@ mod arguments;
 mod block;
 mod facts;
 mod guest_memory;
+mod host_cpu;
 mod launch;
 mod machine;
 mod monitor;

@@ -28,6 +28,7 @@ use wrenn_types::{MemoryMib, Shape, Vcpus};
 use super::{
     Qemu,
     arguments::{Console, Launch, Memory, Start, arguments, cpu_model, kernel_command_line, machine_type},
+    host_cpu,
     launch::Engine,
 };
 use crate::{Accelerator, GuestBundle, VmmError, VmmIdentity, VmmResult, tail::Tail};
@@ -126,11 +127,23 @@ impl Qemu {
                 name: "qemu".to_owned(),
                 version,
                 machine: machine_type(accelerator).to_owned(),
-                cpu_model: cpu_model(accelerator).to_owned(),
+                cpu_model: seen_cpu(accelerator),
                 accelerator,
             },
             accelerator_reason: decision.reason,
         })
+    }
+}
+
+/// What the guest sees as its processor: translated, it is the same everywhere.
+fn seen_cpu(accelerator: Accelerator) -> String {
+    let model = cpu_model(accelerator);
+    match accelerator {
+        Accelerator::Tcg => model.to_owned(),
+        Accelerator::Kvm => {
+            let cpuinfo = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+            format!("{model} {}", host_cpu::word(&cpuinfo))
+        }
     }
 }
 

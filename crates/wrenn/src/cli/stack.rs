@@ -17,7 +17,7 @@ use tokio::{
     io::{AsyncBufReadExt as _, BufReader},
     process::Command,
 };
-use wrenn_host_agent::config::OnControlPlaneLoss;
+use wrenn_host_agent::config::{OnControlPlaneLoss, OnStop};
 
 use super::{
     DEFAULT_DIRECTORY, DIRECTORY_VARIABLE, failure::Failure, interrupts::Interrupts, output::Output,
@@ -52,6 +52,10 @@ pub(super) struct DevArguments {
     /// Network namespace that is the way out of the sandboxes, instead of the root namespace
     #[arg(long, value_name = "NAME")]
     uplink_netns: Option<String>,
+    /// What becomes of running sandboxes when the stack is stopped: left ones go on, and the next start of the stack
+    /// takes them over, be it of another version
+    #[arg(long, env = "WRENN_ON_STOP", value_enum, value_name = "ACTION", default_value_t = OnStop::Destroy)]
+    on_stop: OnStop,
     /// What becomes of running sandboxes when the control plane is away for a while
     #[arg(long, env = "WRENN_ON_CONTROL_PLANE_LOSS", value_enum, value_name = "ACTION")]
     on_control_plane_loss: Option<OnControlPlaneLoss>,
@@ -191,6 +195,7 @@ impl DevArguments {
             ready_slots: self.ready_slots,
             uplink_netns: self.uplink_netns,
             on_control_plane_loss: self.on_control_plane_loss,
+            on_stop: self.on_stop,
             control_plane_loss_after: self.control_plane_loss_after,
             database_url: self.database_url,
             executable: self.executable,
@@ -212,6 +217,7 @@ impl DevArguments {
         flag("--uplink-netns", self.uplink_netns.clone());
         let policy = self.on_control_plane_loss.and_then(|policy| policy.to_possible_value());
         flag("--on-control-plane-loss", policy.map(|policy| policy.get_name().to_owned()));
+        flag("--on-stop", self.on_stop.to_possible_value().map(|action| action.get_name().to_owned()));
         flag("--control-plane-loss-after", self.control_plane_loss_after.as_ref().map(u32::to_string));
         flag("--executable", self.executable.as_ref().map(Utf8PathBuf::to_string));
         line
@@ -368,6 +374,8 @@ mod tests {
             "pause",
             "--control-plane-loss-after",
             "7",
+            "--on-stop",
+            "leave",
         ];
         let arguments = Line::try_parse_from(given).unwrap().arguments;
         let mut line = arguments.command_line(&directory);
@@ -377,6 +385,7 @@ mod tests {
         assert_eq!((again.listen, again.dir, again.ready_slots), (arguments.listen, dir, Some(3)));
         let loss = (again.on_control_plane_loss, again.control_plane_loss_after);
         assert_eq!(loss, (Some(OnControlPlaneLoss::Pause), Some(7)));
+        assert_eq!(again.on_stop, OnStop::Leave);
     }
 
     #[test]

@@ -13,8 +13,9 @@
 //!
 //! - Each child has a keeper (see `keeper.rs`): a child that ends by itself is started again, at once if it had served
 //!   for a while, and one that dies young again and again takes the stack down with an error that shows the end of its log.
-//! - Stopping the agent destroys the sandboxes that run. It is stopped after the control plane, so that no create comes in
-//!   between, and before the database.
+//! - Stopping the agent destroys the sandboxes that run, unless the stack was started with `--on-stop leave`: then they go
+//!   on, and the next start takes them over. It is stopped after the control plane, so that no create comes in between,
+//!   and before the database.
 //! - A second signal makes stopping quick: children are killed, and the next start collects what they leave.
 //! - If the supervisor is killed, the kernel tells its children to stop. If all of them are killed, the next start
 //!   finds what is left by the instance id and the data directory, never by a name that another stack could have.
@@ -49,7 +50,7 @@ use tokio::{
     sync::mpsc,
 };
 use tokio_util::sync::CancellationToken;
-use wrenn_host_agent::config::OnControlPlaneLoss;
+use wrenn_host_agent::config::{OnControlPlaneLoss, OnStop};
 use wrenn_types::ApiKey;
 
 pub use self::{
@@ -91,6 +92,8 @@ pub struct Config {
     pub uplink_netns: Option<String>,
     /// What the agent does with running sandboxes when the control plane is lost, if not its default.
     pub on_control_plane_loss: Option<OnControlPlaneLoss>,
+    /// What becomes of running sandboxes when the stack is stopped.
+    pub on_stop: OnStop,
     /// After how many seconds it is, if not the agent's default.
     pub control_plane_loss_after: Option<u32>,
     /// A database to use instead of a private one.
@@ -353,8 +356,9 @@ impl Stack {
         flag("--images", self.config.images.as_str());
         flag("--snapshots", self.config.snapshots.as_str());
         flag("--socket", self.claim.agent_socket().as_str());
-        // A stack that is stopped leaves nothing running.
-        flag("--on-stop", "destroy");
+        if let Some(what) = self.config.on_stop.to_possible_value() {
+            flag("--on-stop", what.get_name());
+        }
         if let Some(slots) = self.config.ready_slots {
             flag("--ready-slots", &slots.to_string());
         }
