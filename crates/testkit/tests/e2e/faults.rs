@@ -147,7 +147,7 @@ async fn upgrade() -> Result<()> {
     };
     let first = Stack::start(options("leave")).await?;
     let instance = first.instance()?;
-    let template = json!({ "vcpus": 2, "memory_mb": 256, "env": { "COLOUR": "green" } });
+    let template = json!({ "vcpus": 2, "memory_mb": 256, "envs": { "COLOUR": "green" } });
     let created = first.client().post("/v1/sandboxes", &template).await?.expect(201)?.json();
     let id = created["id"].as_str().context("it has an id")?.to_owned();
     let mut sandbox = Sandbox { id: id.clone(), client: first.client() };
