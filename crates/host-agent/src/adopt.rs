@@ -166,7 +166,8 @@ pub(crate) fn examine(
             }
         };
         let found_record = record.clone();
-        let found_saved = saved_as(&record).map(|id| snapshots.get(id)).transpose();
+        // Its contents are read when it is resumed: nobody waits for those of all sandboxes here.
+        let found_saved = saved_as(&record).map(|id| snapshots.find(id)).transpose();
         let kept = match (found_saved, &record.paused) {
             (Ok(Some(Some(kept))), _) => Some(kept),
             // A resume whose machine is the sandbox says so in one step with this; until then it is what was saved.

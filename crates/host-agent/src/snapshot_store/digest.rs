@@ -15,7 +15,7 @@ use std::{
     os::unix::fs::FileExt,
 };
 
-use camino::Utf8Path;
+use camino::{Utf8Path, Utf8PathBuf};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 
@@ -83,50 +83,121 @@ pub(crate) fn of_small_file(path: &Utf8Path, bound: u64) -> SnapshotStoreResult<
     Ok(Digest::of_bytes(&bytes))
 }
 
+/// How the digest of a file is taken.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Form {
+    /// Of all bytes.
+    Plain,
+    /// Of the blocks that are not zero.
+    Blocks,
+}
+
 /// The SHA-256 of a file of any length, in pieces.
 pub(crate) fn of_file(path: &Utf8Path) -> SnapshotStoreResult<Digest> {
-    let digest = || {
-        let mut file = File::open(path)?;
-        let mut buffer = vec![0_u8; 4 * BLOCK];
-        let mut hasher = Sha256::new();
-        loop {
-            match file.read(&mut buffer) {
-                Ok(0) => return Ok(Digest::of(hasher)),
-                Ok(read) => hasher.update(&buffer[..read]),
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(error),
-            }
-        }
-    };
-    digest().map_err(|source| SnapshotStoreError::file("read", path, source))
+    Hashing::open(path, Form::Plain)?.finish()
 }
 
 /// The digest of a file's blocks that are not zero.
 pub(crate) fn of_large_file(path: &Utf8Path) -> SnapshotStoreResult<Digest> {
-    File::open(path)
-        .and_then(|file| digest_blocks(&file))
-        .map_err(|source| SnapshotStoreError::file("read", path, source))
+    Hashing::open(path, Form::Blocks)?.finish()
 }
 
-fn digest_blocks(file: &File) -> io::Result<Digest> {
-    let zeros = [0_u8; BLOCK];
-    let mut buffer = vec![0_u8; BLOCK];
-    let mut hasher = Sha256::new();
-    let length = file.metadata()?.len();
-    let mut position = 0;
-    while let Some(block) = next_block_with_data(file, position, length, BLOCK as u64)? {
-        position = block;
-        let wanted = usize::try_from(length - position).map_or(BLOCK, |left| left.min(BLOCK));
-        let bytes = &mut buffer[..wanted];
-        file.read_exact_at(bytes, position)?;
-        if *bytes != zeros[..wanted] {
-            hasher.update((position / BLOCK as u64).to_le_bytes());
-            hasher.update(&*bytes);
-        }
-        position += BLOCK as u64;
+/// A digest in the making, for who reads a file a piece at a time and does other things in between.
+#[derive(Debug)]
+pub(crate) struct Hashing {
+    path: Utf8PathBuf,
+    file: File,
+    form: Form,
+    /// What the file had when it was opened.
+    length: u64,
+    position: u64,
+    hasher: Sha256,
+}
+
+/// What came of reading a piece.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Piece {
+    /// So many bytes were read, and there are more.
+    More(u64),
+    /// The file was read to its end.
+    Last(u64, Digest),
+}
+
+impl Hashing {
+    /// Opens a file. One that is removed meanwhile is read to its end all the same.
+    pub(crate) fn open(path: &Utf8Path, form: Form) -> SnapshotStoreResult<Self> {
+        let opened = File::open(path).and_then(|file| Self::of(path, file, form));
+        opened.map_err(|source| SnapshotStoreError::file("read", path, source))
     }
-    hasher.update(length.to_le_bytes());
-    Ok(Digest::of(hasher))
+
+    fn of(path: &Utf8Path, file: File, form: Form) -> io::Result<Self> {
+        let length = file.metadata()?.len();
+        Ok(Self { path: path.to_owned(), file, form, length, position: 0, hasher: Sha256::new() })
+    }
+
+    /// Reads at most so many bytes, rounded up to whole blocks. Holes are no bytes.
+    pub(crate) fn read(&mut self, at_most: u64) -> SnapshotStoreResult<Piece> {
+        let read = match self.form {
+            Form::Plain => self.read_plain(at_most),
+            Form::Blocks => self.read_blocks(at_most),
+        };
+        read.map_err(|source| SnapshotStoreError::file("read", &self.path, source))
+    }
+
+    fn finish(mut self) -> SnapshotStoreResult<Digest> {
+        match self.read(u64::MAX)? {
+            Piece::Last(_, digest) => Ok(digest),
+            Piece::More(_) => {
+                let source = io::Error::other("it has more bytes than can be counted");
+                Err(SnapshotStoreError::file("read", &self.path, source))
+            }
+        }
+    }
+
+    fn digest(&self) -> Digest {
+        Digest::of(self.hasher.clone())
+    }
+
+    fn read_plain(&mut self, at_most: u64) -> io::Result<Piece> {
+        let mut buffer = vec![0_u8; 4 * BLOCK];
+        let mut total = 0;
+        while total < at_most {
+            match self.file.read_at(&mut buffer, self.position) {
+                Ok(0) => return Ok(Piece::Last(total, self.digest())),
+                Ok(read) => {
+                    self.hasher.update(&buffer[..read]);
+                    self.position += read as u64;
+                    total += read as u64;
+                }
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(Piece::More(total))
+    }
+
+    fn read_blocks(&mut self, at_most: u64) -> io::Result<Piece> {
+        let zeros = [0_u8; BLOCK];
+        let mut buffer = vec![0_u8; BLOCK];
+        let mut total = 0;
+        while total < at_most {
+            let next = next_block_with_data(&self.file, self.position, self.length, BLOCK as u64)?;
+            let Some(block) = next else {
+                self.hasher.update(self.length.to_le_bytes());
+                return Ok(Piece::Last(total, self.digest()));
+            };
+            let wanted = usize::try_from(self.length - block).map_or(BLOCK, |left| left.min(BLOCK));
+            let bytes = &mut buffer[..wanted];
+            self.file.read_exact_at(bytes, block)?;
+            if *bytes != zeros[..wanted] {
+                self.hasher.update((block / BLOCK as u64).to_le_bytes());
+                self.hasher.update(&*bytes);
+            }
+            self.position = block + BLOCK as u64;
+            total += wanted as u64;
+        }
+        Ok(Piece::More(total))
+    }
 }
 
 #[cfg(test)]
@@ -134,6 +205,11 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+
+    fn digest_blocks(file: &File) -> io::Result<Digest> {
+        let hashing = Hashing::of(Utf8Path::new("a file"), file.try_clone()?, Form::Blocks)?;
+        hashing.finish().map_err(io::Error::other)
+    }
 
     fn file_of(length: u64, writes: &[(u64, u8)], store_zeros: bool) -> File {
         let file = tempfile::tempfile().unwrap();
@@ -167,6 +243,35 @@ mod tests {
             let longer = file_of(length, &writes, false);
             longer.set_len(length + 1).unwrap();
             prop_assert_ne!(&sparse, &digest_blocks(&longer).unwrap());
+        }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(32))]
+        #[test]
+        fn pieces_of_any_size_make_the_same_digest(
+            length in 0_u64..1_000_000,
+            writes in proptest::collection::vec((any::<u64>(), any::<u8>()), 0..6),
+            pieces in proptest::collection::vec(1_u64..400_000, 1..8),
+            plain in any::<bool>(),
+        ) {
+            let file = file_of(length.max(1), &writes, false);
+            file.set_len(length).unwrap();
+            let form = if plain { Form::Plain } else { Form::Blocks };
+            let hashing = || Hashing::of(Utf8Path::new("a file"), file.try_clone().unwrap(), form).unwrap();
+            let (mut piecewise, mut sizes) = (hashing(), pieces.iter().cycle());
+            let digest = loop {
+                let at_most = *sizes.next().unwrap();
+                let (read, digest) = match piecewise.read(at_most).unwrap() {
+                    Piece::More(read) => (read, None),
+                    Piece::Last(read, digest) => (read, Some(digest)),
+                };
+                prop_assert!(read < at_most + 4 * BLOCK as u64, "{} bytes of {}", read, at_most);
+                if let Some(digest) = digest {
+                    break digest;
+                }
+            };
+            prop_assert_eq!(digest, hashing().finish().unwrap());
         }
     }
 

@@ -1,17 +1,30 @@
-//! Which contents were read and found whole since the host booted.
+//! Which contents were read since the host booted, and found whole or damaged.
 //!
 //! Remembered in one small file for each set of files, by what a file cannot keep when it is changed: inode,
 //! size, and time of change. A boot of the host makes all of it void, whatever became of the file.
+//!
+//! ```text
+//!  nothing is known ──read──► whole     used without reading
+//!     ▲                 └───► damaged   refused without reading
+//!     └── a file is another one, or was written to; a boot of the host
+//! ```
+//!
+//! Who uses the files reads them at once ([`verify_once`]); who looks after them reads a piece at a time, and holds
+//! nobody up ([`Verifying`]).
 //!
 //! A name that is given to a file, or taken from it, moves its time of change and leaves its bytes alone. So
 //! where the number of names is another one, the time of the last write decides.
 
 use std::{fs, io, os::unix::fs::MetadataExt, sync::Mutex};
 
-use camino::Utf8Path;
+use camino::{Utf8Path, Utf8PathBuf};
 use serde::{Deserialize, Serialize};
 
-use super::{FileRecord, SnapshotStoreError, SnapshotStoreResult, check_digest, check_size, digest};
+pub(crate) use super::digest::Form;
+use super::{
+    Damage, FileRecord, SnapshotStoreError, SnapshotStoreResult, check_digest, check_size,
+    digest::{self, Hashing, Piece},
+};
 
 /// Whether the contents had to be read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -20,15 +33,6 @@ pub enum Verification {
     Read,
     /// They were since the host booted, and the files are the same.
     Remembered,
-}
-
-/// How the digest of a file is taken.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Form {
-    /// Of all bytes: [`digest::of_file`].
-    Plain,
-    /// Of the blocks that are not zero: [`digest::of_large_file`].
-    Blocks,
 }
 
 /// A file, and what it must be.
@@ -58,6 +62,18 @@ impl Content<'_> {
 struct Record {
     boot: String,
     files: Vec<FileMark>,
+    /// The number of the file that is not as it was recorded, if one is not.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    damaged: Option<usize>,
+}
+
+/// What is known of files without reading them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Known {
+    Nothing,
+    Whole,
+    /// The content of the one with this number has changed.
+    Damaged(usize),
 }
 
 /// A file as it was when it was read, and the digest that it had.
@@ -102,7 +118,7 @@ impl Record {
         let boot = fs::read_to_string(boot_id)
             .map_err(|source| SnapshotStoreError::file("read", boot_id, source))?;
         let files = contents.iter().map(FileMark::of).collect::<SnapshotStoreResult<_>>()?;
-        Ok(Self { boot: boot.trim().to_owned(), files })
+        Ok(Self { boot: boot.trim().to_owned(), files, damaged: None })
     }
 
     fn still_holds(&self, now: &Self) -> bool {
@@ -126,42 +142,155 @@ pub(crate) fn verify_once(
     for content in contents {
         check_size(content.path, content.recorded.bytes)?;
     }
-    if is_remembered(record, &Record::now(contents)?) {
+    if known(record, &Record::now(contents)?).is_whole(|at| contents[at].path)? {
         return Ok(Verification::Remembered);
     }
     // A panic while it was held left nothing half done: the record is written last.
     let _one = one_at_a_time.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
     // Taken before the files are read, so that a change while they are read is not taken for verified.
     let now = Record::now(contents)?;
-    if is_remembered(record, &now) {
+    if known(record, &now).is_whole(|at| contents[at].path)? {
         return Ok(Verification::Remembered);
     }
-    contents.iter().try_for_each(Content::check)?;
+    for (at, content) in contents.iter().enumerate() {
+        let checked = content.check();
+        if matches!(checked, Err(SnapshotStoreError::Damaged { .. })) {
+            write(record, &Record { damaged: Some(at), ..now });
+            return checked.map(|()| Verification::Read);
+        }
+        checked?;
+    }
     write(record, &now);
     Ok(Verification::Read)
 }
 
 /// Remembers files whose digests were just taken, or which are the same files as others that were verified.
+///
+/// # Errors
+/// [`SnapshotStoreError::Damaged`] names a file that is known to be damaged: that stays so.
 pub(crate) fn remember(record: &Utf8Path, contents: &[Content<'_>]) -> SnapshotStoreResult<()> {
     let now = Record::now(contents)?;
-    if !is_remembered(record, &now) {
+    if !known(record, &now).is_whole(|at| contents[at].path)? {
         write(record, &now);
     }
     Ok(())
 }
 
-/// Whether the files were verified as they are; a record that cannot be read remembers nothing.
-fn is_remembered(path: &Utf8Path, now: &Record) -> bool {
+/// What is known of the files as they are; a record that cannot be read knows nothing.
+fn known(path: &Utf8Path, now: &Record) -> Known {
     let Some(record) = fs::read(path).ok().and_then(|text| serde_json::from_slice::<Record>(&text).ok())
     else {
-        return false;
+        return Known::Nothing;
     };
-    let holds = record.still_holds(now);
-    if holds && record != *now {
-        // The names have changed: from now on it is this number of them that counts.
-        write(path, now);
+    if !record.still_holds(now) {
+        return Known::Nothing;
     }
-    holds
+    if record.files != now.files {
+        // The names have changed: from now on it is this number of them that counts.
+        write(path, &Record { boot: now.boot.clone(), files: now.files.clone(), damaged: record.damaged });
+    }
+    record.damaged.filter(|at| *at < now.files.len()).map_or(Known::Whole, Known::Damaged)
+}
+
+impl Known {
+    /// Whether they are whole; not when nothing is known.
+    fn is_whole<'a>(self, path: impl FnOnce(usize) -> &'a Utf8Path) -> SnapshotStoreResult<bool> {
+        match self {
+            Self::Nothing => Ok(false),
+            Self::Whole => Ok(true),
+            Self::Damaged(at) => {
+                Err(SnapshotStoreError::Damaged { path: path(at).to_owned(), damage: Damage::Content })
+            }
+        }
+    }
+}
+
+/// Contents that are read a piece at a time, whatever is remembered of them; what comes of it is remembered.
+#[derive(Debug)]
+pub(crate) struct Verifying {
+    record: Utf8PathBuf,
+    contents: Vec<(Utf8PathBuf, FileRecord, Form)>,
+    /// The files as they were before the first byte was read.
+    now: Record,
+    /// The number of the file that is being read.
+    at: usize,
+    hashing: Option<Hashing>,
+}
+
+/// How far a verification is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Progress {
+    /// So many bytes were read, and there is more.
+    More(u64),
+    /// So many bytes were read, and all is as it was recorded.
+    Whole(u64),
+    /// The files are others than those that were begun with: nothing is known of them.
+    Changed,
+}
+
+impl Verifying {
+    /// Begins to read `contents`, of which `record` remembers.
+    ///
+    /// # Errors
+    /// [`SnapshotStoreError::Damaged`] names a file of another size, or one that is known to be damaged.
+    pub(crate) fn begin(record: &Utf8Path, contents: &[Content<'_>]) -> SnapshotStoreResult<Self> {
+        for content in contents {
+            check_size(content.path, content.recorded.bytes)?;
+        }
+        let now = Record::now(contents)?;
+        known(record, &now).is_whole(|at| contents[at].path)?;
+        let owned = |content: &Content<'_>| (content.path.to_owned(), content.recorded.clone(), content.form);
+        let contents = contents.iter().map(owned).collect();
+        Ok(Self { record: record.to_owned(), contents, now, at: 0, hashing: None })
+    }
+
+    /// Reads about so many bytes more.
+    ///
+    /// # Errors
+    /// [`SnapshotStoreError::Damaged`] names the file; whoever uses it is told so without reading from now on.
+    pub(crate) fn read(&mut self, at_most: u64) -> SnapshotStoreResult<Progress> {
+        let Some((path, recorded, form)) = self.contents.get(self.at) else {
+            return Ok(self.end(None));
+        };
+        let hashing = match &mut self.hashing {
+            Some(hashing) => hashing,
+            none => none.insert(Hashing::open(path, *form)?),
+        };
+        match hashing.read(at_most)? {
+            Piece::More(read) => Ok(Progress::More(read)),
+            Piece::Last(read, digest) if digest == recorded.digest => {
+                self.hashing = None;
+                self.at += 1;
+                if self.at < self.contents.len() {
+                    return Ok(Progress::More(read));
+                }
+                Ok(match self.end(None) {
+                    Progress::Whole(_) => Progress::Whole(read),
+                    other => other,
+                })
+            }
+            Piece::Last(..) => {
+                let damaged = SnapshotStoreError::Damaged { path: path.clone(), damage: Damage::Content };
+                match self.end(Some(self.at)) {
+                    Progress::Changed => Ok(Progress::Changed),
+                    _ => Err(damaged),
+                }
+            }
+        }
+    }
+
+    /// Remembers what was found, if the files are still those.
+    fn end(&self, damaged: Option<usize>) -> Progress {
+        let contents =
+            self.contents.iter().map(|(path, recorded, form)| Content { path, recorded, form: *form });
+        match Record::now(&contents.collect::<Vec<_>>()) {
+            Ok(now) if self.now.still_holds(&now) => {
+                write(&self.record, &Record { damaged, ..now });
+                Progress::Whole(0)
+            }
+            _ => Progress::Changed,
+        }
+    }
 }
 
 /// Not made durable: it says nothing after a boot. What cannot be remembered, on a disk that is full, is

@@ -137,7 +137,7 @@ pub(super) struct BaseManifest {
 }
 
 impl BaseManifest {
-    fn contents<'a>(&'a self, base: &'a Base) -> [Content<'a>; 2] {
+    pub(super) fn contents<'a>(&'a self, base: &'a Base) -> [Content<'a>; 2] {
         [
             Content { path: &base.memory, recorded: &self.memory, form: Form::Blocks },
             Content { path: &base.disk.path, recorded: &self.disk, form: Form::Blocks },

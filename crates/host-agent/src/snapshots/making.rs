@@ -23,6 +23,9 @@ use crate::snapshot_store::{
     verified::{self, Content, Form},
 };
 
+/// The mode of files that are not written to any more.
+const FROZEN: u32 = 0o400;
+
 /// A snapshot in the making. Dropped before [`Making::commit`] it leaves nothing.
 #[derive(Debug)]
 pub struct Making {
@@ -201,7 +204,14 @@ fn finish(path: &Utf8Path) -> SnapshotsResult<u64> {
         }
         Err(source) => return Err(SnapshotStoreError::file("open", path, source)),
     };
-    file.set_permissions(Permissions::from_mode(0o400))
+    // One that is so already is left alone: what was verified is known by the time of its last change.
+    let is_frozen = file.metadata().map(|it| it.permissions().mode() & 0o777 == FROZEN);
+    is_frozen
+        .and_then(
+            |is_frozen| {
+                if is_frozen { Ok(()) } else { file.set_permissions(Permissions::from_mode(FROZEN)) }
+            },
+        )
         .map_err(|source| SnapshotStoreError::file("make read-only", path, source))?;
     file.sync_all().map_err(|source| SnapshotStoreError::file("write to disk", path, source))?;
     length(path)

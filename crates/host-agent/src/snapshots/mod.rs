@@ -4,6 +4,7 @@
 //!  DIRECTORY/
 //!    bases/KEY.DIGEST/     memory and disk of a warm snapshot, under names of our own
 //!    disks/LAYER           overlays: the top one is written by its machine, all below it never again
+//!    digests/LAYER         size and digest of one that is not written to any more
 //!    snapshots/SNAPSHOT/   manifest.json, state (devices), pages (what differs from the base's memory)
 //! ```
 //!
@@ -18,7 +19,7 @@
 //!    ▼ rename
 //!  snapshots/ID ► parent synced               from here on there is one, whole
 //!    │
-//!    │ get: manifest, state, sizes of all it stands on; pages and base once per boot
+//!    │ get: manifest, state, sizes of all it stands on; pages, base, layers with a digest once per boot
 //!    ▼ delete
 //!  manifest removed, directory synced         from here on there is none
 //!    ▼
@@ -36,22 +37,26 @@
 //! References are derived by [`Snapshots::collect`] from the manifests and from what the caller says of its
 //! records; nothing counts them. Between the moment at which a caller learns of a base or a layer
 //! ([`Snapshots::hold`], [`Snapshots::base`], [`Snapshots::get`]) and the one at which its record names it,
-//! only the grace keeps it: each of these calls begins it anew.
+//! only the grace keeps it: each of these calls begins it anew. That of a layer is kept in memory, since what is
+//! frozen is not touched; a process that ends has nothing that is still to be named.
 //!
 //! No file is moved or replaced once something can name it. Overlays name what is below them by its absolute
 //! path, so [`Snapshots::open`] follows every symbolic link to its directory once, and the directory must
 //! stay where it is for as long as there is a layer in it.
 //!
-//! What is verified when: manifest and device state at every use; pages, and the base's memory and disk, once
-//! per boot of the host; of layers, which may have a size that takes minutes to read, that they are there and
-//! were not cut. What fails is refused with the name of the file. Nothing is repaired.
+//! What is verified when: manifest and device state at every use; pages, layers, and the base's memory and disk,
+//! once per boot of the host. The digest of a layer is made after it was frozen (see `digests`); until it is there, a
+//! layer is only held against the size that it had. What fails is refused with the name of the file. Nothing is
+//! repaired. What a scrub reads, and when, is decided elsewhere ([`crate::scrub`]); here is what there is to read.
 //!
 //! One process at a time uses a directory: the lock of its stack sees to that. Calls block on the disk and on
 //! nothing else; make them on a thread that may block.
 
 mod base;
+mod digests;
 mod kept;
 mod making;
+mod parts;
 mod sealed;
 mod steps;
 mod sweep;
@@ -66,15 +71,17 @@ use std::{
     io,
     os::unix::fs::{DirBuilderExt, MetadataExt},
     sync::{Arc, Mutex, MutexGuard},
-    time::SystemTime,
+    time::{Duration, Instant, SystemTime},
 };
 
 use camino::{Utf8DirEntry, Utf8Path, Utf8PathBuf};
 use wrenn_types::{LayerId, SnapshotId};
 
 pub use base::{Base, BaseKey, ParseBaseKeyError};
+pub use digests::{SealProgress, Sealing};
 pub use kept::{About, Kept};
 pub use making::Making;
+pub use parts::{Look, Part, Progress, Reading};
 use steps::{Step, Steps};
 pub use sweep::{Roots, Swept};
 
@@ -105,8 +112,11 @@ pub struct Snapshots {
 struct Inner {
     bases: Utf8PathBuf,
     disks: Utf8PathBuf,
+    digests: Utf8PathBuf,
     snapshots: Utf8PathBuf,
     steps: Steps,
+    /// When a layer was last used, for its grace.
+    uses: Mutex<BTreeMap<LayerId, Instant>>,
     /// Held by whatever makes something reachable or unreachable, or begins its grace anew, and by a collect:
     /// so what is reached does not change while it is looked for. Never while a large file is read or removed.
     reach: Mutex<()>,
@@ -140,14 +150,16 @@ impl Snapshots {
         let inner = Inner {
             bases: directory.join("bases"),
             disks: directory.join("disks"),
+            digests: directory.join("digests"),
             snapshots: directory.join("snapshots"),
             steps,
+            uses: Mutex::default(),
             reach: Mutex::new(()),
             holding: Mutex::new(()),
             verifying: Mutex::new(()),
             collecting: Mutex::new(()),
         };
-        for path in [&inner.bases, &inner.disks, &inner.snapshots] {
+        for path in [&inner.bases, &inner.disks, &inner.digests, &inner.snapshots] {
             make_directory(path)?;
         }
         // Their names are as durable as what will be in them.
@@ -163,9 +175,9 @@ impl Snapshots {
         self.inner.disks.join(layer.as_str())
     }
 
-    /// A snapshot, verified so that a machine can be made of it: manifest and state now, pages and the
-    /// contents of its base unless that was done since the host booted, and that each of its layers is there
-    /// and was not cut. The grace of its layers and its base begins anew.
+    /// A snapshot, verified so that a machine can be made of it: manifest and state now, and pages, layers and the
+    /// contents of its base unless that was done since the host booted. Of a layer that has no digest yet, that it
+    /// is there and was not cut. The grace of its layers and its base begins anew.
     ///
     /// None when there is no such snapshot.
     ///
@@ -179,10 +191,22 @@ impl Snapshots {
             let pages = Content { path: &kept.pages, recorded: &memory.pages, form: Form::Plain };
             verified::verify_once(&kept.dir.join(VERIFIED), &self.inner.verifying, &[pages])?;
         }
+        for layer in &kept.about.layers {
+            self.verify_layer(layer)?;
+        }
         match self.base(&kept.about.base)? {
             Some(_) => Ok(Some(kept)),
             None => Err(self.no_base(&kept.about.base)),
         }
+    }
+
+    /// A snapshot that is not used yet: as [`Self::get`], but the contents of large files are not read.
+    ///
+    /// # Errors
+    /// As [`Self::get`].
+    pub fn find(&self, id: &SnapshotId) -> SnapshotsResult<Option<Kept>> {
+        let Some(manifest) = self.manifest_in_use(id)? else { return Ok(None) };
+        self.check_kept(id, &manifest).map(Some)
     }
 
     /// All snapshots, by id, with what is wrong with those that cannot be used. As [`Self::get`], but the
@@ -275,7 +299,7 @@ impl Snapshots {
         let manifest = self.manifest(id)?;
         if let Some(manifest) = &manifest {
             for layer in &manifest.about.layers {
-                begin_grace(&self.layer_path(layer))?;
+                self.uses().insert(layer.clone(), Instant::now());
             }
             begin_grace(&self.base_dir(&manifest.about.base))?;
         }
@@ -306,8 +330,8 @@ impl Snapshots {
     }
 
     fn remove_leftovers(&self) -> SnapshotsResult<()> {
-        let Inner { bases, disks, snapshots, .. } = &*self.inner;
-        for folder in [bases, disks, snapshots] {
+        let Inner { bases, disks, digests, snapshots, .. } = &*self.inner;
+        for folder in [bases, disks, digests, snapshots] {
             for entry in entries(folder)? {
                 let (name, path) = (entry.file_name(), entry.path());
                 let no_snapshot = folder == snapshots
@@ -325,6 +349,20 @@ impl Snapshots {
     fn lock_reach(&self) -> MutexGuard<'_, ()> {
         // It guards no data: a panic while it was held left at most what a crash leaves.
         self.inner.reach.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+
+    fn uses(&self) -> MutexGuard<'_, BTreeMap<LayerId, Instant>> {
+        self.inner.uses.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+
+    /// For how long a layer was not used by this process, if it ever was.
+    fn last_use(&self, layer: &LayerId) -> Option<Duration> {
+        self.uses().get(layer).map(Instant::elapsed)
+    }
+
+    /// Forgets uses that are over for longer than the grace.
+    fn forget_uses(&self, grace: Duration) {
+        self.uses().retain(|_, used| used.elapsed() < grace);
     }
 
     fn no_base(&self, key: &BaseKey) -> SnapshotStoreError {
@@ -383,8 +421,7 @@ fn used_bytes(path: &Utf8Path) -> SnapshotsResult<u64> {
         .map_err(|source| SnapshotStoreError::file("examine", path, source))
 }
 
-/// Notes in the time of a layer, or of the directory of a base, that it is used now. One that is missing is
-/// named by what uses it.
+/// Notes in the time of the directory of a base that it is used now. One that is missing is named by what uses it.
 fn begin_grace(path: &Utf8Path) -> SnapshotsResult<()> {
     match File::open(path).and_then(|file| file.set_modified(SystemTime::now())) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => {

@@ -39,6 +39,11 @@ pub(super) enum Step {
     BaseIsAside,
     AsideIsDurable,
     AsideIsRemoved,
+    DigestIsRemoved,
+    // Of the digest of a layer.
+    DigestIsWritten,
+    DigestHasItsName,
+    DigestIsDurable,
 }
 
 type Observer = dyn Fn(Step) -> io::Result<()> + Send + Sync;

@@ -75,8 +75,11 @@ impl Snapshots {
         let aside = {
             let _reach = self.lock_reach();
             let Some(reached) = self.mark(roots, &mut swept)? else { return Ok(swept) };
-            self.set_aside(&reached, grace, &mut swept)?
+            let aside = self.set_aside(&reached, grace, &mut swept)?;
+            self.sweep_digests(&reached.layers)?;
+            aside
         };
+        self.forget_uses(grace);
         if aside.is_empty() {
             return Ok(swept);
         }
@@ -161,7 +164,8 @@ impl Snapshots {
                 {
                     continue;
                 }
-                if age(entry.path())? < grace {
+                let used = layer.as_ref().and_then(|layer| self.last_use(layer));
+                if age(entry.path())? < grace || used.is_some_and(|used| used < grace) {
                     swept.young += 1;
                     continue;
                 }

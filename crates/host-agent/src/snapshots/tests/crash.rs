@@ -41,7 +41,7 @@ const COLLECT: &[Step] = &[
 ];
 
 /// Snapshot 1 stands on base 1 and on layers 2 and 1.
-fn prepare(place: &Place) -> BaseKey {
+pub(super) fn prepare(place: &Place) -> BaseKey {
     let store = place.store();
     let base = store.hold(&place.warm(1)).unwrap().key;
     let layers = [write_layer(&store, 2), write_layer(&store, 1)];
@@ -58,7 +58,7 @@ fn commit_second(store: &Snapshots, base: &BaseKey) -> SnapshotsResult<Kept> {
 }
 
 /// What a crash after each step of `operation` leaves: the whole store as it was then, elsewhere.
-fn crashes(place: &Place, operation: impl FnOnce(&Snapshots)) -> Vec<(Step, Place)> {
+pub(super) fn crashes(place: &Place, operation: impl FnOnce(&Snapshots)) -> Vec<(Step, Place)> {
     let crashes = Arc::new(Mutex::new(Vec::new()));
     let observer = {
         let (crashes, agent) = (crashes.clone(), place.agent());
@@ -90,7 +90,7 @@ fn link_directory(from: &Utf8Path, to: &Utf8Path) {
 }
 
 /// A store of which the step `number` of those to come fails.
-fn failing_after(place: &Place, number: usize) -> Snapshots {
+pub(super) fn failing_after(place: &Place, number: usize) -> Snapshots {
     let count = Mutex::new(0);
     let observer = move |_| {
         let mut count = count.lock().unwrap();
@@ -112,8 +112,8 @@ fn whole(store: &Snapshots) -> Vec<SnapshotId> {
 }
 
 /// Nothing half made, nothing half removed.
-fn assert_tidy(place: &Place) {
-    for folder in ["bases", "disks", "snapshots"] {
+pub(super) fn assert_tidy(place: &Place) {
+    for folder in ["bases", "disks", "digests", "snapshots"] {
         for name in names(&place.agent().join(folder)) {
             assert!(!name.starts_with('.'), "{folder}/{name}");
         }
@@ -122,7 +122,7 @@ fn assert_tidy(place: &Place) {
 
 /// What is left goes on working: a collect leaves what snapshots stand on, and a begin, commit and delete of
 /// another snapshot do what they do.
-fn assert_goes_on(place: &Place, store: &Snapshots, base: &BaseKey) {
+pub(super) fn assert_goes_on(place: &Place, store: &Snapshots, base: &BaseKey) {
     let before = whole(store);
     collect_all(store, Roots::default());
     assert_eq!(whole(store), before);

@@ -5,15 +5,15 @@ use std::os::unix::fs::FileExt;
 use super::*;
 use crate::snapshot_store::Damage;
 
-struct Whole {
-    place: Place,
-    store: Snapshots,
-    kept: Kept,
-    base: crate::snapshots::Base,
+pub(super) struct Whole {
+    pub(super) place: Place,
+    pub(super) store: Snapshots,
+    pub(super) kept: Kept,
+    pub(super) base: crate::snapshots::Base,
 }
 
 impl Whole {
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         let place = Place::new();
         let store = place.store();
         let base = store.hold(&place.warm(1)).unwrap();
@@ -22,12 +22,12 @@ impl Whole {
         Self { place, store, kept, base }
     }
 
-    fn get(&self) -> SnapshotsResult<Option<Kept>> {
+    pub(super) fn get(&self) -> SnapshotsResult<Option<Kept>> {
         self.store.get(&snapshot(1))
     }
 }
 
-fn flip(path: &Utf8Path, at: u64, bit: u32) {
+pub(super) fn flip(path: &Utf8Path, at: u64, bit: u32) {
     // As the owner of all files may, whatever their mode.
     let mode = fs::metadata(path).unwrap().permissions();
     fs::set_permissions(path, fs::Permissions::from_mode(0o600)).unwrap();
@@ -38,7 +38,7 @@ fn flip(path: &Utf8Path, at: u64, bit: u32) {
     file.set_permissions(mode).unwrap();
 }
 
-fn set_length(path: &Utf8Path, length: u64) {
+pub(super) fn set_length(path: &Utf8Path, length: u64) {
     fs::set_permissions(path, fs::Permissions::from_mode(0o600)).unwrap();
     fs::File::options().write(true).open(path).unwrap().set_len(length).unwrap();
 }

@@ -2,6 +2,7 @@
 
 mod crash;
 mod damage;
+mod digests;
 mod property;
 
 use std::{
@@ -15,7 +16,7 @@ use camino::{Utf8Path, Utf8PathBuf};
 use wrenn_types::{AccessToken, DiskMib, LayerId, MemoryMib, NetworkPolicy, Shape, SnapshotId, Vcpus};
 use wrenn_vmm::{Accelerator, DiskFormat, DiskSpec, SnapshotFiles, VmmIdentity};
 
-use super::{About, BaseKey, Kept, Making, Roots, Snapshots, SnapshotsResult, Swept};
+use super::{About, BaseKey, Kept, Making, Roots, SealProgress, Snapshots, SnapshotsResult, Swept};
 use crate::{
     rootfs::own_filesystem::{self, Kind},
     snapshot_store::{Digest, FileRecord, Manifest, SnapshotStoreError, Subject, WarmSnapshot, digest},
@@ -153,6 +154,17 @@ fn make(store: &Snapshots, number: u32, base: &BaseKey, layers: &[LayerId]) -> K
     let making = store.begin(snapshot(number)).unwrap();
     fill(&making, 1);
     making.commit(about(base, layers)).unwrap()
+}
+
+/// Takes the digest of a layer to its end; none when it has one or is not there.
+fn seal(store: &Snapshots, layer: &LayerId) -> SnapshotsResult<Option<SealProgress>> {
+    let Some(mut sealing) = store.begin_seal(layer)? else { return Ok(None) };
+    loop {
+        match store.seal(&mut sealing, 20_000)? {
+            SealProgress::More(_) => {}
+            end => return Ok(Some(end)),
+        }
+    }
 }
 
 fn collect_all(store: &Snapshots, roots: Roots) -> Swept {

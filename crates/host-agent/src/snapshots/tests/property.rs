@@ -46,6 +46,8 @@ enum Operation {
         sandbox: usize,
     },
     Collect,
+    /// All layers that snapshots name get a digest.
+    Seal,
     Reopen,
 }
 
@@ -60,6 +62,7 @@ fn operation() -> impl Strategy<Value = Operation> {
         2 => index.clone().prop_map(|snapshot| Operation::Delete { snapshot }),
         2 => index.prop_map(|sandbox| Operation::End { sandbox }),
         3 => Just(Operation::Collect),
+        1 => Just(Operation::Seal),
         1 => Just(Operation::Reopen),
     ]
 }
@@ -161,6 +164,14 @@ fn perform(place: &Place, store: &mut Snapshots, model: &mut Model, operation: &
             assert_eq!((swept.young, &swept.unreadable), (0, &Vec::new()));
             // All that is not reached is gone.
             assert_eq!(on_disk(place), model.reached());
+            let sealed = store.layers_with_digest().unwrap();
+            assert!(sealed.iter().all(|layer| model.reached().layers.contains(layer)), "{sealed:?}");
+        }
+        Operation::Seal => {
+            for layer in store.layers_without_digest(BTreeSet::new()).unwrap() {
+                let sealed = seal(store, &layer).unwrap().unwrap();
+                assert!(matches!(sealed, SealProgress::Sealed(_)), "{sealed:?}");
+            }
         }
         Operation::Reopen => *store = place.store(),
     }
