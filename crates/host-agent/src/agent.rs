@@ -44,6 +44,7 @@ use crate::{
     rootfs::{FileStore, Qcow2Store, RootfsStore},
     rpc::Service,
     sandbox::{host::Host, record},
+    scrub::{self, Scrub, Scrubber},
     snapshot_store::{SnapshotStore, SnapshotStoreError, SnapshotStoreResult},
     snapshots::{Roots, Snapshots},
     tunnel,
@@ -137,6 +138,7 @@ pub struct Agent {
     on_stop: OnStop,
     stopping: CancellationToken,
     collector: tokio::task::JoinHandle<()>,
+    scrubber: tokio::task::JoinHandle<()>,
     /// Removes what an earlier agent left of its free slots, where that was put off.
     slot_collector: Option<tokio::task::JoinHandle<()>>,
     /// Measures until the second of the two is cancelled, after the sandboxes have ended or were left.
@@ -269,8 +271,18 @@ impl Agent {
             guest: images.guest().bundle.clone(),
             disks: Arc::clone(&disks),
             slots: slots.clone(),
-            store,
+            store: store.clone(),
             machines_dir: machines_dir.clone(),
+        });
+        let scrub = Arc::new(Scrub::default());
+        let scrubber = Scrubber::new(scrub::Parts {
+            snapshots: snapshots.clone(),
+            store,
+            sandboxes_dir: sandboxes_dir.clone(),
+            mark: format!("guest={}", Host::machine_mark(&instance)),
+            looks: dir.join("agent/scrub.json"),
+            every: (config.scrub_interval > 0).then(|| Duration::from_secs(config.scrub_interval.into())),
+            scrub: Arc::clone(&scrub),
         });
         let host = Arc::new(Host {
             instance,
@@ -288,6 +300,7 @@ impl Agent {
             operations: Operations::default(),
             metrics: Metrics::default(),
             limits,
+            scrub,
         });
         let registry = Arc::new(Registry::new(Arc::clone(&host)));
         // Before any machine is held: what fails from there on would end it.
@@ -318,6 +331,7 @@ impl Agent {
         let server = serve(commands, Arc::clone(&registry), facts, sessions.clone(), stopping.clone())?;
         // Last, so that nobody's request waits for them.
         let collector = tokio::spawn(collect(Arc::clone(&host)));
+        let scrubber = tokio::spawn(scrubber.run());
         let slot_collector = has_machines.then(|| {
             let instance = host.instance.clone();
             tokio::spawn(async move { collect_slots(&instance, &uplink).await })
@@ -331,6 +345,7 @@ impl Agent {
             on_stop,
             stopping,
             collector,
+            scrubber,
             slot_collector,
             sampler,
             metrics_socket,
@@ -371,6 +386,7 @@ impl Agent {
         self.server.abort();
         let _ = self.server.await;
         self.collector.abort();
+        self.scrubber.abort();
         if let Some(collecting) = self.slot_collector {
             // Not broken off: half a slot would stay for the next start. Each of its steps is bounded.
             let _ = collecting.await;

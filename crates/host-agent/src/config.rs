@@ -85,6 +85,10 @@ pub struct Config {
         value_parser = clap::value_parser!(u32).range(1..)
     )]
     pub control_plane_loss_after: u32,
+
+    /// How many seconds after it was made or last read a file on disk is read against its digest; 0 for never.
+    #[arg(long, env = "WRENN_SCRUB_INTERVAL", value_name = "SECONDS", default_value_t = SCRUB_INTERVAL)]
+    pub scrub_interval: u32,
 }
 
 impl Config {
@@ -97,6 +101,9 @@ impl Config {
         }
     }
 }
+
+/// A day, in seconds: how often everything on disk is read when nobody says.
+pub const SCRUB_INTERVAL: u32 = 24 * 60 * 60;
 
 /// How many seconds without a control plane are a loss, when nobody says. One that is started anew is back before.
 pub const CONTROL_PLANE_LOSS_AFTER: u32 = 90;

@@ -16,6 +16,7 @@
 //! - [`warm`]: the snapshot from which every create is restored.
 //! - [`network`], [`rootfs`], [`images`], [`snapshot_store`]: what a sandbox is made of.
 //! - [`snapshots`]: what sandboxes were saved as, and the layers of their disks.
+//! - [`scrub`]: reads all of that against its digests now and then, and makes the digests of layers.
 //! - [`metrics`]: what sandboxes use, over time, and what the agent tells of itself.
 //! - [`limits`]: what each machine may have of the host.
 //! - [`adopt`]: after a crash or a restart, goes on with what was left, and ends what is half-made; only what is
@@ -41,6 +42,7 @@ pub mod registry;
 pub mod rootfs;
 pub mod rpc;
 pub mod sandbox;
+pub mod scrub;
 pub mod snapshot_store;
 pub mod snapshots;
 pub mod tunnel;

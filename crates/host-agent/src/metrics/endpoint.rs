@@ -118,6 +118,7 @@ impl Endpoint {
             memory_promised_bytes: have.map(|(_, shape)| shape.memory.bytes()).sum(),
             snapshot_bytes: self.snapshot_bytes().await,
             operations: host.operations.counted(),
+            scrubbed: host.scrub.counted(),
             each: host.metrics.totals(),
         }
     }

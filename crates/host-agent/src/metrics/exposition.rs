@@ -11,6 +11,7 @@ use super::{
     meter::Counters,
     operations::{BUCKETS_MS, Counted},
 };
+use crate::scrub::Counted as Scrubbed;
 
 /// What the format is called in a `Content-Type`.
 pub const CONTENT_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
@@ -34,6 +35,8 @@ pub struct View {
     pub snapshot_bytes: u64,
     /// How many operations there were.
     pub operations: Vec<Counted>,
+    /// What was looked after on disk.
+    pub scrubbed: Scrubbed,
     /// What each sandbox uses.
     pub each: Vec<(SandboxId, Counters)>,
 }
@@ -109,6 +112,7 @@ pub fn text(view: &View) -> String {
     let help = "What snapshots take of the disk, paused sandboxes included; at most a minute old.";
     text.gauge("wrenn_snapshot_bytes", help, view.snapshot_bytes);
     operations(&mut text, &view.operations);
+    scrubbed(&mut text, view.scrubbed);
     each(&mut text, &view.each);
     text.0
 }
@@ -134,6 +138,19 @@ fn operations(text: &mut Text, all: &[Counted]) {
     for counted in all {
         let operation = ("operation", counted.operation.word());
         text.sample("wrenn_operations_failed_total", &[operation], Number::Whole(counted.failed));
+    }
+}
+
+fn scrubbed(text: &mut Text, counted: Scrubbed) {
+    let Scrubbed { looked, read_bytes, damaged, digests } = counted;
+    for (name, help, count) in [
+        ("wrenn_scrub_looked_total", "Snapshots, bases and layers that were read and found whole.", looked),
+        ("wrenn_scrub_read_bytes_total", "Bytes that were read for that, and for digests.", read_bytes),
+        ("wrenn_scrub_damaged_total", "How often one of them was found damaged.", damaged),
+        ("wrenn_layer_digests_total", "Layers of disks of which the digest was taken.", digests),
+    ] {
+        text.family(name, "counter", help);
+        text.sample(name, &[], Number::Whole(count));
     }
 }
 
@@ -193,6 +210,7 @@ mod tests {
             memory_promised_bytes: 1 << 29,
             snapshot_bytes: 7,
             operations: operations.counted(),
+            scrubbed: Scrubbed { looked: 3, read_bytes: 4, damaged: 2, digests: 1 },
             each: vec![("sb-00000001".parse().unwrap(), counted)],
         }
     }
@@ -214,6 +232,9 @@ mod tests {
             r#"wrenn_operation_duration_seconds_bucket{operation="create",le="+Inf"} 1"#,
             r#"wrenn_operation_duration_seconds_sum{operation="create"} 0.120000"#,
             r#"wrenn_operations_failed_total{operation="pause"} 1"#,
+            "# TYPE wrenn_scrub_damaged_total counter",
+            "wrenn_scrub_damaged_total 2",
+            "wrenn_layer_digests_total 1",
             r#"wrenn_sandbox_cpu_seconds_total{sandbox="sb-00000001"} 1.250000"#,
             r#"wrenn_sandbox_network_received_bytes_total{sandbox="sb-00000001"} 20"#,
         ] {

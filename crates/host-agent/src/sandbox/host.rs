@@ -14,6 +14,7 @@ use crate::{
     metrics::{Metrics, operations::Operations},
     network::SlotPool,
     rootfs::RootfsStore,
+    scrub::Scrub,
     snapshots::{Kept, Snapshots},
     warm::{Warm, blocking},
 };
@@ -52,6 +53,8 @@ pub struct Host {
     pub metrics: Metrics,
     /// What each machine may have of the host.
     pub limits: Limits,
+    /// Has the digests of layers made, and counts what is found damaged.
+    pub scrub: Arc<Scrub>,
 }
 
 impl Host {

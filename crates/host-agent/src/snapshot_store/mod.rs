@@ -177,6 +177,17 @@ impl SnapshotStore {
         verified
     }
 
+    /// Has the contents of a snapshot read again when it is used next: there is doubt that they are still whole.
+    pub fn forget_verified(&self, key: &SnapshotKey) {
+        let record = self.inner.verified.join(key.as_str());
+        match fs::remove_file(&record) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                tracing::warn!(path = %record, %error, "it is still remembered that a snapshot was verified");
+            }
+            _ => {}
+        }
+    }
+
     /// Remembers a snapshot whose digests were just taken from its files.
     fn remember_contents(&self, snapshot: &WarmSnapshot) -> SnapshotStoreResult<()> {
         verified::remember(&self.verified_record(snapshot), &contents_of(snapshot))

@@ -56,6 +56,11 @@ impl BaseKey {
     pub fn as_str(&self) -> &str {
         &self.0
     }
+
+    /// The key of the warm snapshot, without the digest. None is never answered for a key that was parsed.
+    pub(crate) fn warm(&self) -> Option<SnapshotKey> {
+        self.0.split_once('.').and_then(|(key, _)| SnapshotKey::from_name(key))
+    }
 }
 
 impl FromStr for BaseKey {

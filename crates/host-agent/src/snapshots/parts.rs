@@ -36,8 +36,10 @@ impl fmt::Display for Part {
 /// What is to be read of a part.
 #[derive(Debug)]
 pub enum Look {
-    /// It is not there any more, or has nothing large.
+    /// It is not there any more.
     Nothing,
+    /// It is as it was made, and has no large files.
+    Small,
     /// Its large files, which were not read yet.
     Contents(Box<Reading>),
 }
@@ -106,6 +108,7 @@ impl Snapshots {
             // What was deleted in the middle of the look is not damaged.
             Err(error) if is_missing(&error) && !self.is_there(part) => Ok(Look::Nothing),
             Err(error) => Err(error),
+            Ok(None) if self.is_there(part) => Ok(Look::Small),
             Ok(None) => Ok(Look::Nothing),
             Ok(Some(verifying)) => Ok(Look::Contents(Box::new(Reading(verifying)))),
         }

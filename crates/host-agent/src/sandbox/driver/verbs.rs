@@ -79,6 +79,7 @@ impl Driver {
         }
         let Up { machine, ledger, .. } = *up;
         self.leave(machine).await;
+        self.host.scrub.seal_soon(&kept.about.layers);
         self.rest(&saved, self.host.snapshot_bytes(&kept).await, &ledger.record());
         (Residence::Paused(Paused { ledger, snapshot }), Ok(Outcome::Done))
     }
@@ -174,6 +175,9 @@ impl Driver {
             guest.idle = up.idle.take();
         }
         self.publish(|status| status.stage = Stage::Running);
+        if let Ok(captured) = &captured {
+            self.host.scrub.seal_soon(&captured.kept.about.layers);
+        }
         let outcome = captured
             .map_err(OperationError::Capture)
             .map(|captured| Outcome::Saved { snapshot: Box::new(captured.kept), stopped: captured.stopped });

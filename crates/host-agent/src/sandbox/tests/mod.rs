@@ -7,8 +7,8 @@
 //! ```
 //!
 //! After each step every sandbox is settled, its record says so, its one machine runs on the layers that the
-//! record names and holds what was written last, and its guest is itself and open. At the end everything is
-//! deleted, and nothing is left.
+//! record names and holds what was written last, its guest is itself and open, and no layer that has a digest has
+//! changed. At the end everything is deleted, and nothing is left.
 
 mod cases;
 mod guest;
@@ -22,7 +22,7 @@ use std::{
     time::Duration,
 };
 
-use camino::Utf8PathBuf;
+use camino::{Utf8Path, Utf8PathBuf};
 use futures::future::join_all;
 use proptest::{collection::vec, prelude::*, test_runner::TestRunner};
 use tokio::time::timeout;
@@ -37,6 +37,9 @@ use self::{
 use crate::{
     registry::Registry,
     sandbox::{RequestError, Stage, Update, driver::chain, queue::Verb, record},
+    scrub::below_tops,
+    snapshot_store::SnapshotStoreError,
+    snapshots::{Look, Progress, SealProgress, Snapshots},
     warm::blocking,
 };
 
@@ -373,8 +376,30 @@ impl Notes {
             }
         }
         self.model.snapshots.retain(|_, (_, saved)| saved.certain);
-        Ok(())
+        let (store, sandboxes) = (registry.host().snapshots.clone(), registry.host().sandboxes_dir.clone());
+        blocking(move || scrub(&store, &sandboxes)).await
     }
+}
+
+/// Takes the digest of each layer of which nothing is to change any more, and reads all those that have one: nobody
+/// writes to a layer that has a digest.
+fn scrub(store: &Snapshots, sandboxes: &Utf8Path) -> Result<(), String> {
+    let told = |error: SnapshotStoreError| chain(&error);
+    let frozen = below_tops(sandboxes).map_err(told)?;
+    for layer in store.layers_without_digest(frozen).map_err(told)? {
+        let mut sealing =
+            store.begin_seal(&layer).map_err(told)?.ok_or_else(|| format!("{layer} is gone"))?;
+        let sealed = store.seal(&mut sealing, u64::MAX).map_err(told)?;
+        if !matches!(sealed, SealProgress::Sealed(_)) {
+            return Err(format!("the digest of {layer} is {sealed:?}"));
+        }
+    }
+    for part in store.parts().map_err(told)? {
+        if let Look::Contents(mut reading) = store.look(&part).map_err(told)? {
+            while let Progress::More(_) = reading.read(u64::MAX).map_err(told)? {}
+        }
+    }
+    Ok(())
 }
 
 /// What stands in the way of a new record of a sandbox, where it is.

@@ -247,6 +247,7 @@ impl<'a> World<'a> {
             operations: Operations::default(),
             metrics: Metrics::default(),
             limits: Limits::Absent("machines are played".to_owned()),
+            scrub: Arc::default(),
         });
         let registry = Registry::new(Arc::clone(&host));
         adopt::take_over(&host, &registry, stock).await.unwrap();

@@ -5,15 +5,15 @@ use std::os::unix::fs::FileExt;
 use super::*;
 use crate::snapshot_store::Damage;
 
-pub(super) struct Whole {
-    pub(super) place: Place,
-    pub(super) store: Snapshots,
-    pub(super) kept: Kept,
-    pub(super) base: crate::snapshots::Base,
+pub(crate) struct Whole {
+    pub(crate) place: Place,
+    pub(crate) store: Snapshots,
+    pub(crate) kept: Kept,
+    pub(crate) base: crate::snapshots::Base,
 }
 
 impl Whole {
-    pub(super) fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let place = Place::new();
         let store = place.store();
         let base = store.hold(&place.warm(1)).unwrap();
@@ -22,12 +22,12 @@ impl Whole {
         Self { place, store, kept, base }
     }
 
-    pub(super) fn get(&self) -> SnapshotsResult<Option<Kept>> {
+    pub(crate) fn get(&self) -> SnapshotsResult<Option<Kept>> {
         self.store.get(&snapshot(1))
     }
 }
 
-pub(super) fn flip(path: &Utf8Path, at: u64, bit: u32) {
+pub(crate) fn flip(path: &Utf8Path, at: u64, bit: u32) {
     // As the owner of all files may, whatever their mode.
     let mode = fs::metadata(path).unwrap().permissions();
     fs::set_permissions(path, fs::Permissions::from_mode(0o600)).unwrap();
@@ -38,7 +38,7 @@ pub(super) fn flip(path: &Utf8Path, at: u64, bit: u32) {
     file.set_permissions(mode).unwrap();
 }
 
-pub(super) fn set_length(path: &Utf8Path, length: u64) {
+pub(crate) fn set_length(path: &Utf8Path, length: u64) {
     fs::set_permissions(path, fs::Permissions::from_mode(0o600)).unwrap();
     fs::File::options().write(true).open(path).unwrap().set_len(length).unwrap();
 }

@@ -1,7 +1,7 @@
 //! The store as its users see it, and as a crash leaves it.
 
 mod crash;
-mod damage;
+pub(crate) mod damage;
 mod digests;
 mod property;
 
@@ -35,9 +35,9 @@ impl Snapshots {
 const HOUR: Duration = Duration::from_secs(60 * 60);
 
 /// A directory with a cache of warm snapshots and a store.
-struct Place {
+pub(crate) struct Place {
     _guard: tempfile::TempDir,
-    at: Utf8PathBuf,
+    pub(crate) at: Utf8PathBuf,
 }
 
 impl Place {
@@ -130,11 +130,11 @@ fn about(base: &BaseKey, layers: &[LayerId]) -> About {
     }
 }
 
-fn layer(number: u32) -> LayerId {
+pub(crate) fn layer(number: u32) -> LayerId {
     format!("ly-{number:08x}").parse().unwrap()
 }
 
-fn snapshot(number: u32) -> SnapshotId {
+pub(crate) fn snapshot(number: u32) -> SnapshotId {
     format!("sn-{number:08x}").parse().unwrap()
 }
 
@@ -150,7 +150,7 @@ fn fill(making: &Making, mark: u8) {
     fs::write(making.pages(), [mark; 70_000]).unwrap();
 }
 
-fn make(store: &Snapshots, number: u32, base: &BaseKey, layers: &[LayerId]) -> Kept {
+pub(crate) fn make(store: &Snapshots, number: u32, base: &BaseKey, layers: &[LayerId]) -> Kept {
     let making = store.begin(snapshot(number)).unwrap();
     fill(&making, 1);
     making.commit(about(base, layers)).unwrap()
