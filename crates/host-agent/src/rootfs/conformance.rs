@@ -19,9 +19,18 @@ use super::{
 
 const MIB: u64 = 1 << 20;
 
-/// Runs the whole suite against one store.
+/// A case: a store, and an empty directory for it.
+type Case = fn(&dyn RootfsStore, &Utf8Path);
+
+/// Runs the whole suite against one store, on whatever file system holds temporary files.
 pub(super) fn run(store: &dyn RootfsStore) {
-    for case in [
+    let (_guard, at) = directory();
+    run_in(store, &at);
+}
+
+/// Runs the whole suite against one store, on the file system of a directory.
+pub(super) fn run_in(store: &dyn RootfsStore, parent: &Utf8Path) {
+    let cases: &[Case] = &[
         a_clone_is_its_base_and_then_zeros,
         clones_do_not_see_each_other,
         a_frozen_disk_is_the_base_of_others,
@@ -32,8 +41,11 @@ pub(super) fn run(store: &dyn RootfsStore) {
         removing_is_idempotent,
         only_blocks_in_use_are_counted,
         a_full_disk_is_named_and_nothing_is_left,
-    ] {
-        case(store);
+    ];
+    for case in cases {
+        let guard = tempfile::tempdir_in(parent).unwrap();
+        let at = Utf8PathBuf::from_path_buf(guard.path().canonicalize().unwrap()).unwrap();
+        case(store, &at);
     }
 }
 
@@ -43,7 +55,7 @@ pub(super) fn directory() -> (tempfile::TempDir, Utf8PathBuf) {
     (directory, path)
 }
 
-fn tool(program: &str, arguments: &[&str]) -> String {
+pub(super) fn tool(program: &str, arguments: &[&str]) -> String {
     let output = Command::new(program)
         .args(arguments)
         .output()
@@ -84,7 +96,7 @@ pub(super) fn assert_pattern(disk: &DiskSpec, offset: u64, length: u64, byte: u8
 }
 
 /// Writes as a guest does.
-fn write(disk: &DiskSpec, offset: u64, length: u64, byte: u8) {
+pub(super) fn write(disk: &DiskSpec, offset: u64, length: u64, byte: u8) {
     qemu_io(disk, false, &format!("write -P {byte} {offset} {length}"));
 }
 
@@ -93,12 +105,12 @@ fn virtual_size(disk: &DiskSpec) -> u64 {
     serde_json::from_str::<Value>(&info).unwrap()["virtual-size"].as_u64().unwrap()
 }
 
-fn size(mib: i64) -> DiskMib {
+pub(super) fn size(mib: i64) -> DiskMib {
     DiskMib::new(mib).unwrap()
 }
 
 /// An image of 600 MiB, mostly holes: 1 at its start and 2 at its very end.
-fn image(at: &Utf8Path) -> DiskSpec {
+pub(super) fn image(at: &Utf8Path) -> DiskSpec {
     let disk = DiskSpec { path: at.join("image"), format: DiskFormat::Raw };
     fs::File::create_new(&disk.path).unwrap().set_len(600 * MIB).unwrap();
     write(&disk, 0, 8192, 1);
@@ -113,9 +125,8 @@ fn files_of(at: &Utf8Path) -> Vec<String> {
     names
 }
 
-fn a_clone_is_its_base_and_then_zeros(store: &dyn RootfsStore) {
-    let (_guard, at) = directory();
-    let base = image(&at);
+fn a_clone_is_its_base_and_then_zeros(store: &dyn RootfsStore, at: &Utf8Path) {
+    let base = image(at);
     for mib in [600, 601, 2048] {
         let disk = store.clone_disk(&base, &at.join(format!("disk-{mib}")), size(mib)).unwrap();
         assert_eq!(disk.format, store.format());
@@ -132,9 +143,8 @@ fn a_clone_is_its_base_and_then_zeros(store: &dyn RootfsStore) {
     }
 }
 
-fn clones_do_not_see_each_other(store: &dyn RootfsStore) {
-    let (_guard, at) = directory();
-    let base = image(&at);
+fn clones_do_not_see_each_other(store: &dyn RootfsStore, at: &Utf8Path) {
+    let base = image(at);
     let one = store.clone_disk(&base, &at.join("one"), size(1024)).unwrap();
     let two = store.clone_disk(&base, &at.join("two"), size(1024)).unwrap();
     write(&one, 0, 4096, 3);
@@ -144,9 +154,8 @@ fn clones_do_not_see_each_other(store: &dyn RootfsStore) {
     assert_pattern(&base, 0, 8192, 1);
 }
 
-fn a_frozen_disk_is_the_base_of_others(store: &dyn RootfsStore) {
-    let (_guard, at) = directory();
-    let template = store.clone_disk(&image(&at), &at.join("template"), size(1024)).unwrap();
+fn a_frozen_disk_is_the_base_of_others(store: &dyn RootfsStore, at: &Utf8Path) {
+    let template = store.clone_disk(&image(at), &at.join("template"), size(1024)).unwrap();
     write(&template, 4096, 4096, 4);
     fs::create_dir(at.join("snapshot")).unwrap();
     let layer = store.freeze(&template, &at.join("snapshot/disk")).unwrap();
@@ -173,13 +182,12 @@ fn a_frozen_disk_is_the_base_of_others(store: &dyn RootfsStore) {
     assert!(matches!(error, RootfsError::TooSmall { .. }), "{error:?}");
 }
 
-fn a_disk_can_be_frozen_where_it_is(store: &dyn RootfsStore) {
-    let (_guard, at) = directory();
-    let template = store.clone_disk(&image(&at), &at.join("disk"), size(1024)).unwrap();
+fn a_disk_can_be_frozen_where_it_is(store: &dyn RootfsStore, at: &Utf8Path) {
+    let template = store.clone_disk(&image(at), &at.join("disk"), size(1024)).unwrap();
     let layer = store.freeze(&template, &template.path).unwrap();
     assert_eq!(layer, template);
     assert_pattern(&layer, 0, 8192, 1);
-    let other = store.clone_disk(&image_again(&at), &at.join("other"), size(1024)).unwrap();
+    let other = store.clone_disk(&image_again(at), &at.join("other"), size(1024)).unwrap();
     let error = store.freeze(&other, &layer.path).unwrap_err();
     assert!(matches!(error, RootfsError::Exists { .. }), "{error:?}");
     assert!(other.path.exists());
@@ -189,49 +197,44 @@ fn image_again(at: &Utf8Path) -> DiskSpec {
     DiskSpec { path: at.join("image"), format: DiskFormat::Raw }
 }
 
-fn a_disk_is_never_smaller_than_its_base(store: &dyn RootfsStore) {
-    let (_guard, at) = directory();
-    let error = store.clone_disk(&image(&at), &at.join("disk"), size(599)).unwrap_err();
+fn a_disk_is_never_smaller_than_its_base(store: &dyn RootfsStore, at: &Utf8Path) {
+    let error = store.clone_disk(&image(at), &at.join("disk"), size(599)).unwrap_err();
     match error {
         RootfsError::TooSmall { base_bytes, wanted_bytes, .. } => {
             assert_eq!((base_bytes, wanted_bytes), (600 * MIB, 599 * MIB));
         }
         other => panic!("{other:?}"),
     }
-    assert_eq!(files_of(&at), ["image"]);
+    assert_eq!(files_of(at), ["image"]);
 }
 
-fn nothing_that_exists_is_touched(store: &dyn RootfsStore) {
-    let (_guard, at) = directory();
+fn nothing_that_exists_is_touched(store: &dyn RootfsStore, at: &Utf8Path) {
     fs::write(at.join("disk"), "another's").unwrap();
-    let error = store.clone_disk(&image(&at), &at.join("disk"), size(1024)).unwrap_err();
+    let error = store.clone_disk(&image(at), &at.join("disk"), size(1024)).unwrap_err();
     assert!(matches!(&error, RootfsError::Exists { path } if *path == at.join("disk")), "{error:?}");
     assert_eq!(fs::read_to_string(at.join("disk")).unwrap(), "another's");
 }
 
-fn a_base_that_is_no_file_is_named(store: &dyn RootfsStore) {
-    let (_guard, at) = directory();
+fn a_base_that_is_no_file_is_named(store: &dyn RootfsStore, at: &Utf8Path) {
     let missing = DiskSpec { path: at.join("missing"), format: DiskFormat::Raw };
     let error = store.clone_disk(&missing, &at.join("disk"), size(1024)).unwrap_err();
     assert!(error.to_string().contains("missing"), "{error}");
-    let folder = DiskSpec { path: at.clone(), format: DiskFormat::Raw };
+    let folder = DiskSpec { path: at.to_owned(), format: DiskFormat::Raw };
     let error = store.clone_disk(&folder, &at.join("disk"), size(1024)).unwrap_err();
     assert!(matches!(error, RootfsError::Base { .. }), "{error:?}");
-    assert_eq!(files_of(&at), Vec::<String>::new());
+    assert_eq!(files_of(at), Vec::<String>::new());
 }
 
-fn removing_is_idempotent(store: &dyn RootfsStore) {
-    let (_guard, at) = directory();
-    let disk = store.clone_disk(&image(&at), &at.join("disk"), size(1024)).unwrap();
+fn removing_is_idempotent(store: &dyn RootfsStore, at: &Utf8Path) {
+    let disk = store.clone_disk(&image(at), &at.join("disk"), size(1024)).unwrap();
     store.remove(&disk.path).unwrap();
     store.remove(&disk.path).unwrap();
-    assert_eq!(files_of(&at), ["image"]);
+    assert_eq!(files_of(at), ["image"]);
     assert!(matches!(store.used_bytes(&disk.path), Err(RootfsError::File { .. })));
 }
 
-fn only_blocks_in_use_are_counted(store: &dyn RootfsStore) {
-    let (_guard, at) = directory();
-    let disk = store.clone_disk(&image(&at), &at.join("disk"), size(20 * 1024)).unwrap();
+fn only_blocks_in_use_are_counted(store: &dyn RootfsStore, at: &Utf8Path) {
+    let disk = store.clone_disk(&image(at), &at.join("disk"), size(20 * 1024)).unwrap();
     let before = store.used_bytes(&disk.path).unwrap();
     assert!(before <= MIB, "{before} bytes in use by an unused disk");
     write(&disk, 10 * MIB, 8 * MIB, 6);
@@ -239,9 +242,8 @@ fn only_blocks_in_use_are_counted(store: &dyn RootfsStore) {
     assert!((8 * MIB..10 * MIB).contains(&(after - before)), "{before}, then {after}");
 }
 
-fn a_full_disk_is_named_and_nothing_is_left(store: &dyn RootfsStore) {
-    let (_guard, at) = directory();
-    let base = image(&at);
+fn a_full_disk_is_named_and_nothing_is_left(store: &dyn RootfsStore, at: &Utf8Path) {
+    let base = image(at);
     // One page: less than either format needs for its first bytes.
     let tried = own_filesystem::with(Kind::Tmpfs, 4096, |full| {
         let error = store.clone_disk(&base, &full.join("disk"), size(1024)).unwrap_err();
