@@ -25,6 +25,9 @@ use wrenn_types::{
     AccessToken, DiskMib, InactivityTimeout, NetworkPolicy, SandboxId, Shape, SnapshotId, TimeoutAction,
 };
 
+#[path = "persistence/disks.rs"]
+mod disks;
+
 const BOUND: Duration = Duration::from_secs(180);
 
 fn main() -> ExitCode {
@@ -41,7 +44,10 @@ fn main() -> ExitCode {
     let trials = vec![
         trial("persistence::what_is_paused_comes_back", |place| Box::pin(pause_and_resume(place))),
         trial("persistence::chains_stay_short", |place| Box::pin(short_chains(place))),
-        trial("persistence::a_damaged_layer_is_refused", |place| Box::pin(damaged_layer(place))),
+        trial("persistence::a_damaged_layer_is_refused", |place| Box::pin(disks::damaged_layer(place))),
+        trial("persistence::a_host_disk_that_is_full_loses_nothing", |place| {
+            Box::pin(disks::full_host(place))
+        }),
         trial("persistence::a_snapshot_outlives_everything_else", |place| Box::pin(snapshots(place))),
         trial("persistence::another_agent_goes_on_where_one_left", |place| Box::pin(adoption(place))),
         trial("persistence::a_clock_pauses_and_does_not_destroy", |place| Box::pin(clock(place))),
@@ -168,7 +174,15 @@ async fn ask(handle: &Handle, head: &str, content: &[u8]) -> Result<Vec<u8>> {
 
 /// Runs a line in the guest and answers with what it printed; the line must end well.
 async fn run(handle: &Handle, line: &str) -> Result<String> {
-    let script = format!("({line}) > /tmp/.said 2>&1; echo $? > /tmp/.code");
+    let (code, said) = end_of(handle, line, "/tmp").await?;
+    ensure!(code == "0", "{line} ended with {code}: {said}");
+    Ok(said)
+}
+
+/// Runs a line in the guest and answers with how it ended and what it printed, by way of files in a directory of the
+/// guest.
+async fn end_of(handle: &Handle, line: &str, through: &str) -> Result<(String, String)> {
+    let script = format!("({line}) > {through}/.said 2>&1; echo $? > {through}/.code");
     let message =
         serde_json::json!({ "process": { "cmd": "/bin/bash", "args": ["-c", script] }, "stdin": false });
     let message = message.to_string().into_bytes();
@@ -176,10 +190,9 @@ async fn run(handle: &Handle, line: &str) -> Result<String> {
     body.extend(u32::try_from(message.len())?.to_be_bytes());
     body.extend(message);
     ask(handle, "POST /process.Process/Start", &body).await?;
-    let said = String::from_utf8(ask(handle, "GET /files?path=/tmp/.said", &[]).await?)?;
-    let code = String::from_utf8(ask(handle, "GET /files?path=/tmp/.code", &[]).await?)?;
-    ensure!(code.trim() == "0", "{line} ended with {code}: {said}");
-    Ok(said.trim().to_owned())
+    let said = ask(handle, &format!("GET /files?path={through}/.said"), &[]).await?;
+    let code = ask(handle, &format!("GET /files?path={through}/.code"), &[]).await?;
+    Ok((String::from_utf8(code)?.trim().to_owned(), String::from_utf8(said)?.trim().to_owned()))
 }
 
 async fn pause(handle: &Handle) -> Result<()> {
@@ -273,90 +286,6 @@ async fn short_chains(place: Arc<Place>) -> Result<()> {
     pause(&handle).await?;
     resume(&handle).await?;
     run(&handle, "cd /root && echo 3 > /proc/sys/vm/drop_caches && sha256sum --check --quiet sums").await?;
-    agent.registry().destroy(&id, None).await?;
-    agent.stop().await;
-    Ok(())
-}
-
-/// Waits until the layers below the top of a disk have their digests, and answers with the layers.
-async fn sealed(place: &Place, handle: &Handle) -> Result<Vec<Utf8PathBuf>> {
-    let agent = place.path().canonicalize_utf8()?.join("agent");
-    let record = wrenn_host_agent::sandbox::record::read(&agent.join("sandboxes"), &handle.spec().id);
-    let layers = record.context("it has a record")?.layers;
-    let top = usize::from(handle.stage() == Stage::Running);
-    let end = tokio::time::Instant::now() + BOUND;
-    while !layers[top..].iter().all(|layer| agent.join("digests").join(layer.as_str()).exists()) {
-        ensure!(tokio::time::Instant::now() < end, "some of {layers:?} have no digest");
-        tokio::time::sleep(Duration::from_millis(100)).await;
-    }
-    Ok(layers.iter().map(|layer| agent.join("disks").join(layer.as_str())).collect())
-}
-
-/// Turns a bit of the last data in a file, and answers where.
-fn flip_in_data(path: &Utf8Path) -> Result<u64> {
-    use std::os::unix::fs::FileExt as _;
-    let bytes = std::fs::read(path)?;
-    let at = bytes.iter().rposition(|byte| *byte != 0).context("it has data")?;
-    // As the owner of all files may, whatever their mode.
-    let file = std::fs::File::options().write(true).open(path)?;
-    file.write_all_at(&[bytes[at] ^ 1], at as u64)?;
-    Ok(at as u64)
-}
-
-async fn damaged_layer(place: Arc<Place>) -> Result<()> {
-    let mut agent = place.agent(OnStop::Leave).await?;
-    let mut handle = create(agent.registry(), spec(None)).await?;
-    let id = handle.spec().id.clone();
-    let check = "cd /root && echo 3 > /proc/sys/vm/drop_caches && sha256sum --check --quiet sums";
-    for round in 0..3 {
-        let line = format!(
-            "head -c 1000000 /dev/urandom > /root/{round}; (cd /root; sha256sum ?) > /root/sums; sync"
-        );
-        run(&handle, &line).await?;
-        if round == 1 {
-            // What lies below the top gets its digest while the machine runs, and does not change after that.
-            snapshot(&handle).await?;
-            let layers = sealed(&place, &handle).await?;
-            ensure!(layers.len() == 3, "one for the resume and one for the snapshot: {layers:?}");
-        } else {
-            pause(&handle).await?;
-            sealed(&place, &handle).await?;
-            resume(&handle).await?;
-        }
-        run(&handle, check).await?;
-    }
-    pause(&handle).await?;
-    let layers = sealed(&place, &handle).await?;
-    ensure!(agent.registry().host().scrub.counted().digests == layers.len() as u64, "{layers:?}");
-    for (number, layer) in layers.iter().enumerate() {
-        let refused = async |handle: &Handle| -> Result<()> {
-            for _ in 0..2 {
-                let error = match handle.request(Verb::Resume { timeout: None }, None).await {
-                    Ok(_) => bail!("a damaged layer came up: {layer}"),
-                    Err(error) => format!("{:#}", anyhow::Error::new(error)),
-                };
-                ensure!(error.contains(layer.as_str()), "{layer}: {error}");
-                ensure!(handle.stage() == Stage::Paused, "it stays paused");
-            }
-            Ok(())
-        };
-        flip_in_data(layer)?;
-        refused(&handle).await?;
-        if number == 0 {
-            // It is no less a sandbox for the next agent.
-            agent.stop().await;
-            agent = place.agent(OnStop::Leave).await?;
-            handle = agent.registry().get(&id).context("it is known")?;
-            refused(&handle).await?;
-        }
-        flip_in_data(layer)?;
-        let (whole, file) = (std::fs::read(layer)?, std::fs::File::options().write(true).open(layer)?);
-        file.set_len(whole.len() as u64 - 1)?;
-        refused(&handle).await?;
-        std::fs::write(layer, whole)?;
-    }
-    resume(&handle).await?;
-    run(&handle, check).await?;
     agent.registry().destroy(&id, None).await?;
     agent.stop().await;
     Ok(())

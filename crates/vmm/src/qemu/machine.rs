@@ -2,6 +2,7 @@
 
 use std::{
     fs::{File, OpenOptions},
+    io::{self, Write as _},
     os::{fd::OwnedFd, unix::fs::OpenOptionsExt},
     sync::{
         Arc,
@@ -195,7 +196,9 @@ impl Machine {
         drop(create(&into.state)?);
         let devices = json!({"filename": into.state, "live": false});
         let saved = self.qmp.execute("xen-save-devices-state", devices, MIGRATION_BOUND).await;
-        self.explain(SNAPSHOT, saved).await?;
+        if let Err(error) = self.explain(SNAPSHOT, saved).await {
+            return Err(no_room_for(&into.state).unwrap_or(error));
+        }
         self.with_memory(SNAPSHOT, move |given_up| memory.save(&pages, given_up)).await
     }
 
@@ -415,4 +418,17 @@ impl Vm for Machine {
         self.leash.let_go();
         self.qmp.close();
     }
+}
+
+/// Why a file could not be written, if there is no room for it: QEMU says no more than that it could not.
+fn no_room_for(path: &Utf8Path) -> Option<VmmError> {
+    const STATE_BYTES: usize = 64 << 10;
+    let write = || {
+        let mut file = File::options().append(true).open(path)?;
+        file.write_all(&[0; STATE_BYTES])?;
+        file.sync_data()
+    };
+    let source = write().err()?;
+    let is_full = matches!(source.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded);
+    is_full.then(|| VmmError::File { operation: "write", path: path.to_owned(), source })
 }
