@@ -35,7 +35,7 @@ pub mod conformance;
 mod error;
 pub mod fake;
 mod pages;
-mod qcow2;
+pub mod qcow2;
 pub mod qemu;
 mod spec;
 mod tail;

@@ -1,4 +1,5 @@
-//! What a qcow2 file says about itself: its size, and what it stands on.
+//! What a qcow2 file of version 3 says about itself: its size, how it was closed, and what it stands on. After QEMU's
+//! `docs/interop/qcow2.txt`.
 //!
 //! The header is written by the host and out of reach of a guest; only the clusters behind it are a guest's.
 
@@ -10,11 +11,14 @@ use std::{
 
 use camino::{Utf8Path, Utf8PathBuf};
 
-const MAGIC: [u8; 4] = *b"QFI\xfb";
-/// How much of the start of a file holds the fields that are read here.
-const FIELDS: usize = 32;
-/// The longest name of a backing file.
-const LONGEST_NAME: u32 = 1023;
+/// What such a file begins with.
+pub const MAGIC: [u8; 4] = *b"QFI\xfb";
+/// The only version that is read here, and that QEMU has made for as long as it has run such machines.
+pub const VERSION: u32 = 3;
+/// How many bytes of the start of a file hold the fields that are read here.
+pub const HEADER_LENGTH: u32 = 104;
+/// The longest name of a file below that QEMU reads, in bytes.
+pub const LONGEST_NAME: usize = 1023;
 
 /// What is read of a header.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -27,13 +31,8 @@ pub(crate) struct Header {
 
 /// Reads the header of a file; none when it is no qcow2 file.
 pub(crate) fn header(path: &Utf8Path) -> io::Result<Option<Header>> {
-    let mut file = File::open(path)?;
-    let mut start = [0; FIELDS];
-    match file.read_exact(&mut start) {
-        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(None),
-        other => other?,
-    }
-    let Some(fields) = Fields::of(&start) else { return Ok(None) };
+    let file = File::open(path)?;
+    let Ok(fields) = Fields::parse(&start_of(&file)?) else { return Ok(None) };
     let mut name = vec![0; fields.name_length as usize];
     file.read_exact_at(&mut name, fields.name_offset)?;
     let name = String::from_utf8(name).map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))?;
@@ -45,41 +44,77 @@ pub(crate) fn header(path: &Utf8Path) -> io::Result<Option<Header>> {
     Ok(Some(Header { virtual_bytes: fields.virtual_bytes, backing_file }))
 }
 
+/// As much of the start of a file as [`Fields::parse`] needs, or all of a shorter one.
+///
+/// # Errors
+/// It cannot be read.
+pub fn start_of(file: &File) -> io::Result<Vec<u8>> {
+    let mut start = Vec::with_capacity(HEADER_LENGTH as usize);
+    file.take(HEADER_LENGTH.into()).read_to_end(&mut start)?;
+    Ok(start)
+}
+
 /// Names another file as the one on which a file stands, as a VMM does that has copied what lies between.
 /// There is room for it up to the end of the cluster, because the name is the last thing in it.
 pub(crate) fn set_backing_file(path: &Utf8Path, name: &Utf8Path) -> io::Result<()> {
     let file = File::options().read(true).write(true).open(path)?;
-    let mut start = [0; FIELDS];
-    file.read_exact_at(&mut start, 0)?;
-    let length = u32::try_from(name.as_str().len()).ok().filter(|length| *length <= LONGEST_NAME);
-    let (Some(fields), Some(length)) = (Fields::of(&start), length) else {
+    let length = Some(name.as_str().len()).filter(|length| *length <= LONGEST_NAME);
+    let length = length.and_then(|length| u32::try_from(length).ok());
+    let (Ok(fields), Some(length)) = (Fields::parse(&start_of(&file)?), length) else {
         return Err(io::ErrorKind::InvalidData.into());
     };
     file.write_all_at(name.as_str().as_bytes(), fields.name_offset)?;
     file.write_all_at(&length.to_be_bytes(), 16)
 }
 
-/// Where the header says what. The numbers are of big-endian bytes.
+/// What a header says.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Fields {
+pub struct Fields {
+    /// The size that a guest sees, in bytes.
+    pub virtual_bytes: u64,
+    /// The features without which the file cannot be understood; none are set in one that was closed cleanly and uses
+    /// nothing special.
+    pub features: u64,
     name_offset: u64,
     name_length: u32,
-    virtual_bytes: u64,
+}
+
+/// The start of a file is no header that is read here.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum NoHeader {
+    /// It ends before the header does.
+    #[error("it ends within the header")]
+    Short,
+    /// It does not begin as such a file does.
+    #[error("it is not a qcow2 file of version {VERSION}")]
+    Format,
 }
 
 impl Fields {
-    fn of(start: &[u8; FIELDS]) -> Option<Self> {
+    /// Reads the fields in the start of a file. The numbers are of big-endian bytes.
+    ///
+    /// # Errors
+    /// It is too short, of another version, or something else.
+    pub fn parse(start: &[u8]) -> Result<Self, NoHeader> {
+        if part::<4>(start, 0)? != MAGIC || u32::from_be_bytes(part(start, 4)?) != VERSION {
+            return Err(NoHeader::Format);
+        }
         let fields = Self {
-            name_offset: u64::from_be_bytes(part(start, 8)),
-            name_length: u32::from_be_bytes(part(start, 16)),
-            virtual_bytes: u64::from_be_bytes(part(start, 24)),
+            name_offset: u64::from_be_bytes(part(start, 8)?),
+            name_length: u32::from_be_bytes(part(start, 16)?),
+            virtual_bytes: u64::from_be_bytes(part(start, 24)?),
+            features: u64::from_be_bytes(part(start, 72)?),
         };
-        (start.starts_with(&MAGIC) && fields.name_length <= LONGEST_NAME).then_some(fields)
+        if fields.name_length as usize > LONGEST_NAME {
+            return Err(NoHeader::Format);
+        }
+        Ok(fields)
     }
 }
 
-fn part<const N: usize>(bytes: &[u8; FIELDS], offset: usize) -> [u8; N] {
-    std::array::from_fn(|at| bytes[offset + at])
+fn part<const N: usize>(start: &[u8], offset: usize) -> Result<[u8; N], NoHeader> {
+    let bytes = start.get(offset..offset + N).ok_or(NoHeader::Short)?;
+    bytes.try_into().map_err(|_| NoHeader::Short)
 }
 
 #[cfg(test)]
@@ -93,6 +128,7 @@ mod tests {
         let path = Utf8Path::from_path(directory.path()).unwrap().join("disk");
         let mut bytes = vec![0; 200];
         bytes[..4].copy_from_slice(&MAGIC);
+        bytes[7] = 3;
         bytes[15] = 112;
         bytes[24..32].copy_from_slice(&(3_u64 << 30).to_be_bytes());
         for (name, wanted) in [
@@ -117,11 +153,12 @@ mod tests {
 
     proptest! {
         #[test]
-        fn no_bytes_make_it_panic(bytes in prop::collection::vec(any::<u8>(), FIELDS..200)) {
-            let mut start: [u8; FIELDS] = std::array::from_fn(|at| bytes[at]);
-            start[..4].copy_from_slice(&MAGIC);
-            if let Some(fields) = Fields::of(&start) {
-                prop_assert!(fields.name_length <= LONGEST_NAME);
+        fn no_bytes_make_it_panic(bytes in prop::collection::vec(any::<u8>(), 0..200)) {
+            prop_assert!(Fields::parse(&bytes).is_err() || bytes.len() >= 80);
+            let mut marked = [&MAGIC[..], &VERSION.to_be_bytes()].concat();
+            marked.extend(bytes);
+            if let Ok(fields) = Fields::parse(&marked) {
+                prop_assert!(fields.name_length as usize <= LONGEST_NAME);
             }
         }
     }

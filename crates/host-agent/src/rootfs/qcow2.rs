@@ -1,14 +1,10 @@
 //! Disks that are empty qcow2 overlays: made by writing three blocks, without a process.
 
-use std::{
-    fs::File,
-    io::{self, Read},
-    os::unix::fs::FileExt,
-};
+use std::{fs::File, os::unix::fs::FileExt};
 
 use camino::Utf8Path;
 use wrenn_types::DiskMib;
-use wrenn_vmm::{DiskFormat, DiskSpec};
+use wrenn_vmm::{DiskFormat, DiskSpec, qcow2};
 
 use super::{
     RootfsError, RootfsResult, RootfsStore, check_size,
@@ -62,16 +58,11 @@ fn virtual_bytes(path: &Utf8Path, format: DiskFormat) -> RootfsResult<u64> {
             file.metadata().map(|it| it.len()).map_err(|error| RootfsError::file("examine", path, error))
         }
         DiskFormat::Qcow2 => {
-            let mut header = Vec::new();
-            read_start(&file, &mut header).map_err(|error| RootfsError::file("read", path, error))?;
+            let header = qcow2::start_of(&file).map_err(|error| RootfsError::file("read", path, error))?;
             qcow2_header::virtual_bytes(&header)
                 .map_err(|source| RootfsError::Header { path: path.to_owned(), source })
         }
     }
-}
-
-fn read_start(file: &File, into: &mut Vec<u8>) -> io::Result<()> {
-    file.take(u64::from(qcow2_header::HEADER_LENGTH)).read_to_end(into).map(drop)
 }
 
 #[cfg(test)]

@@ -9,13 +9,11 @@
 //!
 //! A cluster has 64 KiB. Everything that is zero stays a hole in the file.
 
-use wrenn_vmm::DiskFormat;
+use wrenn_vmm::{
+    DiskFormat,
+    qcow2::{Fields, HEADER_LENGTH, LONGEST_NAME, MAGIC, NoHeader, VERSION},
+};
 
-/// How much of a file's start says all that [`virtual_bytes`] needs to know.
-pub(super) const HEADER_LENGTH: u32 = 104;
-
-const MAGIC: [u8; 4] = *b"QFI\xfb";
-const VERSION: u32 = 3;
 const CLUSTER_BITS: u32 = 16;
 const CLUSTER: u64 = 1 << CLUSTER_BITS;
 /// One entry of the first-level table leads to a cluster of 8-byte entries, each for one cluster.
@@ -29,8 +27,6 @@ const EXTENSION_END: u32 = 0;
 const EXTENSION_BACKING_FORMAT: u32 = 0xe279_2aca;
 const EXTENSION_FEATURE_NAMES: u32 = 0x6803_f857;
 
-/// The longest name of a base that QEMU reads.
-const LONGEST_BACKING_FILE: usize = 1023;
 /// QEMU's own bound for a first-level table of 32 MiB.
 const LARGEST_VIRTUAL_BYTES: u64 = (32 << 20) / 8 * BYTES_PER_FIRST_LEVEL_ENTRY;
 
@@ -69,18 +65,15 @@ pub(super) struct Piece {
 pub enum HeaderError {
     /// The path of the base is not one that can stand in a header.
     #[error(
-        "the path of the base must be absolute, without control characters and of at most {LONGEST_BACKING_FILE} bytes: {0:?}"
+        "the path of the base must be absolute, without control characters and of at most {LONGEST_NAME} bytes: {0:?}"
     )]
     BackingFile(String),
     /// The size is not one that a disk can have.
     #[error("{0} bytes is not a whole number of sectors up to 2 PiB")]
     Size(u64),
-    /// It ends before the header does.
-    #[error("it ends within the header")]
-    Short,
-    /// It does not begin as such a file does.
-    #[error("it is not a qcow2 file of version {VERSION}")]
-    Format,
+    /// There is none that is read here.
+    #[error(transparent)]
+    NoHeader(NoHeader),
     /// QEMU did not close it, found a fault in it, or used a feature that we never ask for.
     #[error("features {0:#x} are set: it was not closed cleanly, is damaged, or was not made here")]
     Features(u64),
@@ -89,8 +82,7 @@ pub enum HeaderError {
 /// The file of an empty overlay.
 pub(super) fn empty_overlay(overlay: &Overlay<'_>) -> Result<Image, HeaderError> {
     let name = overlay.backing_file;
-    if !name.starts_with('/') || name.len() > LONGEST_BACKING_FILE || name.contains(|c: char| c.is_control())
-    {
+    if !name.starts_with('/') || name.len() > LONGEST_NAME || name.contains(|c: char| c.is_control()) {
         return Err(HeaderError::BackingFile(name.to_owned()));
     }
     let size = overlay.virtual_bytes;
@@ -197,19 +189,8 @@ fn length_u32(data: &[u8]) -> u32 {
 
 /// The size that a guest sees, read from the start of a file that QEMU closed cleanly.
 pub(super) fn virtual_bytes(start: &[u8]) -> Result<u64, HeaderError> {
-    if field::<4>(start, 0)? != MAGIC || u32::from_be_bytes(field(start, 4)?) != VERSION {
-        return Err(HeaderError::Format);
-    }
-    let features = u64::from_be_bytes(field(start, 72)?);
-    if features != 0 {
-        return Err(HeaderError::Features(features));
-    }
-    Ok(u64::from_be_bytes(field(start, 24)?))
-}
-
-fn field<const N: usize>(start: &[u8], offset: usize) -> Result<[u8; N], HeaderError> {
-    let bytes = start.get(offset..offset + N).ok_or(HeaderError::Short)?;
-    bytes.try_into().map_err(|_| HeaderError::Short)
+    let fields = Fields::parse(start).map_err(HeaderError::NoHeader)?;
+    if fields.features == 0 { Ok(fields.virtual_bytes) } else { Err(HeaderError::Features(fields.features)) }
 }
 
 #[cfg(test)]
@@ -219,11 +200,11 @@ mod tests {
     use super::*;
 
     fn u64_at(bytes: &[u8], offset: usize) -> u64 {
-        u64::from_be_bytes(field(bytes, offset).unwrap())
+        u64::from_be_bytes(bytes[offset..offset + 8].try_into().unwrap())
     }
 
     fn u32_at(bytes: &[u8], offset: usize) -> u32 {
-        u32::from_be_bytes(field(bytes, offset).unwrap())
+        u32::from_be_bytes(bytes[offset..offset + 4].try_into().unwrap())
     }
 
     /// Walks the header extensions up to the end mark: (kind, data), and where they stop.
@@ -294,7 +275,7 @@ mod tests {
                 Overlay { virtual_bytes: 1 << 30, backing_file: name, backing_format: DiskFormat::Raw };
             assert_eq!(empty_overlay(&overlay), Err(HeaderError::BackingFile(name.to_owned())));
         }
-        let long = format!("/{}", "x".repeat(LONGEST_BACKING_FILE));
+        let long = format!("/{}", "x".repeat(LONGEST_NAME));
         let overlay =
             Overlay { virtual_bytes: 1 << 30, backing_file: &long, backing_format: DiskFormat::Raw };
         assert!(matches!(empty_overlay(&overlay), Err(HeaderError::BackingFile(_))));
@@ -314,11 +295,11 @@ mod tests {
         let overlay =
             Overlay { virtual_bytes: 1 << 30, backing_file: "/base", backing_format: DiskFormat::Raw };
         let good = empty_overlay(&overlay).unwrap().pieces.remove(0).bytes;
-        assert_eq!(virtual_bytes(&good[..20]), Err(HeaderError::Short));
-        assert_eq!(virtual_bytes(&[0; 104]), Err(HeaderError::Format));
+        assert_eq!(virtual_bytes(&good[..20]), Err(HeaderError::NoHeader(NoHeader::Short)));
+        assert_eq!(virtual_bytes(&[0; 104]), Err(HeaderError::NoHeader(NoHeader::Format)));
         let mut version_two = good.clone();
         version_two[7] = 2;
-        assert_eq!(virtual_bytes(&version_two), Err(HeaderError::Format));
+        assert_eq!(virtual_bytes(&version_two), Err(HeaderError::NoHeader(NoHeader::Format)));
         let mut dirty = good;
         dirty[79] = 1;
         assert_eq!(virtual_bytes(&dirty), Err(HeaderError::Features(1)));
