@@ -20,7 +20,7 @@ use std::{collections::BTreeMap, io, sync::Arc, time::Duration};
 
 use camino::Utf8PathBuf;
 use wrenn_types::{DiskMib, InstanceId, MemoryMib, ResourceError, Shape, TemplateName};
-use wrenn_vmm::{DiskSpec, GuestBundle, MachineSpec, NetworkSpec, Vm, Vmm, VmmError};
+use wrenn_vmm::{BootMemory, DiskSpec, GuestBundle, MachineSpec, NetworkSpec, Vm, Vmm, VmmError};
 
 use crate::{
     guest::{self, GuestError, Identity},
@@ -33,7 +33,7 @@ use crate::{
 
 /// How long it may take until a snapshot is there, made by us or by another stack.
 pub const BUILD_BOUND: Duration = Duration::from_secs(600);
-/// How long a template may take to boot until its agent answers, and for each GiB of its memory, which its kernel
+/// How long a guest may take to boot until its agent answers, and for each GiB of its memory, which its kernel
 /// clears before anything else.
 const BOOT_BOUND: Duration = Duration::from_secs(120);
 const BOOT_BOUND_PER_GIB: Duration = Duration::from_secs(30);
@@ -98,7 +98,8 @@ pub enum WarmError {
     },
 }
 
-fn boot_bound(memory: MemoryMib) -> Duration {
+/// How long a guest with so much memory may take to boot until its agent answers.
+pub(crate) fn boot_bound(memory: MemoryMib) -> Duration {
     BOOT_BOUND + BOOT_BOUND_PER_GIB * memory.get().div_ceil(1024)
 }
 
@@ -305,7 +306,13 @@ impl Warm {
             control_group: None,
         };
         let failed = |operation| move |source| WarmError::Machine { operation, source };
-        let outcome = match self.parts.vmm.boot(machine, Some(&files.memory)).await.map_err(failed("boot")) {
+        let outcome = match self
+            .parts
+            .vmm
+            .boot(machine, BootMemory::Shared(&files.memory))
+            .await
+            .map_err(failed("boot"))
+        {
             Ok(mut vm) => {
                 let saved = self.save(request, slot, vm.as_mut(), files).await;
                 // Stopped whatever became of it; the first error is the one to tell.

@@ -32,7 +32,7 @@ use wrenn_host_agent::{
 use wrenn_testkit::{stack, uplink};
 use wrenn_types::{DiskMib, InstanceId, MemoryMib, Shape, Vcpus};
 use wrenn_vmm::{
-    DiskSpec, MachineSpec, NetworkSpec, SnapshotFiles, Vm, Vmm,
+    BootMemory, DiskSpec, MachineSpec, NetworkSpec, SnapshotFiles, Vm, Vmm,
     qemu::{Qemu, QemuOptions},
 };
 
@@ -145,7 +145,7 @@ impl Lab {
             vm.resume().await?;
             vm
         } else {
-            self.vmm.boot(spec, Some(&self.files(name).memory)).await?
+            self.vmm.boot(spec, BootMemory::Shared(&self.files(name).memory)).await?
         };
         let connector = slot.connector();
         let machine = Machine { vm, slot, connector, disk };

@@ -6,11 +6,11 @@
 //! ([`Capabilities`]), so that a caller asks instead of guessing.
 //!
 //! ```text
-//!            boot                    pause                   snapshot of a restored machine
+//!            boot                    pause                   snapshot of a machine over a base
 //!   spec ───────────► running ◄──────────────► paused ◄──────────────────────┐
 //!                     │  │          resume     │ │  ▲ └──────────────────────┘
 //!                     │  │                     │ │  └────────── restore ◄─── spec + snapshot
-//!                     │  │                     │ └─ snapshot of one that booted ──► saved: its memory is the
+//!                     │  │                     │ └─ snapshot of one that is a base ──► saved: its memory is the
 //!                     │  │                     │                         snapshot's, it can only be stopped
 //!                     │  └──────── release ────┴──► without an owner ── adopt ──► running, or paused
 //!                     ▼
@@ -21,8 +21,9 @@
 //! The memory of a machine that boots is a file, and becomes the *base*. The memory of a restored machine is
 //! that file, mapped privately, and so a snapshot of it is the base's name and the pages that differ (the
 //! module `pages`): its depth is always one, and its size follows what was written, not what there is.
+//! A machine can also boot as if it were restored, over a base that is nothing but zeros ([`BootMemory::Zeros`]):
+//! then its snapshots are over that.
 //!
-
 //! Drivers: [`qemu`] (the `microvm` machine, everywhere) and [`fake`] (no machine at all: for faults and
 //! scale). Every driver passes the cases of `conformance`, the fake included, so that the fake cannot lie.
 //!
@@ -44,7 +45,7 @@ mod vm;
 
 pub use error::{VmmError, VmmResult};
 pub use spec::{
-    Accelerator, AdoptedMachine, Capabilities, DiskFormat, DiskSpec, ExitReason, GuestBundle, MachineSpec,
-    NetworkSpec, SnapshotFiles, SnapshotStatistics, VmmIdentity,
+    Accelerator, AdoptedMachine, BootMemory, Capabilities, DiskFormat, DiskSpec, ExitReason, GuestBundle,
+    MachineSpec, NetworkSpec, SnapshotFiles, SnapshotStatistics, VmmIdentity,
 };
 pub use vm::{Vm, Vmm};

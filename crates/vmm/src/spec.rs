@@ -2,7 +2,7 @@
 
 use std::os::fd::OwnedFd;
 
-use camino::Utf8PathBuf;
+use camino::{Utf8Path, Utf8PathBuf};
 use serde::{Deserialize, Serialize};
 use wrenn_types::Shape;
 
@@ -115,6 +115,20 @@ pub struct MachineSpec {
     pub control_group: Option<OwnedFd>,
 }
 
+/// What the memory of a machine that boots is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum BootMemory<'a> {
+    /// No file: such a machine cannot be snapshotted.
+    Anonymous,
+    /// This file, shared, so that a later [`crate::Vm::snapshot`] into the same file copies nothing. The file is made
+    /// by the driver and must not exist.
+    Shared(&'a Utf8Path),
+    /// What this file holds, which is zeros, mapped privately. The file is there, as long as the memory, and never
+    /// changes. To the host the machine is as one that was restored from it: what differs is the pages of a
+    /// snapshot, as often as one likes.
+    Zeros(&'a Utf8Path),
+}
+
 /// The files of a snapshot, in one directory of its own.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SnapshotFiles {
@@ -124,7 +138,7 @@ pub struct SnapshotFiles {
     /// The state of the devices.
     pub state: Utf8PathBuf,
     /// The pages that differ from `memory`: none for the snapshot of a machine whose memory the file is, and
-    /// always there for the snapshot of a restored machine.
+    /// always there for the snapshot of a machine that maps it privately.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pages: Option<Utf8PathBuf>,
 }
@@ -132,7 +146,8 @@ pub struct SnapshotFiles {
 /// What a snapshot wrote beside the state of the devices: zeros where the memory is a file already.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct SnapshotStatistics {
-    /// How many pages may differ from the memory file.
+    /// How many pages may differ from the memory file. Those that are zero are not among them where that file
+    /// is nothing but a hole.
     pub pages: u64,
     /// How many of these are zero, and so have no content in the file.
     pub zero_pages: u64,
@@ -149,8 +164,8 @@ pub struct AdoptedMachine {
     pub run_dir: Utf8PathBuf,
     /// Whether it has a root disk.
     pub has_disk: bool,
-    /// The [`SnapshotFiles::memory`] that a restored machine maps. None for one that booted, which cannot
-    /// be snapshotted once it was adopted.
+    /// The [`SnapshotFiles::memory`] that a restored machine maps, or the file of [`BootMemory::Zeros`]. None for one
+    /// that booted otherwise, which cannot be snapshotted once it was adopted.
     pub memory: Option<Utf8PathBuf>,
     /// The process id that it had when it was started. It saves a search, and is only believed when the
     /// process has the name.

@@ -7,8 +7,8 @@ use camino::{Utf8Path, Utf8PathBuf};
 use tokio::sync::watch;
 
 use crate::{
-    AdoptedMachine, Capabilities, DiskSpec, ExitReason, MachineSpec, SnapshotFiles, SnapshotStatistics,
-    VmmIdentity, VmmResult,
+    AdoptedMachine, BootMemory, Capabilities, DiskSpec, ExitReason, MachineSpec, SnapshotFiles,
+    SnapshotStatistics, VmmIdentity, VmmResult,
 };
 
 /// Makes virtual machines.
@@ -20,16 +20,14 @@ pub trait Vmm: fmt::Debug + Send + Sync {
     /// What it can do beyond the seven things.
     fn capabilities(&self) -> Capabilities;
 
-    /// Starts a machine from its kernel. When `memory_file` is given, the guest's memory is that file,
-    /// shared, so that a later [`Vm::snapshot`] into the same file copies nothing. The file is made by
-    /// the driver and must not exist.
+    /// Starts a machine from its kernel, with `memory` as the guest's.
     ///
     /// On success the guest's CPUs run; whether the guest is up is the caller's to find out.
     ///
     /// # Errors
     /// Whatever was started is gone when an error is returned. Cancel-safe: a dropped future leaves no
     /// process behind.
-    async fn boot(&self, spec: MachineSpec, memory_file: Option<&Utf8Path>) -> VmmResult<Box<dyn Vm>>;
+    async fn boot(&self, spec: MachineSpec, memory: BootMemory<'_>) -> VmmResult<Box<dyn Vm>>;
 
     /// Makes a machine from a snapshot of a machine of the same shape and guest. Its memory is private
     /// to it: the files are only read. `from.memory` stays in use until it exits, and must never change;
@@ -79,8 +77,8 @@ pub trait Vm: fmt::Debug + Send + Sync {
     /// away with the snapshot: it cannot be resumed after that, only stopped, because the snapshot would change
     /// with it. A second snapshot into the same files does nothing.
     ///
-    /// A restored machine has a memory of its own: `into.memory` is the file that it was restored from, which
-    /// is not changed, and what differs from it is written to `into.pages`. The machine can be resumed and
+    /// A restored machine has a memory of its own, and so has one that booted over zeros: `into.memory` is the file
+    /// that it maps, which is not changed, and what differs from it is written to `into.pages`. The machine can be resumed and
     /// snapshotted again as often as one likes.
     ///
     /// # Errors

@@ -14,8 +14,8 @@ use tokio::sync::Mutex;
 use wrenn_host_linux::process::{Process, find_by_argument, find_program};
 use wrenn_types::{MemoryMib, Shape, Vcpus};
 use wrenn_vmm::{
-    Accelerator, AdoptedMachine, DiskFormat, DiskSpec, ExitReason, GuestBundle, MachineSpec, SnapshotFiles,
-    Vm, Vmm, VmmError,
+    Accelerator, AdoptedMachine, BootMemory, DiskFormat, DiskSpec, ExitReason, GuestBundle, MachineSpec,
+    SnapshotFiles, Vm, Vmm, VmmError,
     conformance::{self, Subject},
     qemu::{AcceleratorChoice, Qemu, QemuOptions},
 };
@@ -80,7 +80,8 @@ impl Lab {
     async fn template(&self, vcpus: i64) -> SnapshotFiles {
         let files =
             SnapshotFiles { memory: self.root.join("memory"), state: self.root.join("state"), pages: None };
-        let mut vm = self.qemu.boot(self.spec("template", vcpus), Some(&files.memory)).await.unwrap();
+        let mut vm =
+            self.qemu.boot(self.spec("template", vcpus), BootMemory::Shared(&files.memory)).await.unwrap();
         until_it_says(vm.as_mut(), "tick").await;
         vm.pause().await.unwrap();
         vm.snapshot(&files).await.unwrap();
@@ -174,13 +175,13 @@ async fn a_disk_is_what_its_format_says() {
     std::fs::write(&path, bytes).unwrap();
     let mut spec = lab.spec("raw", 1);
     spec.disk = Some(DiskSpec { path: path.clone(), format: DiskFormat::Raw });
-    let mut vm = lab.qemu.boot(spec, None).await.unwrap();
+    let mut vm = lab.qemu.boot(spec, BootMemory::Anonymous).await.unwrap();
     vm.stop().await.unwrap();
     // And what is no qcow2 file is refused as one, in QEMU's words.
     std::fs::write(&path, vec![0; 1 << 20]).unwrap();
     let mut spec = lab.spec("qcow2", 1);
     spec.disk = Some(DiskSpec { path, format: DiskFormat::Qcow2 });
-    let error = lab.qemu.boot(spec, None).await.map(|_| ()).unwrap_err();
+    let error = lab.qemu.boot(spec, BootMemory::Anonymous).await.map(|_| ()).unwrap_err();
     let VmmError::Exited { reason: ExitReason::VmmFailed { code: 1, stderr }, .. } = error else {
         panic!("{error:?}");
     };
@@ -192,7 +193,7 @@ async fn a_full_disk_fails_a_snapshot_and_nothing_else() {
     let _alone = ONE_AT_A_TIME.lock().await;
     let Some(lab) = Lab::new().await else { return };
     let memory = lab.root.join("memory");
-    let mut vm = lab.qemu.boot(lab.spec("full", 1), Some(&memory)).await.unwrap();
+    let mut vm = lab.qemu.boot(lab.spec("full", 1), BootMemory::Shared(&memory)).await.unwrap();
     until_it_says(vm.as_mut(), "tick").await;
     vm.pause().await.unwrap();
     let full = SnapshotFiles { memory: memory.clone(), state: "/dev/full".into(), pages: None };
@@ -212,7 +213,7 @@ async fn a_full_disk_fails_a_snapshot_and_nothing_else() {
 async fn a_console_is_bounded_and_blocks_nobody() {
     let _alone = ONE_AT_A_TIME.lock().await;
     let Some(lab) = Lab::new().await else { return };
-    let mut vm = lab.qemu.boot(lab.spec("console", 1), None).await.unwrap();
+    let mut vm = lab.qemu.boot(lab.spec("console", 1), BootMemory::Anonymous).await.unwrap();
     until_it_says(vm.as_mut(), "tick").await;
     let text = vm.console().await;
     assert!(text.len() <= 64 * 1024);
@@ -248,7 +249,7 @@ fn command_from_outside(control: &Utf8Path, command: &str) {
 async fn nobody_has_to_read_what_a_released_machine_says() {
     let _alone = ONE_AT_A_TIME.lock().await;
     let Some(lab) = Lab::new().await else { return };
-    let mut vm = lab.qemu.boot(lab.spec("talks", 1), None).await.unwrap();
+    let mut vm = lab.qemu.boot(lab.spec("talks", 1), BootMemory::Anonymous).await.unwrap();
     until_it_says(vm.as_mut(), "tick").await;
     vm.release().await;
     // From now on it writes to its standard error at every interrupt of its guest.
@@ -269,7 +270,7 @@ async fn nobody_has_to_read_what_a_released_machine_says() {
 async fn a_machine_has_one_owner() {
     let _alone = ONE_AT_A_TIME.lock().await;
     let Some(lab) = Lab::new().await else { return };
-    let mut owner = lab.qemu.boot(lab.spec("owned", 1), None).await.unwrap();
+    let mut owner = lab.qemu.boot(lab.spec("owned", 1), BootMemory::Anonymous).await.unwrap();
     until_it_says(owner.as_mut(), "tick").await;
     let other = lab.qemu.adopt(adopted(&lab, "owned")).await.map(drop);
     assert!(matches!(other, Err(VmmError::Timeout { operation: "adopt", .. })), "{other:?}");
@@ -295,7 +296,7 @@ async fn what_a_guest_did_while_nobody_watched_is_told_later() {
     for (does, reason) in [("panic", ExitReason::GuestPanic), ("poweroff", ExitReason::GuestShutdown)] {
         let mut spec = lab.spec(does, 1);
         spec.kernel_arguments.push(format!("conformance={does}"));
-        let vm = lab.qemu.boot(spec, None).await.unwrap();
+        let vm = lab.qemu.boot(spec, BootMemory::Anonymous).await.unwrap();
         let pid = vm.pid().unwrap();
         vm.release().await;
         // A guest that boots computes all the time; one that is down does not at all.
@@ -326,7 +327,7 @@ async fn each_file_of_a_chain_has_what_was_written_in_its_time() {
     std::fs::File::create_new(&base.path).unwrap().set_len(16 << 20).unwrap();
     let mut spec = lab.spec("writes", 1);
     spec.disk = Some(base.clone());
-    let mut vm = lab.qemu.boot(spec, None).await.unwrap();
+    let mut vm = lab.qemu.boot(spec, BootMemory::Anonymous).await.unwrap();
     until_it_says(vm.as_mut(), " 8 ok").await;
     vm.pause().await.unwrap();
     let top = DiskSpec { path: lab.root.join("top"), format: DiskFormat::Qcow2 };
@@ -370,7 +371,7 @@ async fn a_stream_that_nobody_waits_for_gives_way() {
     qemu_img(&[&words[..], &[content.as_str(), middle.as_str()]].concat()).await;
     let mut spec = lab.spec("streams", 1);
     spec.disk = Some(DiskSpec { path: middle.clone(), format: DiskFormat::Qcow2 });
-    let mut vm = lab.qemu.boot(spec, None).await.unwrap();
+    let mut vm = lab.qemu.boot(spec, BootMemory::Anonymous).await.unwrap();
     until_it_says(vm.as_mut(), " 3 ok").await;
     let top = overlay("top", "qcow2", "middle").await;
     vm.pivot_disk(&top).await.unwrap();

@@ -3,7 +3,7 @@
 use std::{fs::File, time::Duration};
 
 use super::{BOOT_BOUND, BOUND, Bench, bounded, counted, counts, ended};
-use crate::{AdoptedMachine, DiskFormat, DiskSpec, ExitReason, SnapshotFiles, VmmError};
+use crate::{AdoptedMachine, BootMemory, DiskFormat, DiskSpec, ExitReason, SnapshotFiles, VmmError};
 
 /// What is in the directory of a machine that ended without an owner is nobody's but the directory's owner's.
 fn forget(bench: &Bench<'_>, name: &str) {
@@ -58,7 +58,8 @@ pub(super) async fn an_adopted_machine_is_saved_and_has_its_disk(bench: &Bench<'
         spec
     };
     let base = bench.snapshot_files();
-    let mut template = bounded(bench.vmm().boot(with_disk("template"), Some(&base.memory))).await.unwrap();
+    let mut template =
+        bounded(bench.vmm().boot(with_disk("template"), BootMemory::Shared(&base.memory))).await.unwrap();
     counts(template.as_mut(), 3, BOOT_BOUND).await;
     bounded(template.pause()).await.unwrap();
     bounded(template.snapshot(&base)).await.unwrap();
@@ -113,7 +114,7 @@ pub(super) async fn the_end_of_an_adopted_machine_is_noticed(bench: &Bench<'_>) 
     {
         let mut spec = bench.spec(name);
         spec.kernel_arguments.push(format!("conformance={does}"));
-        let vm = bounded(bench.vmm().boot(spec, None)).await.unwrap();
+        let vm = bounded(bench.vmm().boot(spec, BootMemory::Anonymous)).await.unwrap();
         bounded(vm.release()).await;
         let vm = bounded(bench.vmm().adopt(bench.adopted(name))).await.unwrap();
         assert_eq!(ended(vm.as_ref(), BOOT_BOUND).await, reason);

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use super::{BOUND, Bench, bounded, counted, counts, snapshots::stamp, until};
-use crate::{ExitReason, SnapshotFiles, VmmError};
+use crate::{BootMemory, ExitReason, SnapshotFiles, VmmError};
 
 pub(super) async fn a_restored_guest_is_saved_and_goes_on(bench: &Bench<'_>) {
     assert!(bench.vmm().capabilities().supports_diff);
@@ -116,7 +116,8 @@ pub(super) async fn what_cannot_be_saved_is_refused(bench: &Bench<'_>) {
 
     // And one that has its memory in the file has no pages.
     let shared = SnapshotFiles { memory: bench.path("shared"), ..files };
-    let mut booted = bounded(bench.vmm().boot(bench.spec("b"), Some(&shared.memory))).await.unwrap();
+    let mut booted =
+        bounded(bench.vmm().boot(bench.spec("b"), BootMemory::Shared(&shared.memory))).await.unwrap();
     bounded(booted.pause()).await.unwrap();
     let with = bounded(booted.snapshot(&shared)).await;
     assert!(matches!(with, Err(VmmError::Spec { field: "pages", .. })), "{with:?}");

@@ -5,7 +5,7 @@ use std::{fs::File, os::unix::fs::FileExt, time::Duration};
 use camino::{Utf8Path, Utf8PathBuf};
 
 use super::{BOOT_BOUND, BOUND, Bench, bounded, counted, counts};
-use crate::{DiskFormat, DiskSpec, MachineSpec, Vm, VmmError};
+use crate::{BootMemory, DiskFormat, DiskSpec, MachineSpec, Vm, VmmError};
 
 const BYTES: u64 = 16 << 20;
 const CLUSTER: u64 = 1 << 16;
@@ -75,7 +75,7 @@ async fn chain(vm: &mut dyn Vm) -> Vec<Utf8PathBuf> {
 
 pub(super) async fn a_disk_goes_on_on_an_overlay(bench: &Bench<'_>) {
     let (spec, base) = with_disk(bench);
-    let mut vm = bounded(bench.vmm().boot(spec, None)).await.unwrap();
+    let mut vm = bounded(bench.vmm().boot(spec, BootMemory::Anonymous)).await.unwrap();
     counts(vm.as_mut(), 3, BOOT_BOUND).await;
     assert_eq!(chain(vm.as_mut()).await, std::slice::from_ref(&base.path));
 
@@ -109,7 +109,7 @@ pub(super) async fn a_disk_goes_on_on_an_overlay(bench: &Bench<'_>) {
 
     let mut other = bench.spec("b");
     other.disk = Some(three.clone());
-    let mut vm = bounded(bench.vmm().boot(other, None)).await.unwrap();
+    let mut vm = bounded(bench.vmm().boot(other, BootMemory::Anonymous)).await.unwrap();
     let [two, one, base] = all;
     assert_eq!(chain(vm.as_mut()).await, [three.path, two, one, base]);
     bounded(vm.stop()).await.unwrap();
@@ -119,7 +119,7 @@ pub(super) async fn a_disk_goes_on_on_an_overlay(bench: &Bench<'_>) {
 
 pub(super) async fn overlays_that_do_not_fit_are_refused(bench: &Bench<'_>) {
     let (spec, base) = with_disk(bench);
-    let mut vm = bounded(bench.vmm().boot(spec, None)).await.unwrap();
+    let mut vm = bounded(bench.vmm().boot(spec, BootMemory::Anonymous)).await.unwrap();
     counts(vm.as_mut(), 2, BOOT_BOUND).await;
 
     let raw = DiskSpec { path: bench.path("raw"), format: DiskFormat::Raw };
@@ -156,7 +156,7 @@ pub(super) async fn overlays_that_do_not_fit_are_refused(bench: &Bench<'_>) {
 
 pub(super) async fn a_chain_is_copied_into_its_top(bench: &Bench<'_>) {
     let (spec, base) = with_disk(bench);
-    let mut vm = bounded(bench.vmm().boot(spec, None)).await.unwrap();
+    let mut vm = bounded(bench.vmm().boot(spec, BootMemory::Anonymous)).await.unwrap();
     counts(vm.as_mut(), 3, BOOT_BOUND).await;
     let mut top = base.clone();
     let mut files = vec![base.path.clone()];
@@ -189,7 +189,7 @@ pub(super) async fn a_chain_is_copied_into_its_top(bench: &Bench<'_>) {
 
     let mut other = bench.spec("b");
     other.disk = Some(four.clone());
-    let mut vm = bounded(bench.vmm().boot(other, None)).await.unwrap();
+    let mut vm = bounded(bench.vmm().boot(other, BootMemory::Anonymous)).await.unwrap();
     assert_eq!(chain(vm.as_mut()).await, [four.path, top.path, base.path]);
     counts(vm.as_mut(), 3, BOOT_BOUND).await;
     bounded(vm.stop()).await.unwrap();

@@ -3,7 +3,7 @@
 use std::{fs::File, time::Duration};
 
 use super::{BOOT_BOUND, BOUND, Bench, bounded, counted, counts, ended, until};
-use crate::{DiskFormat, DiskSpec, ExitReason, VmmError};
+use crate::{BootMemory, DiskFormat, DiskSpec, ExitReason, VmmError};
 
 pub(super) async fn pause_and_resume_are_idempotent(bench: &Bench<'_>) {
     let mut vm = bench.boot("a").await;
@@ -34,7 +34,8 @@ pub(super) async fn stop_works_in_every_state(bench: &Bench<'_>) {
     bounded(paused.pause()).await.unwrap();
     assert_eq!(bounded(paused.stop()).await.unwrap(), ExitReason::Stopped);
 
-    let mut saved = bounded(bench.vmm().boot(bench.spec("c"), Some(&files.memory))).await.unwrap();
+    let mut saved =
+        bounded(bench.vmm().boot(bench.spec("c"), BootMemory::Shared(&files.memory))).await.unwrap();
     bounded(saved.pause()).await.unwrap();
     bounded(saved.snapshot(&files)).await.unwrap();
     assert_eq!(bounded(saved.stop()).await.unwrap(), ExitReason::Stopped);
@@ -55,13 +56,13 @@ pub(super) async fn a_dropped_machine_is_gone(bench: &Bench<'_>) {
 
 pub(super) async fn an_abandoned_start_leaves_nothing(bench: &Bench<'_>) {
     for wait in [0, 1, 5, 20] {
-        let boot = bench.vmm().boot(bench.spec("a"), None);
+        let boot = bench.vmm().boot(bench.spec("a"), BootMemory::Anonymous);
         let abandoned = tokio::time::timeout(Duration::from_millis(wait), boot).await;
         drop(abandoned);
         until(|| !bench.runs("a")).await;
     }
     let memory = bench.path("memory");
-    let boot = bench.vmm().boot(bench.spec("a"), Some(&memory));
+    let boot = bench.vmm().boot(bench.spec("a"), BootMemory::Shared(&memory));
     if tokio::time::timeout(Duration::from_millis(5), boot).await.is_err() {
         assert!(!memory.exists(), "a file that was made for it goes with it");
     }
@@ -91,7 +92,7 @@ pub(super) async fn files_are_kept_open_as_long_as_it_lives(bench: &Bench<'_>) {
     lock.try_lock().unwrap();
     let mut spec = bench.spec("a");
     spec.keep_open.push(lock.into());
-    let mut vm = bounded(bench.vmm().boot(spec, None)).await.unwrap();
+    let mut vm = bounded(bench.vmm().boot(spec, BootMemory::Anonymous)).await.unwrap();
     let other = File::open(&path).unwrap();
     assert!(other.try_lock().is_err(), "the machine holds it");
     bounded(vm.stop()).await.unwrap();
@@ -103,7 +104,7 @@ pub(super) async fn a_disk_only_grows(bench: &Bench<'_>) {
     File::create(&path).unwrap().set_len(64 << 20).unwrap();
     let mut spec = bench.spec("a");
     spec.disk = Some(DiskSpec { path: path.clone(), format: DiskFormat::Raw });
-    let mut vm = bounded(bench.vmm().boot(spec, None)).await.unwrap();
+    let mut vm = bounded(bench.vmm().boot(spec, BootMemory::Anonymous)).await.unwrap();
     let length = || std::fs::metadata(&path).unwrap().len();
     bounded(vm.resize_disk(128 << 20)).await.unwrap();
     assert_eq!(length(), 128 << 20);
@@ -120,7 +121,7 @@ pub(super) async fn a_disk_only_grows(bench: &Bench<'_>) {
 async fn end_of_guest_that(bench: &Bench<'_>, does: &str) -> ExitReason {
     let mut spec = bench.spec("a");
     spec.kernel_arguments.push(format!("conformance={does}"));
-    let vm = bounded(bench.vmm().boot(spec, None)).await.unwrap();
+    let vm = bounded(bench.vmm().boot(spec, BootMemory::Anonymous)).await.unwrap();
     let reason = ended(vm.as_ref(), BOOT_BOUND).await;
     assert!(!bench.runs("a"), "it is gone when its end is told");
     reason

@@ -20,6 +20,7 @@ mod disks;
 mod lifecycle;
 mod refusals;
 mod snapshots;
+mod zeros;
 
 use std::{os::fd::OwnedFd, time::Duration};
 
@@ -29,7 +30,7 @@ use tokio::time::{Instant, timeout};
 use wrenn_host_linux::process::find_by_argument;
 use wrenn_types::{MemoryMib, Shape, Vcpus};
 
-use crate::{AdoptedMachine, ExitReason, GuestBundle, MachineSpec, SnapshotFiles, Vm, Vmm};
+use crate::{AdoptedMachine, BootMemory, ExitReason, GuestBundle, MachineSpec, SnapshotFiles, Vm, Vmm};
 
 /// How long a guest may take to come up, translated, on a machine with other work to do.
 const BOOT_BOUND: Duration = Duration::from_secs(120);
@@ -97,6 +98,8 @@ pub async fn run(subject: &dyn Subject) {
         disks::a_disk_goes_on_on_an_overlay,
         disks::overlays_that_do_not_fit_are_refused,
         disks::a_chain_is_copied_into_its_top,
+        zeros::a_machine_boots_over_zeros_and_is_saved_like_any_other,
+        zeros::what_is_not_as_long_as_the_memory_is_refused,
         adoption::a_released_machine_goes_on_and_is_adopted,
         adoption::an_adopted_machine_is_saved_and_has_its_disk,
         adoption::the_end_of_an_adopted_machine_is_noticed,
@@ -174,7 +177,8 @@ impl<'a> Bench<'a> {
             return files;
         }
         std::fs::create_dir(files.state.parent().unwrap()).unwrap();
-        let mut vm = bounded(self.vmm().boot(self.spec("template"), Some(&files.memory))).await.unwrap();
+        let mut vm =
+            bounded(self.vmm().boot(self.spec("template"), BootMemory::Shared(&files.memory))).await.unwrap();
         counts(vm.as_mut(), 3, BOOT_BOUND).await;
         bounded(vm.pause()).await.unwrap();
         bounded(vm.snapshot(&files)).await.unwrap();
@@ -198,7 +202,7 @@ impl<'a> Bench<'a> {
     }
 
     async fn boot(&self, name: &str) -> Box<dyn Vm> {
-        bounded(self.vmm().boot(self.spec(name), None)).await.unwrap()
+        bounded(self.vmm().boot(self.spec(name), BootMemory::Anonymous)).await.unwrap()
     }
 
     /// Whether a process of this name runs.

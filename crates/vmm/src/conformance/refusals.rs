@@ -4,10 +4,10 @@ use camino::Utf8PathBuf;
 use wrenn_types::{MemoryMib, Shape};
 
 use super::{Bench, bounded};
-use crate::{DiskFormat, DiskSpec, MachineSpec, NetworkSpec, SnapshotFiles, VmmError, VmmResult};
+use crate::{BootMemory, DiskFormat, DiskSpec, MachineSpec, NetworkSpec, SnapshotFiles, VmmError, VmmResult};
 
 async fn boot_error(bench: &Bench<'_>, spec: MachineSpec) -> VmmError {
-    bounded(bench.vmm().boot(spec, None)).await.map(|_| "a machine").unwrap_err()
+    bounded(bench.vmm().boot(spec, BootMemory::Anonymous)).await.map(|_| "a machine").unwrap_err()
 }
 
 pub(super) async fn impossible_machines_are_refused(bench: &Bench<'_>) {
@@ -50,7 +50,8 @@ pub(super) async fn missing_files_are_named(bench: &Bench<'_>) {
     // The memory file is made by the driver: one that is there already is somebody else's.
     let taken = bench.path("taken");
     std::fs::write(&taken, "somebody's").unwrap();
-    let error = bounded(bench.vmm().boot(bench.spec("a"), Some(&taken))).await.map(|_| ()).unwrap_err();
+    let error =
+        bounded(bench.vmm().boot(bench.spec("a"), BootMemory::Shared(&taken))).await.map(|_| ()).unwrap_err();
     assert!(matches!(error, VmmError::File { path, .. } if path == taken));
     assert_eq!(std::fs::read_to_string(bench.path("taken")).unwrap(), "somebody's");
 
@@ -58,7 +59,7 @@ pub(super) async fn missing_files_are_named(bench: &Bench<'_>) {
     let mut spec = bench.spec("a");
     spec.disk = Some(DiskSpec { path: missing.clone(), format: DiskFormat::Raw });
     let memory = bench.path("memory");
-    assert!(bounded(bench.vmm().boot(spec, Some(&memory))).await.is_err());
+    assert!(bounded(bench.vmm().boot(spec, BootMemory::Shared(&memory))).await.is_err());
     assert!(!memory.exists());
 
     let files = SnapshotFiles { memory: missing.clone(), state: missing.clone(), pages: None };
@@ -72,7 +73,7 @@ pub(super) async fn what_is_not_possible_now_is_refused(bench: &Bench<'_>) {
         matches!(result, Err(VmmError::WrongState { .. }))
     }
     let files = bench.snapshot_files();
-    let mut vm = bounded(bench.vmm().boot(bench.spec("a"), Some(&files.memory))).await.unwrap();
+    let mut vm = bounded(bench.vmm().boot(bench.spec("a"), BootMemory::Shared(&files.memory))).await.unwrap();
     assert!(wrong_state(bounded(vm.snapshot(&files)).await), "a running machine has no moment to save");
     let resized = bounded(vm.resize_disk(1 << 30)).await;
     assert!(matches!(resized, Err(VmmError::Spec { field: "disk", .. })), "there is no disk: {resized:?}");

@@ -3,7 +3,7 @@
 use std::{os::unix::fs::MetadataExt, time::Duration};
 
 use super::{BOOT_BOUND, BOUND, Bench, bounded, counted, counts};
-use crate::{ExitReason, SnapshotFiles, VmmError};
+use crate::{BootMemory, ExitReason, SnapshotFiles, VmmError};
 
 /// What changes when a file is written, also through a mapping; its blocks change whenever the kernel likes.
 pub(super) fn stamp(files: &SnapshotFiles) -> Vec<(i64, i64, u64)> {
@@ -16,7 +16,8 @@ pub(super) fn stamp(files: &SnapshotFiles) -> Vec<(i64, i64, u64)> {
 
 pub(super) async fn a_restored_guest_goes_on_where_it_was(bench: &Bench<'_>) {
     let files = bench.snapshot_files();
-    let mut template = bounded(bench.vmm().boot(bench.spec("template"), Some(&files.memory))).await.unwrap();
+    let mut template =
+        bounded(bench.vmm().boot(bench.spec("template"), BootMemory::Shared(&files.memory))).await.unwrap();
     counts(template.as_mut(), 3, BOOT_BOUND).await;
     bounded(template.pause()).await.unwrap();
     let saved = counted(&template.console().await).unwrap();
@@ -54,7 +55,8 @@ pub(super) async fn a_restored_guest_goes_on_where_it_was(bench: &Bench<'_>) {
 
 pub(super) async fn damaged_snapshots_are_refused(bench: &Bench<'_>) {
     let files = bench.snapshot_files();
-    let mut template = bounded(bench.vmm().boot(bench.spec("a"), Some(&files.memory))).await.unwrap();
+    let mut template =
+        bounded(bench.vmm().boot(bench.spec("a"), BootMemory::Shared(&files.memory))).await.unwrap();
     bounded(template.pause()).await.unwrap();
     bounded(template.snapshot(&files)).await.unwrap();
     bounded(template.stop()).await.unwrap();

@@ -20,7 +20,8 @@ use super::{
     memory::{Backing, Memory},
 };
 use crate::{
-    DiskSpec, ExitReason, MachineSpec, SnapshotFiles, SnapshotStatistics, Vm, VmmError, VmmResult, validate,
+    BootMemory, DiskSpec, ExitReason, MachineSpec, SnapshotFiles, SnapshotStatistics, Vm, VmmError,
+    VmmResult, validate,
 };
 
 /// How long a guest lives that ends by itself: as with a real one, its boot has been answered by then.
@@ -55,19 +56,23 @@ pub(super) struct Inside {
 }
 
 impl Process {
-    pub(super) fn boot(spec: MachineSpec, memory_file: Option<&Utf8Path>) -> VmmResult<Self> {
+    pub(super) fn boot(spec: MachineSpec, memory: BootMemory<'_>) -> VmmResult<Self> {
         for file in [&spec.guest.kernel, &spec.guest.initramfs] {
             File::open(file).map_err(cannot("open", file))?;
         }
         let disk = spec.disk.as_ref().map(Disk::open).transpose()?;
         let bytes = spec.shape.memory.bytes();
-        let backing = match memory_file {
-            Some(path) => {
+        let backing = match memory {
+            BootMemory::Shared(path) => {
                 let file = OpenOptions::new().write(true).create_new(true).open(path);
                 file.and_then(|file| file.set_len(bytes)).map_err(cannot("create", path))?;
                 Backing::Shared(path.to_owned())
             }
-            None => Backing::Anonymous,
+            BootMemory::Zeros(path) => {
+                validate::snapshot_memory(path, spec.shape)?;
+                Backing::Private(path.to_owned())
+            }
+            BootMemory::Anonymous => Backing::Anonymous,
         };
         Ok(Self::new(spec, disk, Guest::booted(), Memory::new(bytes, backing)))
     }
@@ -123,7 +128,7 @@ impl Inside {
             Backing::Private(base) => {
                 validate::snapshot_files(into, true)?;
                 if !validate::same_file(base, &into.memory).unwrap_or(false) {
-                    return unsupported("it was not restored from the snapshot's memory");
+                    return unsupported("the snapshot's memory is not what it maps");
                 }
                 self.save_state(&into.state)?;
                 let Some(pages) = &into.pages else { return Ok(SnapshotStatistics::default()) };

@@ -7,7 +7,7 @@ use camino::{Utf8Path, Utf8PathBuf};
 use super::cannot;
 use crate::{
     SnapshotStatistics, VmmResult,
-    pages::{PagesWriter, SavedPages},
+    pages::{PagesWriter, SavedPages, Zeros},
 };
 
 const PAGE: u64 = 4096;
@@ -82,7 +82,11 @@ impl Memory {
 
     /// Saves what differs from the base.
     pub(super) fn save(&self, pages: &Utf8Path) -> VmmResult<SnapshotStatistics> {
-        let mut writer = PagesWriter::create(pages, self.bytes, PAGE_BYTES)?;
+        let zeros = match &self.backing {
+            Backing::Private(base) => Zeros::over(base)?,
+            Backing::Anonymous | Backing::Shared(_) => Zeros::Told,
+        };
+        let mut writer = PagesWriter::create(pages, self.bytes, PAGE_BYTES, zeros)?;
         for (page, word) in &self.written {
             writer.push(*page, &mut content(*word))?;
         }

@@ -33,8 +33,8 @@ use camino::{Utf8Path, Utf8PathBuf};
 
 use self::machine::{FakeMachine, Inside, Process};
 use crate::{
-    Accelerator, AdoptedMachine, Capabilities, ExitReason, MachineSpec, SnapshotFiles, Vm, Vmm, VmmError,
-    VmmIdentity, VmmResult, validate,
+    Accelerator, AdoptedMachine, BootMemory, Capabilities, ExitReason, MachineSpec, SnapshotFiles, Vm, Vmm,
+    VmmError, VmmIdentity, VmmResult, validate,
 };
 
 /// What a test can make fail, take long, or end a machine.
@@ -328,11 +328,11 @@ impl Vmm for Fake {
         Capabilities { supports_uffd: false, supports_diff: true }
     }
 
-    async fn boot(&self, spec: MachineSpec, memory_file: Option<&Utf8Path>) -> VmmResult<Box<dyn Vm>> {
+    async fn boot(&self, spec: MachineSpec, memory: BootMemory<'_>) -> VmmResult<Box<dyn Vm>> {
         validate::machine(&spec)?;
         self.plan.enter(Step::Boot).await?;
         let (name, arguments) = (spec.name.clone(), spec.kernel_arguments.clone());
-        let process = Process::boot(spec, memory_file)?;
+        let process = Process::boot(spec, memory)?;
         let machine = FakeMachine::start(self.plan.clone(), name.clone(), process, &arguments);
         self.plan.leave(Step::Boot, &name);
         Ok(Box::new(machine))

@@ -28,11 +28,11 @@ async fn faults_come_when_they_were_asked_for_and_once() {
     let directory = tempfile::tempdir().unwrap();
     let fake = Fake::new();
     fake.fail_next(Step::Boot);
-    let failed = fake.boot(spec(&directory, "a"), None).await.unwrap_err();
+    let failed = fake.boot(spec(&directory, "a"), BootMemory::Anonymous).await.unwrap_err();
     assert!(matches!(failed, VmmError::Refused { command, .. } if command == "boot"));
     assert!(fake.machines().is_empty(), "a boot that failed leaves nothing");
 
-    let mut vm = fake.boot(spec(&directory, "a"), None).await.unwrap();
+    let mut vm = fake.boot(spec(&directory, "a"), BootMemory::Anonymous).await.unwrap();
     fake.delay(Step::Pause, Duration::from_millis(70));
     let begin = tokio::time::Instant::now();
     vm.pause().await.unwrap();
@@ -50,7 +50,7 @@ async fn faults_come_when_they_were_asked_for_and_once() {
 async fn a_machine_can_be_ended_from_outside() {
     let directory = tempfile::tempdir().unwrap();
     let fake = Fake::new();
-    let vm = fake.boot(spec(&directory, "a"), None).await.unwrap();
+    let vm = fake.boot(spec(&directory, "a"), BootMemory::Anonymous).await.unwrap();
     assert_eq!(fake.machines(), ["a"]);
     assert!(fake.end("a", ExitReason::GuestPanic));
     assert!(!fake.end("a", ExitReason::GuestPanic));
@@ -63,7 +63,8 @@ async fn thousands_cost_little() {
     let fake = Fake::new();
     let mut machines = Vec::new();
     for number in 0..2000 {
-        machines.push(fake.boot(spec(&directory, &format!("m{number}")), None).await.unwrap());
+        machines
+            .push(fake.boot(spec(&directory, &format!("m{number}")), BootMemory::Anonymous).await.unwrap());
     }
     assert_eq!(fake.machines().len(), 2000);
     drop(machines);
@@ -76,7 +77,8 @@ async fn snapshots_hold_what_was_written_and_what_became_zero() {
     let fake = Fake::new();
     let path = |name: &str| Utf8PathBuf::from_path_buf(directory.path().join(name)).unwrap();
     let base = SnapshotFiles { memory: path("memory"), state: path("state"), pages: None };
-    let mut template = fake.boot(spec(&directory, "template"), Some(&base.memory)).await.unwrap();
+    let mut template =
+        fake.boot(spec(&directory, "template"), BootMemory::Shared(&base.memory)).await.unwrap();
     assert!(fake.write_page("template", 7, 70) && fake.write_page("template", 8, 80));
     assert!(!fake.write_page("template", 1 << 40, 1) && !fake.write_page("nobody", 7, 1));
     template.pause().await.unwrap();
@@ -105,7 +107,7 @@ async fn snapshots_hold_what_was_written_and_what_became_zero() {
 async fn a_machine_outlives_the_process_of_its_owner() {
     let directory = tempfile::tempdir().unwrap();
     let fake = Fake::new();
-    let mut lost = fake.boot(spec(&directory, "a"), None).await.unwrap();
+    let mut lost = fake.boot(spec(&directory, "a"), BootMemory::Anonymous).await.unwrap();
     let known = AdoptedMachine {
         name: "a".to_owned(),
         run_dir: "/run".into(),
@@ -149,7 +151,10 @@ async fn what_a_guest_wrote_to_its_disk_is_read_through_the_layers() {
     };
     overlay("base", "");
     let first = overlay("first", "base");
-    let mut vm = fake.boot(MachineSpec { disk: Some(first), ..spec(&directory, "a") }, None).await.unwrap();
+    let mut vm = fake
+        .boot(MachineSpec { disk: Some(first), ..spec(&directory, "a") }, BootMemory::Anonymous)
+        .await
+        .unwrap();
     assert_eq!(fake.read_disk("a"), Some(0));
     assert!(fake.write_disk("a", 7));
     vm.pivot_disk(&overlay("second", "first")).await.unwrap();
@@ -167,7 +172,7 @@ async fn what_a_guest_wrote_to_its_disk_is_read_through_the_layers() {
 async fn a_step_can_be_stopped_before_it_and_its_answer_lost_after_it() {
     let directory = tempfile::tempdir().unwrap();
     let fake = Fake::new();
-    let mut vm = fake.boot(spec(&directory, "a"), None).await.unwrap();
+    let mut vm = fake.boot(spec(&directory, "a"), BootMemory::Anonymous).await.unwrap();
     fake.observe(|step| step != Step::Pause);
     vm.resume().await.unwrap();
     let paused = tokio::time::timeout(Duration::from_millis(20), vm.pause()).await;

@@ -7,6 +7,10 @@ use std::{
 };
 
 use camino::{Utf8Path, Utf8PathBuf};
+use rustix::{
+    fs::{SeekFrom as Position, seek},
+    io::Errno,
+};
 
 use super::format::{FormatError, HEADER, Header, Kind, Run, Runs};
 use crate::{SnapshotStatistics, VmmError, VmmResult};
@@ -14,10 +18,34 @@ use crate::{SnapshotStatistics, VmmError, VmmResult};
 /// How much is read at once.
 const CHUNK: usize = 1 << 20;
 
+/// Whether a page that is zero has to be told.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Zeros {
+    /// It may be something else in the base.
+    Told,
+    /// It is zero in the base too.
+    Understood,
+}
+
+impl Zeros {
+    /// What goes for pages over this base: one that is a single hole is zero everywhere.
+    pub(crate) fn over(base: &Utf8Path) -> VmmResult<Self> {
+        let first = File::open(base).and_then(|file| match seek(&file, Position::Data(0)) {
+            Ok(_) => Ok(Self::Told),
+            Err(Errno::NXIO) => Ok(Self::Understood),
+            // A file system that knows no holes.
+            Err(Errno::INVAL | Errno::OPNOTSUPP) => Ok(Self::Told),
+            Err(error) => Err(error.into()),
+        });
+        first.map_err(cannot("examine", base))
+    }
+}
+
 /// Writes the pages of a machine, from the first to the last.
 #[derive(Debug)]
 pub(crate) struct PagesWriter {
     path: Utf8PathBuf,
+    zeros: Zeros,
     file: File,
     memory_bytes: u64,
     page_bytes: u32,
@@ -27,7 +55,12 @@ pub(crate) struct PagesWriter {
 
 impl PagesWriter {
     /// Makes the file, or empties the one that is there.
-    pub(crate) fn create(path: &Utf8Path, memory_bytes: u64, page_bytes: u32) -> VmmResult<Self> {
+    pub(crate) fn create(
+        path: &Utf8Path,
+        memory_bytes: u64,
+        page_bytes: u32,
+        zeros: Zeros,
+    ) -> VmmResult<Self> {
         let mut options = OpenOptions::new();
         options.write(true).create(true).truncate(true).mode(0o600);
         let file = options.open(path);
@@ -38,6 +71,7 @@ impl PagesWriter {
         Ok(Self {
             file: begun.map_err(cannot("create", path))?,
             path: path.to_owned(),
+            zeros,
             memory_bytes,
             page_bytes,
             zero_page: vec![0; page_bytes as usize],
@@ -54,7 +88,9 @@ impl PagesWriter {
         for (number, at) in (first..).zip((0..pages.len()).step_by(page_bytes)) {
             let page = at..at + page_bytes;
             if pages[page.clone()] == self.zero_page {
-                self.runs.push(number, Kind::Zero);
+                if self.zeros == Zeros::Told {
+                    self.runs.push(number, Kind::Zero);
+                }
                 continue;
             }
             self.runs.push(number, Kind::Content);

@@ -9,8 +9,8 @@
 //! ```
 //!
 //! A *run* is a number of pages in a row that are all of one kind: with content, or zero and without. A page
-//! that is in no run is as the base has it; so a page that became zero is always in one. Content begins at a
-//! multiple of the page size, so that it can be shared or mapped.
+//! that is in no run is as the base has it; so a page that became zero is always in one, but over a base that is
+//! zero everywhere. Content begins at a multiple of the page size, so that it can be shared or mapped.
 //!
 //! The table comes last and the header is written after everything, so that one pass over a guest's memory
 //! is enough, and a file that was not finished is none. The header's digest is over header and table; the
@@ -22,7 +22,7 @@
 mod file;
 mod format;
 
-pub(crate) use self::file::{PagesWriter, SavedPages};
+pub(crate) use self::file::{PagesWriter, SavedPages, Zeros};
 
 #[cfg(test)]
 mod tests;

@@ -5,7 +5,7 @@ use proptest::prelude::*;
 use sha2::{Digest as _, Sha256};
 
 use super::{
-    PagesWriter, SavedPages,
+    PagesWriter, SavedPages, Zeros,
     format::{FormatError, HEADER, Header, Kind, Run, Runs},
 };
 use crate::{SnapshotStatistics, VmmError};
@@ -32,7 +32,7 @@ fn model() -> impl Strategy<Value = Model> {
 }
 
 fn write(path: &Utf8Path, model: &Model, at_once: usize) -> SnapshotStatistics {
-    let mut writer = PagesWriter::create(path, MEMORY, PAGE).unwrap();
+    let mut writer = PagesWriter::create(path, MEMORY, PAGE, Zeros::Told).unwrap();
     let mut pending: Vec<u8> = Vec::new();
     let mut first = 0;
     for (page, byte) in model {
@@ -171,7 +171,7 @@ fn pages_of_another_memory_and_unfinished_ones_are_refused() {
     let error = SavedPages::open(&path, MEMORY * 2).unwrap_err();
     assert!(matches!(&error, VmmError::File { source, .. } if source.to_string().contains("the base has")));
 
-    let mut unfinished = PagesWriter::create(&path, MEMORY, PAGE).unwrap();
+    let mut unfinished = PagesWriter::create(&path, MEMORY, PAGE, Zeros::Told).unwrap();
     unfinished.push(3, &mut vec![1; PAGE_LENGTH * 4]).unwrap();
     drop(unfinished);
     let error = SavedPages::open(&path, MEMORY).unwrap_err();
@@ -181,8 +181,37 @@ fn pages_of_another_memory_and_unfinished_ones_are_refused() {
 #[test]
 fn a_full_disk_is_told_with_the_path() {
     let path = Utf8Path::new("/dev/full");
-    let mut writer = PagesWriter::create(path, MEMORY, PAGE).unwrap();
+    let mut writer = PagesWriter::create(path, MEMORY, PAGE, Zeros::Told).unwrap();
     let error = writer.push(0, &mut vec![1; PAGE_LENGTH]).unwrap_err();
     assert!(matches!(&error, VmmError::File { operation: "write", path: named, source }
         if named == path && source.kind() == ErrorKind::StorageFull));
+}
+
+#[test]
+fn over_a_hole_zeros_go_without_saying() {
+    let directory = tempfile::tempdir().unwrap();
+    let directory = Utf8Path::from_path(directory.path()).unwrap();
+    let (base, path) = (directory.join("base"), directory.join("pages"));
+    let file = std::fs::File::create_new(&base).unwrap();
+    file.set_len(MEMORY).unwrap();
+    let zeros = Zeros::over(&base).unwrap();
+    assert_eq!(zeros, Zeros::Understood);
+    let mut writer = PagesWriter::create(&path, MEMORY, PAGE, zeros).unwrap();
+    let mut pages = vec![0; 3 * PAGE_LENGTH];
+    pages[PAGE_LENGTH] = 7;
+    writer.push(1, &mut pages).unwrap();
+    let statistics = writer.finish().unwrap();
+    assert_eq!((statistics.pages, statistics.zero_pages), (1, 0));
+    let mut found = Vec::new();
+    let saved = SavedPages::open(&path, MEMORY).unwrap();
+    saved
+        .copy_to(|at, content| {
+            found.push((at, content.len(), content[0]));
+            Ok(())
+        })
+        .unwrap();
+    assert_eq!(found, [(2 * PAGE_LENGTH as u64, PAGE_LENGTH, 7)]);
+    std::os::unix::fs::FileExt::write_all_at(&file, &[0], MEMORY - 1).unwrap();
+    assert_eq!(Zeros::over(&base).unwrap(), Zeros::Told, "what is no hole is not looked at");
+    assert!(Zeros::over(&directory.join("missing")).is_err());
 }

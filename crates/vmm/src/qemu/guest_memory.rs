@@ -9,7 +9,7 @@
 //! ```
 //!
 //! A page is private from the first time on that it is written, also when zeros are written, so that a page
-//! that became zero is among those that are saved. A page that is not private is the file's page now, and will
+//! that became zero is among those that are saved, unless all of the file is a hole. A page that is not private is the file's page now, and will
 //! be it again when the file is mapped the next time.
 //!
 //! All of it blocks. Whoever does not wait for it any more tells so by `given_up`.
@@ -28,7 +28,7 @@ use wrenn_host_linux::process::Process;
 use super::cannot;
 use crate::{
     SnapshotStatistics, VmmResult,
-    pages::{PagesWriter, SavedPages},
+    pages::{PagesWriter, SavedPages, Zeros},
 };
 
 /// How much of a guest's memory is read at once.
@@ -44,6 +44,7 @@ pub(super) struct GuestMemory {
     process: Utf8PathBuf,
     memory: File,
     pagemap: File,
+    zeros: Zeros,
     start: u64,
     bytes: u64,
 }
@@ -70,15 +71,15 @@ impl GuestMemory {
             return Err(cannot("examine", &of_process)(io::ErrorKind::NotFound.into()));
         }
         let start = wanted.find(&text);
-        let bytes = wanted.bytes;
-        Ok(start.map(|start| Self { process: of_process, memory, pagemap, start, bytes }))
+        let (bytes, zeros) = (wanted.bytes, Zeros::over(file)?);
+        Ok(start.map(|start| Self { process: of_process, memory, pagemap, zeros, start, bytes }))
     }
 
     /// Writes the private pages to a file.
     pub(super) fn save(&self, into: &Utf8Path, given_up: &AtomicBool) -> VmmResult<SnapshotStatistics> {
         let page_bytes = rustix::param::page_size();
         let page_bytes_32 = u32::try_from(page_bytes).unwrap_or(u32::MAX);
-        let mut writer = PagesWriter::create(into, self.bytes, page_bytes_32)?;
+        let mut writer = PagesWriter::create(into, self.bytes, page_bytes_32, self.zeros)?;
         let mut content = vec![0; CHUNK];
         let mut save = |run: PageRun| -> VmmResult<()> {
             check(given_up)?;

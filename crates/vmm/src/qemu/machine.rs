@@ -182,7 +182,7 @@ impl Machine {
         }
     }
 
-    /// Saves a machine whose memory is private, over `base`. It goes on as if nothing had happened.
+    /// Saves a machine whose memory is private, over `base`, however it began. It goes on as if nothing had happened.
     async fn save_private(&self, base: &Utf8Path, into: &SnapshotFiles) -> VmmResult<SnapshotStatistics> {
         validate::snapshot_files(into, true)?;
         let Some(pages) = into.pages.clone() else { return Ok(SnapshotStatistics::default()) };
@@ -294,7 +294,7 @@ impl Drop for GivenUp {
 }
 
 fn not_mapped(operation: &'static str) -> VmmError {
-    let problem = "it was not restored from the snapshot's memory";
+    let problem = "the snapshot's memory is not what it maps";
     VmmError::Unsupported { operation, problem }
 }
 

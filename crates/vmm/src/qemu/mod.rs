@@ -31,6 +31,10 @@
 //! process, and *then* the devices are loaded, which look at their rings in the guest's memory as they are.
 //! Nothing in the saved machine has changed: it can go on.
 //!
+//! A machine that boots over zeros is the same from the first instruction on: a file that is one hole is mapped
+//! privately, and what the guest has not written is zero wherever the file is mapped again. Its pages that are zero
+//! are left out of its snapshots: its kernel clears all of its memory once, and that would be all of them.
+//!
 //! # How QEMU is confined, and how not yet
 //! A guest that breaks out of its virtual CPU is inside the QEMU process. What holds it there:
 //! - QEMU's seccomp filters, all of them: it cannot start a program, become another user, load anything into
@@ -69,8 +73,8 @@ use self::{
     machine::{Backing, Machine},
 };
 use crate::{
-    AdoptedMachine, Capabilities, MachineSpec, SnapshotFiles, Vm, Vmm, VmmError, VmmIdentity, VmmResult,
-    pages::SavedPages, validate,
+    AdoptedMachine, BootMemory, Capabilities, MachineSpec, SnapshotFiles, Vm, Vmm, VmmError, VmmIdentity,
+    VmmResult, pages::SavedPages, validate,
 };
 
 /// The driver.
@@ -105,21 +109,34 @@ impl Vmm for Qemu {
         Capabilities { supports_uffd: false, supports_diff: true }
     }
 
-    async fn boot(&self, spec: MachineSpec, memory_file: Option<&Utf8Path>) -> VmmResult<Box<dyn Vm>> {
+    async fn boot(&self, spec: MachineSpec, memory: BootMemory<'_>) -> VmmResult<Box<dyn Vm>> {
         validate::machine(&spec)?;
         let (kernel, initramfs) = (spec.guest.kernel.clone(), spec.guest.initramfs.clone());
         readable(&kernel)?;
         readable(&initramfs)?;
-        let made = memory_file.map(|path| MemoryFile::create(path, spec.shape.memory.bytes())).transpose()?;
+        let mut made = None;
+        let mapped = match memory {
+            BootMemory::Anonymous => Memory::Anonymous,
+            BootMemory::Shared(path) => {
+                made = Some(MemoryFile::create(path, spec.shape.memory.bytes())?);
+                Memory::SharedFile(path)
+            }
+            BootMemory::Zeros(path) => {
+                validate::snapshot_memory(path, spec.shape)?;
+                Memory::PrivateFile(path)
+            }
+        };
         let command_line = kernel_command_line(self.engine.tsc_khz, &spec.kernel_arguments);
         let start = Start::Kernel { kernel: &kernel, initramfs: &initramfs, command_line: &command_line };
-        let memory = memory_file.map_or(Memory::Anonymous, Memory::SharedFile);
-        let mut machine = launch::start(&self.engine, spec, memory, start).await?;
+        let mut machine = launch::start(&self.engine, spec, mapped, start).await?;
         if let Err(error) = machine.booted().await {
             return Err(ended(machine, error).await);
         }
         if let Some(made) = made {
             machine.set_backing(Backing::Shared(made.keep()));
+        }
+        if let BootMemory::Zeros(path) = memory {
+            machine.set_backing(Backing::Private(path.to_owned()));
         }
         Ok(Box::new(machine))
     }
