@@ -326,6 +326,7 @@ impl Driver {
                 self.host.collect_soon();
                 if let Err(error) = shortened {
                     tracing::warn!(%id, error = &error as &dyn std::error::Error, "the record still tells of layers that are not needed");
+                    up.stream_after = Instant::now() + RETRY;
                 }
             }
             Err(error) => {

@@ -261,3 +261,14 @@ fn what_is_paused_and_cannot_be_read_stays_paused() {
     });
     assert!(world.remains().is_empty(), "{:?}", world.remains());
 }
+
+/// The layers below the top one were made one again and again for as long as that could not be recorded, and nothing
+/// else on the machine got its turn.
+#[test]
+fn a_record_that_cannot_be_written_is_not_tried_without_a_pause() {
+    let deep: &[&[Plan]] = &[&[Plan::Create], &[Plan::Deepen(0)]];
+    for to in 0..10 {
+        let troubles = (4..16).step_by(3).map(|after| (Some(Fault::Record(0, after)), End::GoOn));
+        check(deep, &[Plan::Rollback(0, to)], troubles);
+    }
+}
