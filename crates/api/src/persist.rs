@@ -11,8 +11,9 @@ use wrenn_types::{SandboxId, TimeoutAction};
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(default)]
 pub struct PauseRequest {
-    /// Whether its memory, and with it every process, is kept; true when absent. Without it the sandbox boots
-    /// from its disk when it is resumed.
+    /// Whether its memory, and with it every process, is kept; true when absent. Without it the sandbox takes less of
+    /// the host's disk, and boots from its own when it is resumed: files, token and environment stay. It cannot be
+    /// forked or made a snapshot of until then.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub memory: Option<bool>,
 }

@@ -41,7 +41,7 @@ pub struct Template {
     /// Its memory in MiB.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub memory_mb: Option<u32>,
-    /// Whether the memory is in a snapshot; what is made from one without it boots.
+    /// Whether the memory is in a snapshot, so that what is made from it goes on where that was.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub has_memory: Option<bool>,
     /// The name of the template that this is another name of.

@@ -197,6 +197,7 @@ pub(crate) fn examine(
             let saved = PausedRecord { snapshot: kept.id.clone(), at };
             record.paused = Some(saved.clone());
             record.layers.clone_from(&kept.about.layers);
+            record.base.clone_from(&kept.about.base);
             (record.capture, record.machine) = (None, None);
             let ledger = ledger_of(dir, found_record, record)?;
             stock.left.push((ledger, Fate::Paused(saved, Ok(Box::new(kept)))));

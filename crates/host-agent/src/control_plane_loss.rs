@@ -33,6 +33,7 @@ use crate::{
     config::OnControlPlaneLoss,
     registry::Registry,
     sandbox::{Handle, RequestError, Stage, driver::chain, queue::Verb},
+    snapshots::Extent,
 };
 
 /// How many sandboxes are paused at once.
@@ -219,7 +220,7 @@ async fn act(
 async fn pause(handle: Handle) -> (SandboxId, Option<Result<(), String>>) {
     let id = handle.spec().id.clone();
     // The agent's own request has no generation, so that it cannot be denied for it.
-    let outcome = match timeout(PAUSE_BOUND, handle.request(Verb::Pause, None)).await {
+    let outcome = match timeout(PAUSE_BOUND, handle.request(Verb::Pause(Extent::Machine), None)).await {
         Ok(Ok(_)) => Some(Ok(())),
         Ok(Err(_)) if matches!(handle.stage(), Stage::Stopping | Stage::Stopped) => None,
         Ok(Err(RequestError::Failed(error))) => Some(Err(chain(error.as_ref()))),

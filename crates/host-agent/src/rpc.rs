@@ -21,7 +21,7 @@ use crate::{
         queue::{Denied, Verb},
         source::SourceError,
     },
-    snapshots::Kept,
+    snapshots::{Extent, Kept},
     warm::{WarmRequest, blocking},
 };
 
@@ -140,8 +140,9 @@ fn not_done(error: RequestError) -> ConnectError {
         OperationError::BringUp(BringUpError::Source(SourceError::NoSuchSnapshot(_))) => {
             ConnectError::not_found(message)
         }
-        OperationError::BringUp(BringUpError::Source(
-            SourceError::Unprepared(_) | SourceError::Snapshot(_),
+        OperationError::DiskOnly
+        | OperationError::BringUp(BringUpError::Source(
+            SourceError::Unprepared(_) | SourceError::DiskOnly(_) | SourceError::Snapshot(_),
         )) => ConnectError::failed_precondition(message),
         OperationError::BringUp(BringUpError::Timeout { .. }) => ConnectError::deadline_exceeded(message),
         _ => ConnectError::unavailable(message),
@@ -162,9 +163,9 @@ fn bring_up_failed(end: &End) -> ConnectError {
         Some(BringUpError::Source(SourceError::DiskTooSmall(_)) | BringUpError::PolicyRefused(_)) => {
             ConnectError::invalid_argument(message)
         }
-        Some(BringUpError::Source(SourceError::Snapshot(_) | SourceError::Unprepared(_))) => {
-            ConnectError::failed_precondition(message)
-        }
+        Some(BringUpError::Source(
+            SourceError::Snapshot(_) | SourceError::Unprepared(_) | SourceError::DiskOnly(_),
+        )) => ConnectError::failed_precondition(message),
         Some(BringUpError::Timeout { .. }) => ConnectError::deadline_exceeded(message),
         Some(_) => ConnectError::unavailable(message),
         None => ConnectError::aborted(message),
@@ -315,12 +316,8 @@ impl wire::HostAgentService for Service {
         request: ServiceRequest<'_, wire::PauseSandboxRequest>,
     ) -> ServiceResult<wire::PauseSandboxResponse> {
         let handle = self.find(request.sandbox_id)?;
-        if request.disk_only {
-            return Err(ConnectError::unimplemented(
-                "a pause of the disk alone is not there yet; pause with memory",
-            ));
-        }
-        handle.request(Verb::Pause, Some(request.generation)).await.map_err(not_done)?;
+        let extent = if request.disk_only { Extent::Disk } else { Extent::Machine };
+        handle.request(Verb::Pause(extent), Some(request.generation)).await.map_err(not_done)?;
         let sandbox = sandbox(&handle, &handle.status()).into();
         Response::ok(wire::PauseSandboxResponse { sandbox, ..Default::default() })
     }
@@ -562,7 +559,7 @@ impl Service {
             disk_mib: about.disk.get(),
             size_bytes: self.registry.host().snapshot_bytes(kept).await,
             created_at_ms: about.created_at.as_millisecond(),
-            has_memory: about.has_memory,
+            has_memory: about.extent == Extent::Machine,
             ..Default::default()
         }
     }

@@ -19,6 +19,7 @@ use wrenn_host_agent::{
     limits::Limits,
     registry::Registry,
     sandbox::{Deadline, Handle, Outcome, SandboxSpec, Settings, Stage, Update, queue::Verb},
+    snapshots::Extent,
 };
 use wrenn_testkit::{stack, uplink::Uplink};
 use wrenn_types::{
@@ -196,7 +197,7 @@ async fn end_of(handle: &Handle, line: &str, through: &str) -> Result<(String, S
 }
 
 async fn pause(handle: &Handle) -> Result<()> {
-    handle.request(Verb::Pause, None).await?;
+    handle.request(Verb::Pause(Extent::Machine), None).await?;
     ensure!(handle.stage() == Stage::Paused, "{:?}", handle.stage());
     Ok(())
 }

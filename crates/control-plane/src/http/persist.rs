@@ -33,9 +33,9 @@ fn answer(change: Change) -> Response {
     }
 }
 
-/// Pauses a sandbox: its memory and its disk are saved, and it stops running.
+/// Pauses a sandbox: its memory and its disk are saved, or its disk alone, and it stops running.
 ///
-/// To pause a paused one is no error. One that cannot be paused goes on running.
+/// To pause a paused one is no error, and changes nothing. One that cannot be paused goes on running.
 #[utoipa::path(
     post, path = "/{id}/pause", tag = "sandboxes", operation_id = "pause_sandbox",
     params(("id" = String, Path, description = "The sandbox")),
@@ -56,7 +56,8 @@ pub(super) async fn pause(
     Ok(answer(core.change(&caller, &id, verb).await?))
 }
 
-/// Brings a paused sandbox back, with every process where it was.
+/// Brings a paused sandbox back, with every process where it was. One that was paused without its memory boots: its
+/// files are there, its token and environment are the same, and no process is.
 ///
 /// To resume a running one is no error. One that cannot be resumed stays paused.
 #[utoipa::path(
@@ -102,7 +103,8 @@ pub(super) async fn rollback(
     Ok(answer(core.change(&caller, &id, Verb::Rollback { snapshot }).await?))
 }
 
-/// Makes copies of a running or paused sandbox, which goes on as it was.
+/// Makes copies of a running or paused sandbox, which goes on as it was. One that is paused without its memory has to
+/// be resumed first.
 ///
 /// Each copy goes on from the same moment, with an id, a token and randomness of its own. Either all copies come
 /// up, or none is left and the error says why. If it takes more than 25 seconds, the answer is 202 with those that

@@ -1,11 +1,13 @@
 //! The bring-up of a sandbox: a chain of typestates, each able to undo exactly what exists in it.
 //!
 //! ```text
-//!  Planned ──overlay──► WithDisk ──take slot──► WithSlot ──record──► Recorded ──restore──► Restored ──resume, /init──► Up
-//!     │                    │                       │                    │                     │                      │
-//!     │ nothing            │ layer                 │ + slot             │ + record            │ + machine            │ the same,
-//!     ▼ to undo            ▼ removed               ▼ released           ▼ as it was           ▼ stopped              ▼ by end
+//!  Planned ──overlay──► WithDisk ──take slot──► WithSlot ──record──► Recorded ──restore──► Started ──resume, /init──► Up
+//!     │                    │                       │                    │  or boot            │                     │
+//!     │ nothing            │ layer                 │ + slot             │ + record            │ + machine           │ the same,
+//!     ▼ to undo            ▼ removed               ▼ released           ▼ as it was           ▼ stopped             ▼ by end
 //! ```
+//!
+//! A machine is booted where there is no memory of it. Then there is a wait for its guest before the `/init`.
 //!
 //! It serves every way in which a machine comes to be: a create from a template, a create from a snapshot, a
 //! resume and a rollback. They differ in their [`Source`], and in whether there is a record already: then that
@@ -17,35 +19,39 @@
 //!
 //! A cancelled bring-up stops at the step that it is in: every step either completes or leaves nothing.
 
+mod error;
+
 use std::{
     collections::BTreeMap,
     future::Future,
-    io,
     sync::{Arc, OnceLock},
     time::Duration,
 };
 
 use camino::Utf8PathBuf;
-use tokio::time::{Instant, timeout};
+pub use error::BringUpError;
+use tokio::{
+    sync::watch,
+    time::{Instant, timeout},
+};
 use tokio_util::sync::CancellationToken;
 use wrenn_types::{AccessToken, DiskMib, EndReason, LayerId, NetworkPolicy, Shape};
-use wrenn_vmm::{DiskSpec, ExitReason, MachineSpec, NetworkSpec, Vm, VmmError};
+use wrenn_vmm::{BootMemory, DiskSpec, ExitReason, MachineSpec, NetworkSpec, Vm};
 
 use super::{
     Phase, SandboxSpec,
     host::Host,
-    machine::{Machine, Maker, gone, remove_run_dir},
-    record::{FORMAT, Ledger, MachineRecord, Record, RecordError, SandboxDir},
-    source::{Source, SourceError},
+    machine::{Machine, gone, remove_run_dir},
+    record::{FORMAT, Ledger, MachineRecord, Record, SandboxDir},
+    source::{Source, Start},
 };
 use crate::{
-    guest::{self, GuestError, Identity, IdleConnection},
-    network::{Policy, PolicyError, Slot, SlotError},
-    rootfs::RootfsError,
-    warm::blocking,
+    guest::{self, Identity, IdleConnection},
+    network::{GuestConnector, Policy, Slot},
+    warm::{blocking, boot_bound},
 };
 
-/// How long a machine may take to be restored.
+/// How long a machine may take to be restored, or to begin to boot.
 const RESTORE_BOUND: Duration = Duration::from_secs(30);
 /// How long a guest may take to become itself.
 const IDENTITY_BOUND: Duration = Duration::from_secs(20);
@@ -53,75 +59,6 @@ const IDENTITY_BOUND: Duration = Duration::from_secs(20);
 const DISK_BOUND: Duration = Duration::from_secs(60);
 /// How long it may take to get a network slot.
 const SLOT_BOUND: Duration = Duration::from_secs(20);
-
-/// Why a sandbox did not come up.
-#[derive(Debug, thiserror::Error)]
-pub enum BringUpError {
-    /// It was destroyed while it was being made.
-    #[error("it was destroyed while it was being made")]
-    Cancelled(EndReason),
-    /// What it was to be made from cannot be used.
-    #[error(transparent)]
-    Source(#[from] SourceError),
-    /// The record could not be written.
-    #[error("the sandbox could not be recorded")]
-    Record(#[source] RecordError),
-    /// The disk could not be made.
-    #[error("the root disk could not be made")]
-    Disk(#[source] RootfsError),
-    /// No network slot could be had.
-    #[error("no network slot could be had")]
-    Slot(#[source] SlotError),
-    /// The network policy cannot be.
-    #[error("the network policy cannot be put in force")]
-    PolicyRefused(#[source] PolicyError),
-    /// The network policy could not be put in force.
-    #[error("the network policy could not be put in force")]
-    Policy(#[source] SlotError),
-    /// The machine could not be restored.
-    #[error("the machine could not be restored")]
-    Restore(#[source] VmmError),
-    /// No control group could be made for the machine.
-    #[error("the machine could not be limited")]
-    Limits(#[source] io::Error),
-    /// The guest could not become itself.
-    #[error("the guest could not take its identity")]
-    Identity(#[source] GuestError),
-    /// The machine ended while it was being brought up.
-    #[error("the machine ended while it was being brought up: {0:?}")]
-    Exited(ExitReason),
-    /// A directory could not be made.
-    #[error("could not make {path}")]
-    RunDir {
-        /// The directory.
-        path: Utf8PathBuf,
-        /// Why.
-        #[source]
-        source: io::Error,
-    },
-    /// A step took too long.
-    #[error("{step} took longer than {bound:?}")]
-    Timeout {
-        /// The step.
-        step: &'static str,
-        /// How long it may take.
-        bound: Duration,
-    },
-}
-
-impl BringUpError {
-    /// Whether the host's disk is full: the caller may come back when it is not.
-    #[must_use]
-    pub fn is_no_space(&self) -> bool {
-        match self {
-            Self::Record(error) => error.is_no_space(),
-            Self::Disk(error) => error.is_no_space(),
-            Self::Source(error) => error.is_no_space(),
-            Self::RunDir { source, .. } => source.kind() == io::ErrorKind::StorageFull,
-            _ => false,
-        }
-    }
-}
 
 /// Measures the steps, in the order in which they happen.
 #[derive(Debug)]
@@ -253,7 +190,7 @@ impl Recording {
 pub struct Persona {
     /// The token that it asks for from now on.
     pub access_token: AccessToken,
-    /// Whether it is one that there was not before: it gets a machine id of its own.
+    /// Whether it is one that there was not before: it is told the machine id of its own.
     pub is_new: bool,
 }
 
@@ -281,9 +218,9 @@ struct Recorded {
     former: Option<Record>,
 }
 
-/// The machine is there and stands still.
+/// The machine is there, and stands still or boots.
 #[derive(Debug)]
-struct Restored {
+struct Started {
     before: Recorded,
     run_dir: Utf8PathBuf,
     vm: Box<dyn Vm>,
@@ -325,8 +262,9 @@ pub async fn bring_up(
     let with_disk = WithDisk::make(course, source).await?;
     let with_slot = with_disk.take_slot(&policy).await?;
     let recorded = with_slot.record(recording).await?;
-    let restored = recorded.restore().await?;
-    restored.identify(&persona).await
+    let started = recorded.start().await?;
+    // Boxed: the step is large, and the sum of all of them would be.
+    Box::pin(started.identify(&persona)).await
 }
 
 impl WithDisk {
@@ -378,8 +316,12 @@ impl WithDisk {
 
 impl WithSlot {
     async fn record(mut self, recording: Recording) -> Result<Recorded, BringUpError> {
-        let machine =
-            MachineRecord { name: self.before.layer.clone(), slot: self.slot.number().get(), up: false };
+        let machine = MachineRecord {
+            name: self.before.layer.clone(),
+            slot: self.slot.number().get(),
+            up: false,
+            maker: Some(self.before.course.host.maker()),
+        };
         let mut layers = vec![self.before.layer.clone()];
         layers.extend(self.before.source.below.iter().cloned());
         let source = &self.before.source;
@@ -400,6 +342,7 @@ impl WithSlot {
                     environment: source.environment.clone(),
                     default_user: source.default_user.clone(),
                     default_workdir: source.default_workdir.clone(),
+                    machine_id: Some(Identity::fresh_machine_id()),
                     settings: spec.settings,
                     deadline_met: None,
                     started_at: Some(jiff::Timestamp::now()),
@@ -438,7 +381,7 @@ impl WithSlot {
 }
 
 impl Recorded {
-    async fn restore(mut self) -> Result<Restored, BringUpError> {
+    async fn start(mut self) -> Result<Started, BringUpError> {
         let WithSlot { before: WithDisk { course, source, layer, disk, .. }, slot } = &mut self.before;
         let host = Arc::clone(&course.host);
         let record = self.ledger.record();
@@ -463,16 +406,23 @@ impl Recorded {
                 control_group: control_group.map_err(BringUpError::Limits)?,
             })
         };
-        let restored = match spec() {
-            Ok(machine) => {
-                let restore =
-                    async { host.vmm.restore(machine, &source.files).await.map_err(BringUpError::Restore) };
-                course.step("restore", RESTORE_BOUND, restore).await
-            }
+        let started = match spec() {
+            Ok(machine) => match &source.start {
+                Start::Restore(files) => {
+                    let restore =
+                        async { host.vmm.restore(machine, files).await.map_err(BringUpError::Restore) };
+                    course.step("restore", RESTORE_BOUND, restore).await
+                }
+                Start::Boot => {
+                    let memory = BootMemory::Zeros(&source.base.memory);
+                    let boot = async { host.vmm.boot(machine, memory).await.map_err(BringUpError::Boot) };
+                    course.step("boot", RESTORE_BOUND, boot).await
+                }
+            },
             Err(error) => Err(error),
         };
-        match restored {
-            Ok(vm) => Ok(Restored { before: self, run_dir, vm }),
+        match started {
+            Ok(vm) => Ok(Started { before: self, run_dir, vm }),
             Err(error) => {
                 remove_run_dir(&run_dir);
                 host.limits.end(&record.id, &self.before.before.layer);
@@ -493,14 +443,14 @@ impl Recorded {
     }
 }
 
-impl Restored {
+impl Started {
     async fn identify(mut self, persona: &Persona) -> Result<Up, BringUpError> {
         let record = self.before.ledger.record();
         let WithSlot { before: WithDisk { course, source, .. }, slot } = &mut self.before.before;
         let connector = slot.connector();
         let (vm, grows) = (&mut self.vm, source.grows);
         let mut exit = vm.exit();
-        let resumed = course
+        let mut resumed = course
             .step("resume", RESTORE_BOUND, async {
                 vm.resume().await.map_err(BringUpError::Restore)?;
                 if let Some(disk) = grows {
@@ -509,12 +459,27 @@ impl Restored {
                 Ok(())
             })
             .await;
+        let boots = matches!(source.start, Start::Boot);
+        if boots && resumed.is_ok() {
+            let bound = boot_bound(record.shape.memory);
+            // Boxed: it is rare and large, as where a template is made.
+            let answers = Box::pin(answers(&connector, bound, &mut exit));
+            resumed = course.step("guest", bound + Duration::from_secs(1), answers).await;
+            if let Err(BringUpError::NotUp(_)) = &resumed {
+                // It is for whoever runs the host: what a guest prints may be long, and is no part of an answer.
+                let console = vm.console().await;
+                tracing::warn!(id = %record.id, console, "a guest that was booted does not answer");
+            }
+        }
         let outcome = match resumed {
             Err(error) => Err(error),
             Ok(()) => {
                 let mut identity = Identity::of(&record, slot.name_servers());
                 identity.access_token = Some(persona.access_token.expose());
-                identity.machine_id = persona.is_new.then(Identity::fresh_machine_id);
+                // It is in the memory of a guest, and not on its disk.
+                let is_told = persona.is_new || boots;
+                identity.machine_id =
+                    is_told.then(|| record.machine_id.clone().unwrap_or_else(Identity::fresh_machine_id));
                 identity.disk_bytes = grows.map(DiskMib::bytes);
                 let token = source.guest_token.as_ref();
                 course
@@ -545,7 +510,7 @@ impl Restored {
                     vm: self.vm,
                     slot,
                     run_dir: self.run_dir,
-                    maker: Maker { vmm: before.source.base.vmm, guest: before.source.base.guest },
+                    maker: before.course.host.maker(),
                     base_memory: before.source.base.memory,
                     base_disk: before.source.base.disk.path,
                 };
@@ -572,5 +537,18 @@ impl Restored {
         let (id, layer) = (self.before.ledger.record().id, &self.before.before.before.layer);
         self.before.before.before.course.host.limits.end(&id, layer);
         self.before.undo(error).await
+    }
+}
+
+/// Waits until the guest of a machine that boots answers.
+async fn answers(
+    connector: &GuestConnector,
+    bound: Duration,
+    exit: &mut watch::Receiver<Option<ExitReason>>,
+) -> Result<(), BringUpError> {
+    tokio::select! {
+        biased;
+        up = guest::wait_until_healthy(connector, bound) => up.map_err(BringUpError::NotUp),
+        gone = gone(exit) => Err(BringUpError::Exited(gone)),
     }
 }

@@ -4,8 +4,11 @@
 //!  record ─► prepare the guest · make the directory ─► stop ─► save devices and pages ─┬─ pause ─► commit; the machine stays stopped
 //!      │                                                                              │
 //!      │ not in time: marked unprepared (pause),                                      └─ live ─► next overlay on top ─► let it run,
-//!      ▼ or given up (live)                                                                      /init ─► commit
+//!      ▼ or given up (live, disk alone)                                                          /init ─► commit
 //! ```
+//!
+//! A pause of the disk alone saves no devices and no pages. What the guest had not written to its disk would be lost
+//! then, so it has more time for that, and without it there is no pause.
 //!
 //! Whatever fails, the machine runs again and its guest is open, as before; nothing half-made is left. Where that
 //! fails too, it is tried again until it is so. The one exception is a machine that is gone, and that is noticed by
@@ -28,12 +31,14 @@ use crate::{
     network::{Policy, PolicyError},
     rootfs::RootfsError,
     snapshot_store::SnapshotStoreError,
-    snapshots::{About, Kept, Making},
+    snapshots::{About, Extent, Kept, Making},
     warm::blocking,
 };
 
 /// How long a guest may take to stand still.
 const PREPARE_BOUND: Duration = Duration::from_secs(3);
+/// How long it may take that to write all that is to be on its disk, where only that is saved.
+const WRITE_BOUND: Duration = Duration::from_secs(30);
 /// How long it may take to save a machine, for each GiB of its memory and once more.
 const SAVE_BOUND: Duration = Duration::from_secs(60);
 /// How long a guest may take to open again.
@@ -45,8 +50,8 @@ const AGAIN: Duration = Duration::from_secs(5);
 /// What becomes of the machine after it was saved.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
-    /// It stays stopped, to be ended.
-    Pause,
+    /// It stays stopped, to be ended. So much of it is saved.
+    Pause(Extent),
     /// It goes on.
     Live,
 }
@@ -63,7 +68,7 @@ pub struct Captured {
 /// Why there is no snapshot.
 #[derive(Debug, thiserror::Error)]
 pub enum CaptureError {
-    /// The guest could not be made to stand still; a pause does without.
+    /// The guest could not be made to stand still; a pause with memory does without.
     #[error("the guest could not be made to stand still")]
     Prepare(#[source] GuestError),
     /// It could not be recorded that there is going to be one.
@@ -137,10 +142,14 @@ pub async fn capture(
     let connector = up.machine.connector();
     let next = match kind {
         Kind::Live => Some(LayerId::random()),
-        Kind::Pause => None,
+        Kind::Pause(_) => None,
     };
-    let about_to =
-        CaptureRecord { snapshot: into.clone(), pause: kind == Kind::Pause, next_layer: next.clone() };
+    let (is_pause, prepare_bound) = match kind {
+        Kind::Pause(Extent::Disk) => (true, WRITE_BOUND),
+        Kind::Pause(Extent::Machine) => (true, PREPARE_BOUND),
+        Kind::Live => (false, PREPARE_BOUND),
+    };
+    let about_to = CaptureRecord { snapshot: into.clone(), pause: is_pause, next_layer: next.clone() };
     let stood = Instant::now();
     // Before the guest closes: an agent that finds it closed has to know why. The disk is waited for while it does.
     if let Err(error) = up.ledger.note(|record| record.capture = Some(about_to)) {
@@ -149,22 +158,23 @@ pub async fn capture(
         return Err(CaptureError::Record(error));
     }
     let (prepared, recorded, making) = tokio::join!(
-        guest::prepare(&connector, Some(&record.access_token), PREPARE_BOUND),
+        guest::prepare(&connector, Some(&record.access_token), prepare_bound),
         up.ledger.change(|_| {}),
         begin(host, into),
     );
     let prepared = match (prepared, kind) {
         (Ok(()), _) => Ok(true),
-        (Err(error), Kind::Pause) => {
+        (Err(error), Kind::Pause(Extent::Machine)) => {
             tracing::warn!(id = %record.id, error = &error as &dyn std::error::Error, "the guest is saved without standing still");
             Ok(false)
         }
-        (Err(error), Kind::Live) => Err(CaptureError::Prepare(error)),
+        (Err(error), Kind::Live | Kind::Pause(Extent::Disk)) => Err(CaptureError::Prepare(error)),
     };
     let saved = async {
         let (prepared, making) = (prepared?, making?);
         recorded.map_err(CaptureError::Record)?;
-        save(host, up, &record, making, next.as_ref(), prepared).await
+        let extent = if let Kind::Pause(extent) = kind { extent } else { Extent::Machine };
+        save(host, up, &record, making, next.as_ref(), Saving { extent, prepared }).await
     };
     let (making, about) = match saved.await {
         Ok(saved) => saved,
@@ -182,7 +192,7 @@ pub async fn capture(
     match blocking(move || making.commit(about)).await {
         Ok(kept) => Ok(Captured { kept, stopped }),
         Err(error) => {
-            if kind == Kind::Pause {
+            if is_pause {
                 go_on(host, up, &record).await;
             }
             Err(CaptureError::Store(error))
@@ -195,6 +205,13 @@ async fn begin(host: &Arc<Host>, into: &SnapshotId) -> Result<Making, CaptureErr
     blocking(move || snapshots.begin(into)).await.map_err(CaptureError::Store)
 }
 
+/// What is to be said of what is saved.
+#[derive(Debug, Clone, Copy)]
+struct Saving {
+    extent: Extent,
+    prepared: bool,
+}
+
 /// Stops the machine, saves it, and puts it on its next layer if it has one.
 async fn save(
     host: &Arc<Host>,
@@ -202,7 +219,7 @@ async fn save(
     record: &Record,
     making: Making,
     next: Option<&LayerId>,
-    prepared: bool,
+    Saving { extent, prepared }: Saving,
 ) -> Result<(Making, About), CaptureError> {
     let gibibytes = u32::try_from(record.shape.memory.bytes() >> 30).unwrap_or(u32::MAX);
     let bound = SAVE_BOUND * (gibibytes.saturating_add(1));
@@ -224,7 +241,9 @@ async fn save(
             _ => None,
         };
         vm.pause().await.map_err(failed("stop"))?;
-        vm.snapshot(&files).await.map_err(failed("save"))?;
+        if extent == Extent::Machine {
+            vm.snapshot(&files).await.map_err(failed("save"))?;
+        }
         match (next, overlay) {
             (None, _) => {}
             (Some(next), Some(overlay)) => {
@@ -252,7 +271,7 @@ async fn save(
         shape: record.shape,
         vmm: maker.vmm,
         guest: maker.guest,
-        has_memory: true,
+        extent,
         prepared,
         access_token: record.access_token.clone(),
         default_user: record.default_user.clone(),

@@ -42,7 +42,11 @@ use super::{
     regain::RegainError,
     source::From,
 };
-use crate::{metrics::operations::Operation, snapshots::Kept, warm::blocking};
+use crate::{
+    metrics::operations::Operation,
+    snapshots::{Extent, Kept},
+    warm::blocking,
+};
 
 /// How long after a clock's action failed it is tried again.
 const RETRY: Duration = Duration::from_secs(30);
@@ -433,7 +437,7 @@ impl Driver {
                 self.meet_deadline(&paused.ledger).await;
                 return (Residence::Paused(paused), None);
             }
-            up @ Residence::Up(_) => self.perform_counted(up, Verb::Pause).await,
+            up @ Residence::Up(_) => self.perform_counted(up, Verb::Pause(Extent::Machine)).await,
         };
         let failure = outcome.err().map(|error| chain(&error));
         if let Some(failure) = &failure {

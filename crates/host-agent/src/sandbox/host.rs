@@ -7,7 +7,7 @@ use tokio::sync::Notify;
 use wrenn_types::{DiskMib, InstanceId, LayerId, SandboxId};
 use wrenn_vmm::{DiskSpec, Vmm};
 
-use super::record;
+use super::{machine::Maker, record};
 use crate::{
     images::Images,
     limits::Limits,
@@ -68,6 +68,12 @@ impl Host {
     #[must_use]
     pub fn machine_name(instance: &InstanceId, id: &SandboxId, name: &LayerId) -> String {
         format!("{}{id}-{name}", Self::machine_mark(instance))
+    }
+
+    /// With what a machine is made that is made now.
+    #[must_use]
+    pub fn maker(&self) -> Maker {
+        Maker { vmm: self.vmm.identity().clone(), guest: self.images.guest().bundle.id.clone() }
     }
 
     /// The short-pathed directory of a machine.

@@ -3,6 +3,7 @@
 use std::io;
 
 use camino::{Utf8Path, Utf8PathBuf};
+use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 use wrenn_types::{LayerId, SandboxId};
 use wrenn_vmm::{ExitReason, Vm, VmmError, VmmIdentity};
@@ -12,7 +13,7 @@ use crate::network::{GuestConnector, Slot};
 
 /// What a snapshot of a machine can be restored with: what the machine was made with. The agent may have been
 /// replaced since, and the VMM and the guest bundle with it.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Maker {
     /// The program that runs it.
     pub vmm: VmmIdentity,

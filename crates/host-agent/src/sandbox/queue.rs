@@ -19,6 +19,7 @@ use std::collections::VecDeque;
 use wrenn_types::{EndReason, InactivityTimeout, SnapshotId};
 
 use super::{Stage, Update};
+use crate::snapshots::Extent;
 
 /// How many requests may wait. People and programs that ask for more at once have lost count.
 pub const WAITING_LIMIT: usize = 16;
@@ -26,8 +27,8 @@ pub const WAITING_LIMIT: usize = 16;
 /// What can be asked of a sandbox that exists, but its end.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Verb {
-    /// Save it and end its machine.
-    Pause,
+    /// Save it, or so much of it, and end its machine.
+    Pause(Extent),
     /// Bring it back.
     Resume {
         /// A new bound of its inactivity, if any.
@@ -255,26 +256,26 @@ mod tests {
     #[test]
     fn a_destroy_is_done_once_and_overtakes() {
         let mut queue = RequestQueue::new(1);
-        assert_eq!(queue.put(Verb::Pause, Some(1), 'a'), Ok(Queued::Enqueued));
-        assert_eq!(queue.take(), Some(Next::Do(Verb::Pause)));
+        assert_eq!(queue.put(Verb::Pause(Extent::Machine), Some(1), 'a'), Ok(Queued::Enqueued));
+        assert_eq!(queue.take(), Some(Next::Do(Verb::Pause(Extent::Machine))));
         assert_eq!(queue.put(Verb::Resume { timeout: None }, Some(2), 'b'), Ok(Queued::Enqueued));
         assert_eq!(queue.destroy(EndReason::Requested, Some(3)), Ok(vec!['b']));
         assert_eq!(queue.destroy(EndReason::Requested, Some(3)), Ok(vec![]));
         assert_eq!(queue.end_wanted(), Some(EndReason::Requested));
         assert_eq!(queue.take(), Some(Next::End(EndReason::Requested)));
         assert_eq!(queue.take(), None);
-        assert_eq!(queue.put(Verb::Pause, Some(4), 'c'), Err((Denied::Ended, 'c')));
+        assert_eq!(queue.put(Verb::Pause(Extent::Machine), Some(4), 'c'), Err((Denied::Ended, 'c')));
         assert_eq!(queue.done(), vec!['a']);
     }
 
     #[test]
     fn the_same_again_is_joined_but_never_past_another() {
         let mut queue = RequestQueue::new(1);
-        assert_eq!(queue.put(Verb::Pause, None, 1), Ok(Queued::Enqueued));
-        assert_eq!(queue.take(), Some(Next::Do(Verb::Pause)));
-        assert_eq!(queue.put(Verb::Pause, None, 2), Ok(Queued::Joined));
+        assert_eq!(queue.put(Verb::Pause(Extent::Machine), None, 1), Ok(Queued::Enqueued));
+        assert_eq!(queue.take(), Some(Next::Do(Verb::Pause(Extent::Machine))));
+        assert_eq!(queue.put(Verb::Pause(Extent::Machine), None, 2), Ok(Queued::Joined));
         assert_eq!(queue.put(Verb::Resume { timeout: None }, None, 3), Ok(Queued::Enqueued));
-        assert_eq!(queue.put(Verb::Pause, None, 4), Ok(Queued::Enqueued));
+        assert_eq!(queue.put(Verb::Pause(Extent::Machine), None, 4), Ok(Queued::Enqueued));
         assert_eq!(queue.take(), None, "one at a time");
         assert_eq!(queue.done(), vec![1, 2]);
     }
@@ -282,8 +283,8 @@ mod tests {
     #[test]
     fn what_is_under_way_is_done_before_the_agent_leaves() {
         let mut queue = RequestQueue::new(1);
-        assert_eq!(queue.put(Verb::Pause, None, 1), Ok(Queued::Enqueued));
-        assert_eq!(queue.take(), Some(Next::Do(Verb::Pause)));
+        assert_eq!(queue.put(Verb::Pause(Extent::Machine), None, 1), Ok(Queued::Enqueued));
+        assert_eq!(queue.take(), Some(Next::Do(Verb::Pause(Extent::Machine))));
         assert_eq!(queue.leave(), Vec::<i32>::new());
         assert_eq!(queue.put(Verb::Resume { timeout: None }, None, 2), Err((Denied::Ended, 2)));
         assert_eq!(queue.take(), None);
@@ -295,9 +296,9 @@ mod tests {
     fn an_older_generation_is_refused() {
         let mut queue = RequestQueue::new(5);
         let stale = Denied::Stale { asked: 4, current: 5 };
-        assert_eq!(queue.put(Verb::Pause, Some(4), ()), Err((stale, ())));
+        assert_eq!(queue.put(Verb::Pause(Extent::Machine), Some(4), ()), Err((stale, ())));
         assert_eq!(queue.destroy(EndReason::Requested, Some(4)), Err(stale));
-        assert_eq!(queue.put(Verb::Pause, Some(7), ()), Ok(Queued::Enqueued));
+        assert_eq!(queue.put(Verb::Pause(Extent::Machine), Some(7), ()), Ok(Queued::Enqueued));
         assert_eq!(queue.generation(), 7);
     }
 
@@ -308,7 +309,7 @@ mod tests {
             let verb = Verb::Snapshot { into: SnapshotId::random() };
             assert_eq!(queue.put(verb, None, number), Ok(Queued::Enqueued));
         }
-        assert_eq!(queue.put(Verb::Pause, None, 99), Err((Denied::Busy, 99)));
+        assert_eq!(queue.put(Verb::Pause(Extent::Machine), None, 99), Err((Denied::Busy, 99)));
         assert_eq!(queue.ended(), (0..WAITING_LIMIT).collect::<Vec<_>>());
     }
 
@@ -333,7 +334,7 @@ mod tests {
     }
 
     fn steps() -> impl Strategy<Value = Vec<Step>> {
-        let verb = prop_oneof![Just(Verb::Pause), Just(Verb::Resume { timeout: None })];
+        let verb = prop_oneof![Just(Verb::Pause(Extent::Machine)), Just(Verb::Resume { timeout: None })];
         let generation = proptest::option::of(0_u64..4);
         let step = prop_oneof![
             6 => (verb, generation.clone()).prop_map(|(verb, generation)| Step::Put(verb, generation)),

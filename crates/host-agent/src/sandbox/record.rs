@@ -27,7 +27,7 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use wrenn_types::{AccessToken, DiskMib, InstanceId, LayerId, SandboxId, Shape, SnapshotId, TemplateName};
 
-use super::{Settings, deadline};
+use super::{Settings, deadline, machine::Maker};
 use crate::{snapshots::BaseKey, warm::blocking};
 
 /// The name of the file in the sandbox's directory.
@@ -63,6 +63,9 @@ pub struct Record {
     pub default_user: String,
     /// Where.
     pub default_workdir: String,
+    /// What its guest is told that its machine id is; none was kept of a sandbox of an earlier version.
+    #[serde(default)]
+    pub machine_id: Option<String>,
     /// What can be changed.
     pub settings: Settings,
     /// The moment of the last deadline at which it was paused, until it gets another one.
@@ -97,6 +100,9 @@ pub struct MachineRecord {
     pub slot: u16,
     /// Whether its guest has become itself; one that has not is half-made.
     pub up: bool,
+    /// What it was made with. An older record does not say; its machine was made with what made its base.
+    #[serde(default)]
+    pub maker: Option<Maker>,
 }
 
 /// A machine that stands still while another one is made in its place.
@@ -415,6 +421,7 @@ mod tests {
             environment: BTreeMap::from([("A".to_owned(), "b".to_owned())]),
             default_user: "user".to_owned(),
             default_workdir: "/home/user".to_owned(),
+            machine_id: Some("0a".repeat(16)),
             settings: Settings {
                 timeout: Default::default(),
                 on_timeout: Default::default(),
@@ -425,7 +432,7 @@ mod tests {
             started_at: Some(Timestamp::UNIX_EPOCH),
             base: format!("{}.{}", "0".repeat(32), "1".repeat(16)).parse().unwrap(),
             layers: vec![LayerId::random()],
-            machine: Some(MachineRecord { name: LayerId::random(), slot: 7, up: true }),
+            machine: Some(MachineRecord { name: LayerId::random(), slot: 7, up: true, maker: None }),
             paused: None,
             capture: None,
             former: None,
@@ -436,7 +443,7 @@ mod tests {
     #[test]
     fn a_machine_that_is_replaced_can_be_gone_back_to_until_the_new_one_is_the_sandbox() {
         let before = record();
-        let machine = MachineRecord { name: LayerId::random(), slot: 8, up: false };
+        let machine = MachineRecord { name: LayerId::random(), slot: 8, up: false, maker: None };
         let base: BaseKey = format!("{}.{}", "2".repeat(32), "3".repeat(16)).parse().unwrap();
         let layers = vec![machine.name.clone(), LayerId::random()];
         let mut during = before.clone();
@@ -459,10 +466,16 @@ mod tests {
 
     #[test]
     fn what_is_saved_or_half_made_is_no_machine_to_go_back_to() {
-        for machine in [None, Some(MachineRecord { name: LayerId::random(), slot: 7, up: false })] {
+        for machine in
+            [None, Some(MachineRecord { name: LayerId::random(), slot: 7, up: false, maker: None })]
+        {
             let mut record = Record { machine, ..record() };
             let (base, next) = (record.base.clone(), LayerId::random());
-            record.begin_machine(MachineRecord { name: next.clone(), slot: 8, up: false }, base, vec![next]);
+            record.begin_machine(
+                MachineRecord { name: next.clone(), slot: 8, up: false, maker: None },
+                base,
+                vec![next],
+            );
             assert_eq!(record.former, None);
         }
     }

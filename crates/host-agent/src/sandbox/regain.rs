@@ -92,8 +92,8 @@ pub async fn regain(host: &Arc<Host>, ledger: &Arc<Ledger>) -> Result<Up, Regain
         vm,
         slot,
         run_dir,
-        // Who runs it may be older than the agent.
-        maker: Maker { vmm: base.vmm, guest: base.guest },
+        // It may be older than the agent.
+        maker: machine.maker.clone().unwrap_or(Maker { vmm: base.vmm, guest: base.guest }),
         base_memory: base.memory,
         base_disk: base.disk.path,
     };

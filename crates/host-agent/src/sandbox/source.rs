@@ -2,7 +2,8 @@
 //!
 //! ```text
 //!  template ─► warm snapshot, made if it is not there ─► held as a base ─┐
-//!  snapshot ─► manifest, VMM and guest checked ─► its base ──────────────┴─► Source: files, bottom of the disk, token
+//!  snapshot ─► manifest, VMM and guest checked ─► its base ──────────────┼─► Source: start, bottom of the disk, token
+//!  snapshot of a disk alone ─► manifest ─► the base of zeros beside its ─┘
 //! ```
 
 use std::collections::BTreeMap;
@@ -14,7 +15,7 @@ use super::bring_up::{BringUpError, Course, Outline};
 use crate::{
     images::ImagesError,
     snapshot_store::SnapshotStoreError,
-    snapshots::{Base, Kept},
+    snapshots::{Base, Extent, Kept, KeptMemory},
     warm::{BUILD_BOUND, WarmError, WarmRequest, blocking},
 };
 
@@ -64,6 +65,9 @@ pub enum SourceError {
     /// The snapshot stands on something that is gone.
     #[error("snapshot {0} stands on a template's memory that is not here")]
     NoBase(SnapshotId),
+    /// It is what a sandbox was paused as without its memory.
+    #[error("snapshot {0} is of a disk alone: only its own sandbox can be resumed from it")]
+    DiskOnly(SnapshotId),
     /// It was taken of a guest that did not stand still.
     #[error(
         "snapshot {0} was taken of a guest that could not be made to stand still: only its own sandbox can be resumed from it"
@@ -83,12 +87,20 @@ impl SourceError {
     }
 }
 
+/// How a machine begins.
+#[derive(Debug)]
+pub(super) enum Start {
+    /// Where it was saved: memory and devices.
+    Restore(SnapshotFiles),
+    /// From the kernel, with the memory of its base, which is one of zeros.
+    Boot,
+}
+
 /// What a machine is made from.
 #[derive(Debug)]
 pub(super) struct Source {
     pub(super) base: Base,
-    /// Memory and devices.
-    pub(super) files: SnapshotFiles,
+    pub(super) start: Start,
     /// The layers below the one that is to be made, top first.
     pub(super) below: Vec<LayerId>,
     /// What that one stands on.
@@ -97,7 +109,7 @@ pub(super) struct Source {
     pub(super) disk: DiskMib,
     /// The size that it is to have, where that is another.
     pub(super) grows: Option<DiskMib>,
-    /// What the saved guest asks of the host.
+    /// What the saved guest asks of the host; nothing of one that boots.
     pub(super) guest_token: Option<AccessToken>,
     pub(super) default_user: String,
     pub(super) default_workdir: String,
@@ -120,6 +132,9 @@ impl Source {
             }
             From::Snapshot { id, user, workdir } => {
                 let kept = Self::kept(course, &id).await?;
+                if kept.about.extent == Extent::Disk {
+                    return Err(SourceError::DiskOnly(id).into());
+                }
                 if !kept.about.prepared {
                     return Err(SourceError::Unprepared(id).into());
                 }
@@ -154,7 +169,11 @@ impl Source {
             })
             .await?;
         Ok(Self {
-            files: SnapshotFiles { memory: base.memory.clone(), state: warm.files.state, pages: None },
+            start: Start::Restore(SnapshotFiles {
+                memory: base.memory.clone(),
+                state: warm.files.state,
+                pages: None,
+            }),
             below: Vec::new(),
             bottom: base.disk.clone(),
             disk: request.disk,
@@ -184,21 +203,32 @@ impl Source {
 
     async fn of_snapshot(course: &mut Course, kept: Kept, disk: DiskMib) -> Result<Self, BringUpError> {
         let host = std::sync::Arc::clone(&course.host);
+        let (snapshots, key) = (host.snapshots.clone(), kept.about.base.clone());
+        let (base, start) = match kept.memory() {
+            Some(KeptMemory { state, pages }) => {
+                let base = blocking(move || snapshots.base(&key)).await.map_err(SourceError::Snapshot)?;
+                let base = base.ok_or_else(|| SourceError::NoBase(kept.id.clone()))?;
+                let (memory, state) = (base.memory.clone(), state.to_owned());
+                (base, Start::Restore(SnapshotFiles { memory, state, pages: Some(pages.to_owned()) }))
+            }
+            None => {
+                let base = blocking(move || snapshots.hold_zeros(&key)).await;
+                (base.map_err(SourceError::Snapshot)?, Start::Boot)
+            }
+        };
         let about = kept.about;
-        let (snapshots, key) = (host.snapshots.clone(), about.base.clone());
-        let base = blocking(move || snapshots.base(&key)).await.map_err(SourceError::Snapshot)?;
-        let base = base.ok_or(SourceError::NoBase(kept.id))?;
         let bottom = match about.layers.first() {
             Some(top) => DiskSpec { path: host.snapshots.layer_path(top), format: about.disk_format },
             None => base.disk.clone(),
         };
         Ok(Self {
-            files: SnapshotFiles { memory: base.memory.clone(), state: kept.state, pages: Some(kept.pages) },
             below: about.layers,
             bottom,
             disk: about.disk,
             grows: (disk > about.disk).then_some(disk),
-            guest_token: Some(about.access_token),
+            // A guest that boots knows nobody yet.
+            guest_token: matches!(start, Start::Restore(_)).then_some(about.access_token),
+            start,
             default_user: about.default_user,
             default_workdir: about.default_workdir,
             environment: about.environment,

@@ -100,7 +100,7 @@ async fn a_pass_makes_what_is_missing_and_reads_all_that_is_due() {
 async fn damage_is_said_counted_and_refused_without_reading() {
     type Injured = fn(&World) -> (Part, Utf8PathBuf);
     let cases: [Injured; 4] = [
-        |world| (Part::Snapshot(snapshot(1)), world.it.kept.pages.clone()),
+        |world| (Part::Snapshot(snapshot(1)), world.it.kept.memory().unwrap().pages.to_owned()),
         |world| (Part::Base(world.it.base.key.clone()), world.it.base.memory.clone()),
         |world| (Part::Layer(layer(1)), world.path(1)),
         |world| (Part::Layer(layer(2)), world.path(2)),

@@ -1,5 +1,8 @@
 //! Bases: memory and disk of warm snapshots, kept for as long as something stands on them, whatever becomes
 //! of the cache that they come from.
+//!
+//! A machine that boots from the layers of a sandbox has no such memory. Its base is one *of zeros*: a memory that is a
+//! single hole, and the disk of the base that the layers name by its path, which stays where it is for that.
 
 use std::{
     fmt,
@@ -20,7 +23,7 @@ use crate::{
     rootfs::copy_content,
     snapshot_store::{
         Damage, Digest, FileRecord, Manifest as WarmManifest, SnapshotKey, SnapshotStoreError, Subject,
-        WarmSnapshot, check_size,
+        WarmSnapshot, check_size, digest,
         files::{remove_directory, rename, sync, write_durably},
         manifest,
         verified::{self, Content, Form},
@@ -30,17 +33,21 @@ use crate::{
 /// How many digits of the digest of a warm snapshot's manifest are in a key: 64 bits tell the few snapshots
 /// of one key apart that a host has in its life.
 const DIGEST_DIGITS: usize = 16;
+/// The end of the key of a base of zeros.
+const ZEROS: &str = ".zeros";
 
 /// What a base is: the key of a warm snapshot, and the digest of the manifest that it had. Two warm snapshots
 /// for the same things have the same key and another memory. Written `KEY.DIGEST`, in lower-case hexadecimal
-/// digits: safe as a part of a path.
+/// digits, or `KEY.DIGEST.zeros` for a base with the same disk and a memory of zeros: safe as a part of a path.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct BaseKey(String);
 
 /// The text is not the key of a base.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("the key of a base is 32 lower-case hexadecimal digits, a dot, and 16 more")]
+#[error(
+    "the key of a base is 32 lower-case hexadecimal digits, a dot, 16 more, and for one of zeros the word .zeros"
+)]
 pub struct ParseBaseKeyError;
 
 impl BaseKey {
@@ -49,6 +56,18 @@ impl BaseKey {
     pub fn of(warm: &WarmManifest) -> Self {
         let digest = Digest::of_bytes(&warm.to_json());
         Self(format!("{}.{}", warm.key, &digest.as_str()[..DIGEST_DIGITS]))
+    }
+
+    /// The base of zeros with the same disk; of one of zeros it is that itself.
+    #[must_use]
+    pub fn zeros(&self) -> Self {
+        Self(format!("{}{ZEROS}", self.of_disk()))
+    }
+
+    /// The base that holds the disk of this one: it is that itself, unless it is one of zeros.
+    #[must_use]
+    pub fn of_disk(&self) -> Self {
+        Self(self.0.strip_suffix(ZEROS).unwrap_or(&self.0).to_owned())
     }
 
     /// The text.
@@ -68,7 +87,7 @@ impl FromStr for BaseKey {
 
     fn from_str(text: &str) -> Result<Self, ParseBaseKeyError> {
         let is_digits = |text: &str| text.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'));
-        match text.split_once('.') {
+        match text.strip_suffix(ZEROS).unwrap_or(text).split_once('.') {
             Some((key, digest))
                 if SnapshotKey::from_name(key).is_some()
                     && digest.len() == DIGEST_DIGITS
@@ -149,12 +168,16 @@ impl BaseManifest {
         ]
     }
 
-    fn at(&self, dir: Utf8PathBuf) -> Base {
+    /// The base in `dir`, which is or is to be in the folder `bases`.
+    fn at(&self, dir: Utf8PathBuf, bases: &Utf8Path) -> Base {
         let Subject { guest, image, vmm, shape, disk, disk_format } = self.subject.clone();
+        let of_disk = self.key.of_disk();
+        let path =
+            if of_disk == self.key { dir.join("disk") } else { bases.join(of_disk.as_str()).join("disk") };
         Base {
             key: self.key.clone(),
             memory: dir.join("memory"),
-            disk: DiskSpec { path: dir.join("disk"), format: disk_format },
+            disk: DiskSpec { path, format: disk_format },
             dir,
             disk_size: disk,
             shape,
@@ -176,12 +199,15 @@ enum Named {
 
 /// A directory in the making: removed again unless it is kept.
 #[derive(Debug)]
-struct Unfinished(Option<Utf8PathBuf>);
+struct Unfinished {
+    dir: Utf8PathBuf,
+    is_kept: bool,
+}
 
 impl Drop for Unfinished {
     fn drop(&mut self) {
-        if let Some(path) = &self.0
-            && let Err(error) = remove_directory(path)
+        if !self.is_kept
+            && let Err(error) = remove_directory(&self.dir)
         {
             // The next start tries again.
             tracing::warn!(error = &error as &dyn std::error::Error, "a half-made base stays for now");
@@ -224,6 +250,24 @@ impl Snapshots {
         Ok(Some(base))
     }
 
+    /// The base of zeros beside a base: for a machine that boots, on a disk whose layers stand on `key`. Cheap when
+    /// it is here already. The grace of both begins anew.
+    ///
+    /// # Errors
+    /// As [`Self::base`]; there is none without the base that holds the disk.
+    pub fn hold_zeros(&self, key: &BaseKey) -> SnapshotsResult<Base> {
+        let zeros = key.zeros();
+        if let Some(base) = self.base(&zeros)? {
+            return Ok(base);
+        }
+        // As for a hold.
+        let _one = self.inner.holding.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        match self.base(&zeros)? {
+            Some(base) => Ok(base),
+            None => self.make_zeros(zeros),
+        }
+    }
+
     pub(super) fn base_dir(&self, key: &BaseKey) -> Utf8PathBuf {
         self.inner.bases.join(key.as_str())
     }
@@ -243,7 +287,7 @@ impl Snapshots {
             };
         };
         manifest::refuse_difference(&path, [("key", recorded.key.to_string(), key.to_string())])?;
-        let base = recorded.at(dir);
+        let base = recorded.at(dir, &self.inner.bases);
         check_size(&base.memory, recorded.memory.bytes)?;
         check_size(&base.disk.path, recorded.disk.bytes)?;
         Ok(Some((recorded, base)))
@@ -251,8 +295,14 @@ impl Snapshots {
 
     fn base_in_use(&self, key: &BaseKey) -> SnapshotsResult<Option<(BaseManifest, Base)>> {
         let _reach = self.lock_reach();
-        begin_grace(&self.base_dir(key))?;
+        self.begin_grace_of_base(key)?;
         self.read_base(key)
+    }
+
+    /// Notes that a base is used now, and the one that holds its disk.
+    pub(super) fn begin_grace_of_base(&self, key: &BaseKey) -> SnapshotsResult<()> {
+        begin_grace(&self.base_dir(&key.of_disk()))?;
+        begin_grace(&self.base_dir(key))
     }
 
     /// The base that `warm` is, if it was held before.
@@ -274,20 +324,14 @@ impl Snapshots {
 
     fn make_base(&self, key: BaseKey, warm: &WarmSnapshot) -> SnapshotsResult<Base> {
         let steps = &self.inner.steps;
-        let dir = self.inner.bases.join(format!("{MAKING}{key}"));
-        // Who holds the lock is the only one who may have such a directory.
-        remove_directory(&dir)?;
-        make_directory(&dir)?;
-        let mut unfinished = Unfinished(Some(dir.clone()));
-        steps.done(Step::BaseIsBegun)?;
-
+        let unfinished = self.begin_base(&key)?;
         let manifest = BaseManifest {
             key,
             subject: warm.manifest.subject.clone(),
             memory: warm.manifest.memory.clone(),
             disk: warm.manifest.disk.clone(),
         };
-        let made = manifest.at(dir.clone());
+        let made = manifest.at(unfinished.dir.clone(), &self.inner.bases);
         let memory = give_name(&warm.files.memory, &made.memory)?;
         steps.done(Step::MemoryHasOurName)?;
         let disk = give_name(&warm.disk.path, &made.disk.path)?;
@@ -295,27 +339,67 @@ impl Snapshots {
         if memory == Named::Copied || disk == Named::Copied {
             self.verify_base(&manifest, &made)?;
         } else {
-            verified::remember(&dir.join(VERIFIED), &manifest.contents(&made))?;
+            verified::remember(&made.dir.join(VERIFIED), &manifest.contents(&made))?;
         }
+        self.put_base_in_place(unfinished, &manifest)
+    }
 
-        let path = dir.join(manifest::FILE_NAME);
-        write_durably(&path, &sealed::to_text(&manifest, &path)?, 0o600)?;
+    fn make_zeros(&self, key: BaseKey) -> SnapshotsResult<Base> {
+        let of_disk = key.of_disk();
+        let (with_disk, base) = self.base_in_use(&of_disk)?.ok_or_else(|| self.no_base(&of_disk))?;
+        self.verify_base(&with_disk, &base)?;
+        let unfinished = self.begin_base(&key)?;
+        let memory = unfinished.dir.join("memory");
+        let bytes = with_disk.memory.bytes;
+        let make = || {
+            let file = OpenOptions::new().write(true).create_new(true).mode(0o400).open(&memory)?;
+            file.set_len(bytes)?;
+            file.sync_all()
+        };
+        make().map_err(|source| SnapshotStoreError::file("make", &memory, source))?;
+        let digest = digest::of_large_file(&memory)?;
+        let manifest = BaseManifest { key, memory: FileRecord { bytes, digest }, ..with_disk };
+        self.inner.steps.done(Step::MemoryHasOurName)?;
+        let made = manifest.at(unfinished.dir.clone(), &self.inner.bases);
+        verified::remember(&made.dir.join(VERIFIED), &manifest.contents(&made))?;
+        self.put_base_in_place(unfinished, &manifest)
+    }
+
+    fn begin_base(&self, key: &BaseKey) -> SnapshotsResult<Unfinished> {
+        let dir = self.inner.bases.join(format!("{MAKING}{key}"));
+        // Who holds the lock is the only one who may have such a directory.
+        remove_directory(&dir)?;
+        make_directory(&dir)?;
+        let unfinished = Unfinished { dir, is_kept: false };
+        self.inner.steps.done(Step::BaseIsBegun)?;
+        Ok(unfinished)
+    }
+
+    /// Writes the manifest of a base whose files are there, and gives it its name.
+    fn put_base_in_place(
+        &self,
+        mut unfinished: Unfinished,
+        manifest: &BaseManifest,
+    ) -> SnapshotsResult<Base> {
+        let steps = &self.inner.steps;
+        let path = unfinished.dir.join(manifest::FILE_NAME);
+        write_durably(&path, &sealed::to_text(manifest, &path)?, 0o600)?;
         steps.done(Step::BaseManifestIsWritten)?;
-        sync(&dir)?;
+        sync(&unfinished.dir)?;
         steps.done(Step::BaseIsDurable)?;
 
         let place = self.base_dir(&manifest.key);
         {
             let _reach = self.lock_reach();
-            rename(&dir, &place, RenameFlags::NOREPLACE)
+            rename(&unfinished.dir, &place, RenameFlags::NOREPLACE)
                 .map_err(|error| SnapshotStoreError::file("put in place", &place, error.into()))?;
         }
         // From now on somebody may name it: what fails below leaves it there, whole, for the next one.
-        unfinished.0 = None;
+        unfinished.is_kept = true;
         steps.done(Step::BaseIsInPlace)?;
         sync(&self.inner.bases)?;
         steps.done(Step::BasePlaceIsDurable)?;
-        Ok(manifest.at(place))
+        Ok(manifest.at(place, &self.inner.bases))
     }
 }
 

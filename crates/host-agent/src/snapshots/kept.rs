@@ -13,6 +13,28 @@ use crate::snapshot_store::{
     Damage, FileRecord, LARGEST_STATE, SnapshotStoreError, check_digest, check_size, digest, manifest,
 };
 
+/// How much of a sandbox is saved. A manifest says whether there is memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(from = "bool", into = "bool")]
+pub enum Extent {
+    /// Memory, devices and disk: the guest goes on where it was, with the VMM and the bundle that saved it.
+    Machine,
+    /// The disk: the guest boots, with whatever VMM and bundle the host has then.
+    Disk,
+}
+
+impl From<bool> for Extent {
+    fn from(has_memory: bool) -> Self {
+        if has_memory { Self::Machine } else { Self::Disk }
+    }
+}
+
+impl From<Extent> for bool {
+    fn from(extent: Extent) -> Self {
+        extent == Extent::Machine
+    }
+}
+
 /// What a snapshot is of. All of it is in the manifest, which only its owner may read.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -35,8 +57,9 @@ pub struct About {
     pub vmm: VmmIdentity,
     /// Id of the bundle of kernel and initramfs.
     pub guest: String,
-    /// Whether there is memory. Without, there is neither state nor pages, and the guest boots.
-    pub has_memory: bool,
+    /// How much of it is saved.
+    #[serde(rename = "has_memory")]
+    pub extent: Extent,
     /// Whether the guest stood still when it was saved. Else it may be resumed, and not forked or kept.
     pub prepared: bool,
     /// What the guest asks of every caller.
@@ -64,13 +87,22 @@ pub struct Kept {
     /// The directory that holds all of it but layers and base.
     pub dir: Utf8PathBuf,
     /// The devices. There is no such file where there is no memory.
-    pub state: Utf8PathBuf,
+    pub(super) state: Utf8PathBuf,
     /// What differs from the base's memory. There is no such file where there is no memory.
-    pub pages: Utf8PathBuf,
+    pub(super) pages: Utf8PathBuf,
     /// Size of `state` in bytes; 0 where there is none.
     pub state_bytes: u64,
     /// Size of `pages` in bytes; 0 where there is none.
     pub pages_bytes: u64,
+}
+
+/// The files of a snapshot that has memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct KeptMemory<'a> {
+    /// The devices.
+    pub state: &'a Utf8Path,
+    /// What differs from the base's memory.
+    pub pages: &'a Utf8Path,
 }
 
 /// The content of `manifest.json`.
@@ -102,7 +134,7 @@ impl Manifest {
             [
                 ("id", self.id.to_string(), id.to_string()),
                 ("number of layers", self.layer_bytes.len().to_string(), self.about.layers.len().to_string()),
-                ("kind", self.memory.is_some().to_string(), self.about.has_memory.to_string()),
+                ("kind", self.memory.is_some().to_string(), bool::from(self.about.extent).to_string()),
             ],
         )
     }
@@ -123,12 +155,25 @@ impl Kept {
         }
     }
 
-    /// Refuses a snapshot that another program saved than the one that would restore it.
+    /// Memory and devices, if they were saved.
+    #[must_use]
+    pub fn memory(&self) -> Option<KeptMemory<'_>> {
+        match self.about.extent {
+            Extent::Machine => Some(KeptMemory { state: &self.state, pages: &self.pages }),
+            Extent::Disk => None,
+        }
+    }
+
+    /// Refuses a snapshot that another program saved than the one that would restore it. A disk is what any
+    /// program can boot from.
     ///
     /// # Errors
     /// [`SnapshotStoreError::Mismatch`] names the first that differs: guest bundle, VMM, its version, machine,
     /// CPU model or accelerator.
     pub fn check(&self, vmm: &VmmIdentity, guest: &str) -> SnapshotsResult<()> {
+        if self.about.extent == Extent::Disk {
+            return Ok(());
+        }
         let path = self.dir.join(manifest::FILE_NAME);
         manifest::refuse_other_program((&self.about.vmm, &self.about.guest), (vmm, guest), &path)
     }

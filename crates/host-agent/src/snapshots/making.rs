@@ -12,7 +12,7 @@ use rustix::{fs::RenameFlags, io::Errno};
 use wrenn_types::SnapshotId;
 
 use super::{
-    About, Kept, MAKING, Snapshots, SnapshotsResult, Step, VERIFIED, is_missing,
+    About, Extent, Kept, MAKING, Snapshots, SnapshotsResult, Step, VERIFIED, is_missing,
     kept::{Manifest, MemoryRecord, pages_path, state_path},
     remove_manifest, sealed,
 };
@@ -77,8 +77,8 @@ impl Making {
         pages_path(&self.half)
     }
 
-    /// Makes a snapshot of what was written, and of the layers and the base that `about` names: they are
-    /// there, and none of them is written to any more. Makes the layers durable and read-only. Returns when
+    /// Makes a snapshot of what was written (nothing where only the disk is saved), and of the layers and the base that
+    /// `about` names: they are there, and none of them is written to any more. Makes the layers durable and read-only. Returns when
     /// all of it is durable.
     ///
     /// # Errors
@@ -121,10 +121,13 @@ impl Making {
         }
         let layer_bytes = self.record_layers(&about)?;
         steps.done(Step::LayersAreDurable)?;
-        let memory = if about.has_memory { Some(self.record_memory()?) } else { None };
-        if memory.is_none() {
-            self.refuse_files()?;
-        }
+        let memory = match about.extent {
+            Extent::Machine => Some(self.record_memory()?),
+            Extent::Disk => {
+                self.refuse_files()?;
+                None
+            }
+        };
         steps.done(Step::FilesAreDurable)?;
         Ok(Manifest { id: self.id.clone(), about, layer_bytes, memory })
     }

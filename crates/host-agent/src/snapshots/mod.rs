@@ -3,9 +3,11 @@
 //! ```text
 //!  DIRECTORY/
 //!    bases/KEY.DIGEST/     memory and disk of a warm snapshot, under names of our own
+//!    bases/KEY.DIGEST.zeros/   a memory of zeros, for machines that boot on the disk of KEY.DIGEST
 //!    disks/LAYER           overlays: the top one is written by its machine, all below it never again
 //!    digests/LAYER         size and digest of one that is not written to any more
-//!    snapshots/SNAPSHOT/   manifest.json, state (devices), pages (what differs from the base's memory)
+//!    snapshots/SNAPSHOT/   manifest.json, state (devices), pages (what differs from the base's memory);
+//!                          of a disk alone only the first
 //! ```
 //!
 //! The life of a snapshot:
@@ -36,7 +38,7 @@
 //!
 //! References are derived by [`Snapshots::collect`] from the manifests and from what the caller says of its
 //! records; nothing counts them. Between the moment at which a caller learns of a base or a layer
-//! ([`Snapshots::hold`], [`Snapshots::base`], [`Snapshots::get`]) and the one at which its record names it,
+//! ([`Snapshots::hold`], [`Snapshots::hold_zeros`], [`Snapshots::base`], [`Snapshots::get`]) and the one at which its record names it,
 //! only the grace keeps it: each of these calls begins it anew. That of a layer is kept in memory, since what is
 //! frozen is not touched; a process that ends has nothing that is still to be named.
 //!
@@ -79,7 +81,7 @@ use wrenn_types::{LayerId, SnapshotId};
 
 pub use base::{Base, BaseKey, ParseBaseKeyError};
 pub use digests::{SealProgress, Sealing};
-pub use kept::{About, Kept};
+pub use kept::{About, Extent, Kept, KeptMemory};
 pub use making::Making;
 pub use parts::{Look, Part, Progress, Reading};
 use steps::{Step, Steps};
@@ -256,7 +258,7 @@ impl Snapshots {
     /// A file cannot be examined.
     pub fn own_bytes(&self, kept: &Kept) -> SnapshotsResult<u64> {
         let mut bytes = 0;
-        if kept.about.has_memory {
+        if kept.about.extent == Extent::Machine {
             bytes += used_bytes(&kept.state)? + used_bytes(&kept.pages)?;
         }
         for layer in &kept.about.layers {
@@ -271,7 +273,7 @@ impl Snapshots {
     pub fn bytes_of_all(&self) -> u64 {
         let all: Vec<Kept> =
             self.all().unwrap_or_default().into_iter().filter_map(|(_, kept)| kept.ok()).collect();
-        let memories = all.iter().filter(|kept| kept.about.has_memory);
+        let memories = all.iter().filter(|kept| kept.about.extent == Extent::Machine);
         let memories = memories.flat_map(|kept| [kept.state.clone(), kept.pages.clone()]);
         // Several may stand on a layer, which is there once.
         let layers: BTreeSet<&LayerId> = all.iter().flat_map(|kept| &kept.about.layers).collect();
@@ -301,7 +303,7 @@ impl Snapshots {
             for layer in &manifest.about.layers {
                 self.uses().insert(layer.clone(), Instant::now());
             }
-            begin_grace(&self.base_dir(&manifest.about.base))?;
+            self.begin_grace_of_base(&manifest.about.base)?;
         }
         Ok(manifest)
     }

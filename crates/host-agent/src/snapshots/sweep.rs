@@ -137,6 +137,8 @@ impl Snapshots {
             reached.layers.extend(manifest.about.layers);
             reached.bases.insert(manifest.about.base);
         }
+        let of_disks: Vec<_> = reached.bases.iter().map(BaseKey::of_disk).collect();
+        reached.bases.extend(of_disks);
         Ok(Some(reached))
     }
 

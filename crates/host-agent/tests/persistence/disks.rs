@@ -7,6 +7,7 @@ use camino::{Utf8Path, Utf8PathBuf};
 use wrenn_host_agent::{
     config::OnStop,
     sandbox::{Handle, RequestError, Stage, queue::Verb, record},
+    snapshots::Extent,
 };
 use wrenn_types::SnapshotId;
 
@@ -64,7 +65,7 @@ async fn full_disks(place: &Place, disks: &Small, saved: &Small) -> Result<()> {
     let check = "cd /root && echo 3 > /proc/sys/vm/drop_caches && sha256sum --check --quiet sum";
 
     // No room for what is saved: it goes on, and is paused when there is room.
-    for verb in [Verb::Pause, Verb::Snapshot { into: SnapshotId::random() }] {
+    for verb in [Verb::Pause(Extent::Machine), Verb::Snapshot { into: SnapshotId::random() }] {
         let ballast = saved.fill()?;
         match handle.request(verb.clone(), None).await {
             Err(RequestError::Failed(error)) => ensure!(error.is_no_space(), "{verb:?}: {error:?}"),

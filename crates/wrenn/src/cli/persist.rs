@@ -36,7 +36,7 @@ pub(super) struct PauseArguments {
     /// Which ones
     #[arg(value_name = "SANDBOX", required = true)]
     ids: Vec<SandboxId>,
-    /// Keep the disk and not the memory: it boots when it is resumed
+    /// Keep the disk and not the memory: less to store, and it boots when it is resumed, without its processes
     #[arg(long)]
     disk_only: bool,
 }

@@ -17,7 +17,7 @@ impl Driver {
     ) -> (Residence, Result<Outcome, OperationError>) {
         // What is so already takes no time, and is none.
         let operation = match (&residence, &verb) {
-            (Residence::Up(_), Verb::Pause) => Some(Operation::Pause),
+            (Residence::Up(_), Verb::Pause(_)) => Some(Operation::Pause),
             (Residence::Paused(_), Verb::Resume { .. }) => Some(Operation::Resume),
             (_, Verb::Snapshot { .. }) => Some(Operation::Snapshot),
             (_, Verb::Rollback { .. }) => Some(Operation::Rollback),

@@ -29,6 +29,9 @@ pub enum OperationError {
     /// It was taken of another sandbox.
     #[error("snapshot {0} is of another sandbox: create one from it instead")]
     NotItsOwn(SnapshotId),
+    /// It has no memory that could be copied.
+    #[error("the sandbox is paused without its memory: resume it, which boots it, and then save it")]
+    DiskOnly,
     /// The machine could not be stopped for a rollback.
     #[error("the machine could not be stopped")]
     Stop(#[source] VmmError),

@@ -21,7 +21,7 @@ use crate::{
         source::{From, SourceError},
     },
     snapshot_store::SnapshotStoreError,
-    snapshots::About,
+    snapshots::{About, Extent, KeptMemory},
     warm::blocking,
 };
 
@@ -38,8 +38,8 @@ impl Driver {
         verb: Verb,
     ) -> (Residence, Result<Outcome, OperationError>) {
         match (residence, verb) {
-            (Residence::Up(up), Verb::Pause) => self.pause(up).await,
-            (paused @ Residence::Paused(_), Verb::Pause) => (paused, Ok(Outcome::Done)),
+            (Residence::Up(up), Verb::Pause(extent)) => self.pause(up, extent).await,
+            (paused @ Residence::Paused(_), Verb::Pause(_)) => (paused, Ok(Outcome::Done)),
             (Residence::Paused(paused), Verb::Resume { timeout }) => {
                 let snapshot = paused.snapshot.clone();
                 let (next, outcome) = self.bring_back(paused, snapshot).await;
@@ -56,11 +56,12 @@ impl Driver {
         }
     }
 
-    async fn pause(&self, mut up: Box<Up>) -> (Residence, Result<Outcome, OperationError>) {
+    async fn pause(&self, mut up: Box<Up>, extent: Extent) -> (Residence, Result<Outcome, OperationError>) {
         self.publish(|status| status.stage = Stage::Pausing);
         self.bound_layers(&mut up).await;
         let snapshot = SnapshotId::random();
-        let kept = match Box::pin(capture::capture(&self.host, &mut up, &snapshot, Kind::Pause)).await {
+        let kept = match Box::pin(capture::capture(&self.host, &mut up, &snapshot, Kind::Pause(extent))).await
+        {
             Ok(captured) => captured.kept,
             Err(error) => return self.still_up(up, OperationError::Capture(error)),
         };
@@ -184,16 +185,21 @@ impl Driver {
         (Residence::Up(up), outcome)
     }
 
-    /// A snapshot of a paused sandbox is the one that it is saved as, under another name.
+    /// A snapshot of a paused sandbox is the one that it is saved as, under another name. What is started from a
+    /// snapshot goes on where that was, so there is none of a disk alone.
     async fn copy_snapshot(&self, of: &SnapshotId, into: SnapshotId) -> Result<Outcome, OperationError> {
         let (snapshots, source) = (self.host.snapshots.clone(), of.clone());
         let copied = blocking(move || {
             let Some(kept) = snapshots.get(&source)? else { return Ok(None) };
+            let Some(KeptMemory { state, pages }) = kept.memory() else {
+                return Ok(Some(Err(OperationError::DiskOnly)));
+            };
             if !kept.about.prepared {
-                return Ok(Some(Err(kept.id)));
+                let unprepared = SourceError::Unprepared(kept.id);
+                return Ok(Some(Err(OperationError::BringUp(unprepared.into()))));
             }
             let making = snapshots.begin(into)?;
-            for (from, to) in [(&kept.state, making.state()), (&kept.pages, making.pages())] {
+            for (from, to) in [(state, making.state()), (pages, making.pages())] {
                 let linked = std::fs::hard_link(from, &to);
                 linked.map_err(|source| SnapshotStoreError::file("link", &to, source))?;
             }
@@ -202,10 +208,7 @@ impl Driver {
         });
         match copied.await.map_err(OperationError::Snapshot)? {
             Some(Ok(kept)) => Ok(Outcome::Saved { snapshot: Box::new(kept), stopped: Duration::ZERO }),
-            Some(Err(unprepared)) => {
-                let error = SourceError::Unprepared(unprepared);
-                Err(OperationError::BringUp(error.into()))
-            }
+            Some(Err(error)) => Err(error),
             None => Err(OperationError::NoSuchSnapshot(of.clone())),
         }
     }

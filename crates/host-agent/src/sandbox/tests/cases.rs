@@ -2,13 +2,14 @@
 
 use std::{fs, pin::Pin};
 
-use wrenn_types::SandboxId;
+use wrenn_types::{SandboxId, SnapshotId};
 
 use super::{Call, End, Fault, Ground, Manner, Plan, Stage, Step, Verb, Vm, World, record, run, world::spec};
 use crate::{
     config::OnStop,
     registry::Registry,
-    sandbox::{RequestError, driver::OperationError},
+    sandbox::{RequestError, bring_up::BringUpError, driver::OperationError, source::SourceError},
+    snapshots::Extent,
 };
 
 type Life = Pin<Box<dyn Future<Output = ()>>>;
@@ -89,7 +90,7 @@ fn what_a_sandbox_was_resumed_from_is_deleted_by_the_next_agent_at_the_latest() 
         Box::pin(async move {
             let handle = registry.create(wanted).unwrap();
             handle.settled().await;
-            handle.request(Verb::Pause, None).await.unwrap();
+            handle.request(Verb::Pause(Extent::Machine), None).await.unwrap();
             control.fill_disk_after(Some(0));
             handle.request(Verb::Resume { timeout: None }, None).await.unwrap();
         })
@@ -146,12 +147,12 @@ fn a_machine_that_does_not_answer_is_tried_again() {
             let status = handle.status();
             assert_eq!((status.stage, handle.footing().is_some()), (Stage::Running, false));
             assert!(status.last_failure.unwrap().contains("cannot be controlled"));
-            let refused = handle.request(Verb::Pause, None).await.unwrap_err();
+            let refused = handle.request(Verb::Pause(Extent::Machine), None).await.unwrap_err();
             assert!(
                 matches!(refused, RequestError::Failed(error) if matches!(*error, OperationError::Astray(_)))
             );
             handle.watch().wait_for(|status| status.last_failure.is_none()).await.unwrap();
-            handle.request(Verb::Pause, None).await.unwrap();
+            handle.request(Verb::Pause(Extent::Machine), None).await.unwrap();
             handle.request(Verb::Resume { timeout: None }, None).await.unwrap();
         })
     });
@@ -208,7 +209,7 @@ fn a_record_that_cannot_be_read_is_no_reason_to_end_a_sandbox() {
     let same = id.clone();
     in_an_agent(&world, |registry| {
         Box::pin(async move {
-            registry.get(&same).unwrap().request(Verb::Pause, None).await.unwrap();
+            registry.get(&same).unwrap().request(Verb::Pause(Extent::Machine), None).await.unwrap();
         })
     });
 }
@@ -230,7 +231,7 @@ fn what_is_paused_and_cannot_be_read_stays_paused() {
     let same = id.clone();
     in_an_agent(&world, |registry| {
         Box::pin(async move {
-            registry.get(&same).unwrap().request(Verb::Pause, None).await.unwrap();
+            registry.get(&same).unwrap().request(Verb::Pause(Extent::Machine), None).await.unwrap();
         })
     });
     let snapshots = world.at("agent/snapshots");
@@ -247,7 +248,7 @@ fn what_is_paused_and_cannot_be_read_stays_paused() {
     in_an_agent(&world, |registry| {
         Box::pin(async move {
             registry.get(&same).unwrap().request(Verb::Resume { timeout: None }, None).await.unwrap();
-            registry.get(&same).unwrap().request(Verb::Pause, None).await.unwrap();
+            registry.get(&same).unwrap().request(Verb::Pause(Extent::Machine), None).await.unwrap();
         })
     });
     let snapshot = snapshots.read_dir_utf8().unwrap().next().unwrap().unwrap().into_path();
@@ -260,6 +261,72 @@ fn what_is_paused_and_cannot_be_read_stays_paused() {
         })
     });
     assert!(world.remains().is_empty(), "{:?}", world.remains());
+}
+
+/// A disk that was written is what a machine boots from, whoever breaks it off; and the boot ends, or leaves what was
+/// paused.
+#[test]
+fn a_pause_of_the_disk_and_the_boot_after_it_lose_nothing() {
+    let create: &[Plan] = &[Plan::Create];
+    let pause: &[Plan] = &[Plan::PauseDisk(0)];
+    let in_pause =
+        [Manner::Refuse, Manner::Break, Manner::Hang].map(|manner| Fault::Guest(Call::Prepare, manner));
+    let troubles = in_pause.into_iter().map(|fault| (Some(fault), End::GoOn));
+    check(&[create], pause, kills().chain(records()).chain(troubles));
+    let in_boot = [Fault::Fails(Vm::Boot), Fault::Hangs(Vm::Boot), Fault::Crashes(Vm::Boot)];
+    let in_guest = [Manner::Refuse, Manner::Break, Manner::Hang];
+    let in_guest = in_guest.map(|manner| [Call::Health, Call::Init].map(|call| Fault::Guest(call, manner)));
+    let troubles = in_boot.into_iter().chain(in_guest.into_iter().flatten());
+    let troubles = troubles.map(|fault| (Some(fault), End::GoOn));
+    check(&[create, pause], &[Plan::Resume(0)], kills().chain(records()).chain(troubles));
+}
+
+/// A machine that was booted is saved, put back and started from like one that was restored, also by another agent.
+#[test]
+fn what_was_booted_is_like_any_other() {
+    let booted: &[&[Plan]] = &[&[Plan::Create], &[Plan::PauseDisk(0)], &[Plan::Resume(0)]];
+    let stopped = || kills().chain([(None, End::Stop), (None, End::GoOn)]);
+    check(booted, &[Plan::Snapshot(0)], stopped());
+    check(booted, &[Plan::PauseDisk(0)], stopped());
+    let saved = [booted, &[&[Plan::Snapshot(0)]]].concat();
+    check(&saved, &[Plan::Rollback(0, 0)], stopped());
+    check(&saved, &[Plan::CreateFrom(0)], stopped());
+    check(&[&saved[..], &[&[Plan::Pause(0)]]].concat(), &[Plan::Resume(0)], stopped());
+}
+
+/// There is nothing to go on from in a disk: who wants a snapshot resumes first.
+#[test]
+fn what_is_paused_without_memory_is_not_copied() {
+    let ground = Ground::new();
+    let world = World::new(&ground);
+    let runtime =
+        tokio::runtime::Builder::new_current_thread().enable_all().start_paused(true).build().unwrap();
+    runtime.block_on(async {
+        let registry = world.agent().await;
+        let handle = registry.create(spec(SandboxId::random(), None)).unwrap();
+        handle.settled().await;
+        let whole = Verb::Pause(Extent::Machine);
+        handle.request(whole.clone(), None).await.unwrap();
+        let with_memory = handle.status().paused.unwrap().bytes;
+        handle.request(Verb::Resume { timeout: None }, None).await.unwrap();
+        handle.request(Verb::Pause(Extent::Disk), None).await.unwrap();
+        let paused = handle.status().paused.unwrap();
+        assert!(paused.bytes < with_memory, "{} and {with_memory} bytes", paused.bytes);
+        // It is paused already.
+        handle.request(whole, None).await.unwrap();
+        assert_eq!(handle.status().paused.unwrap(), paused);
+
+        let refused = handle.request(Verb::Snapshot { into: SnapshotId::random() }, None).await;
+        let Err(RequestError::Failed(error)) = refused else { panic!("{refused:?}") };
+        assert!(matches!(*error, OperationError::DiskOnly), "{error:?}");
+        let other = registry.create(spec(SandboxId::random(), Some(paused.snapshot))).unwrap();
+        let end = other.settled().await.end.unwrap();
+        let why = end.error.as_deref();
+        assert!(matches!(why, Some(BringUpError::Source(SourceError::DiskOnly(_)))), "{why:?}");
+        registry.destroy(&handle.spec().id, None).await.unwrap();
+    });
+    drop(runtime);
+    assert_eq!(world.remains().len(), 0, "{:?}", world.remains());
 }
 
 /// The layers below the top one were made one again and again for as long as that could not be recorded, and nothing

@@ -8,7 +8,15 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use wrenn_types::{SandboxId, SnapshotId};
 
-use crate::sandbox::queue::WAITING_LIMIT;
+use crate::{sandbox::queue::WAITING_LIMIT, snapshots::Extent};
+
+/// What was written last, as far as it is there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default)]
+pub(super) struct Content {
+    /// Nought after a boot.
+    pub(super) memory: u64,
+    pub(super) disk: u64,
+}
 
 /// What a sandbox is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -16,9 +24,22 @@ pub(super) enum State {
     /// It is not there.
     Absent,
     /// It runs, and its memory and disk hold this.
-    Up(u64),
+    Up(Content),
     /// It is saved, and what is saved holds this.
-    Paused(u64),
+    Paused(Content),
+    /// Its disk alone is saved, and holds this.
+    PausedDisk(u64),
+}
+
+impl State {
+    /// What it holds once it runs; none where nothing is there.
+    fn once_up(self) -> Option<Content> {
+        match self {
+            Self::Absent => None,
+            Self::Up(content) | Self::Paused(content) => Some(content),
+            Self::PausedDisk(disk) => Some(Content { memory: 0, disk }),
+        }
+    }
 }
 
 /// What is asked of one sandbox, in the order of asking.
@@ -26,7 +47,7 @@ pub(super) enum State {
 pub(super) enum Ask {
     Create,
     CreateFrom(SnapshotId),
-    Pause,
+    Pause(Extent),
     Resume,
     Snapshot(SnapshotId),
     Rollback(SnapshotId),
@@ -48,7 +69,7 @@ pub(super) enum Told {
 /// A snapshot that has a name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Saved {
-    pub(super) content: u64,
+    pub(super) content: Content,
     /// Whether it is known to be there: it is not when the agent was killed while it was made or deleted.
     pub(super) certain: bool,
 }
@@ -133,12 +154,17 @@ impl Model {
         };
         match (ask, state) {
             (Ask::Destroy, _) => Some(State::Absent),
-            (Ask::Create, State::Absent) => Some(State::Up(0)),
+            (Ask::Create, State::Absent) => Some(State::Up(Content::default())),
             (Ask::CreateFrom(from), State::Absent) => content(None, from).map(State::Up),
             (_, State::Absent) | (Ask::Create | Ask::CreateFrom(_), _) => None,
-            (Ask::Pause, State::Up(content) | State::Paused(content)) => Some(State::Paused(content)),
-            (Ask::Resume, State::Up(content) | State::Paused(content)) => Some(State::Up(content)),
+            (Ask::Pause(Extent::Machine), State::Up(content)) => Some(State::Paused(content)),
+            (Ask::Pause(Extent::Disk), State::Up(content)) => Some(State::PausedDisk(content.disk)),
+            // What is paused is so already, as whatever it was saved.
+            (Ask::Pause(_), state) => Some(state),
+            (Ask::Resume, state) => state.once_up().map(State::Up),
             (Ask::Rollback(to), _) => content(Some(id), to).map(State::Up),
+            // What starts from a snapshot goes on: there is none of a disk alone.
+            (Ask::Snapshot(_), State::PausedDisk(_)) => None,
             (Ask::Snapshot(_) | Ask::Update, state) => Some(state),
         }
     }
@@ -148,12 +174,13 @@ impl Model {
         matches!(ask, Ask::CreateFrom(of) | Ask::Rollback(of) if deleted.contains(of))
     }
 
-    /// What was seen of a sandbox when nothing was under way: the content only of one that runs.
+    /// What was seen of a sandbox when nothing was under way: the content only of one that runs, and of one that is
+    /// paused not as how much of it.
     pub(super) fn seen(&mut self, id: &SandboxId, seen: State) -> Result<(), String> {
         let states = self.sandboxes.get_mut(id).ok_or("nobody made it")?;
         let before = states.clone();
         states.retain(|state| match (state, seen) {
-            (State::Paused(_), State::Paused(_)) => true,
+            (State::Paused(_) | State::PausedDisk(_), State::Paused(_)) => true,
             (state, seen) => *state == seen,
         });
         if states.is_empty() { Err(format!("{id} is {seen:?} and may be one of {before:?}")) } else { Ok(()) }

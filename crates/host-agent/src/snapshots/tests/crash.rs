@@ -18,6 +18,14 @@ const HOLD: &[Step] = &[
     Step::BaseIsInPlace,
     Step::BasePlaceIsDurable,
 ];
+const HOLD_ZEROS: &[Step] = &[
+    Step::BaseIsBegun,
+    Step::MemoryHasOurName,
+    Step::BaseManifestIsWritten,
+    Step::BaseIsDurable,
+    Step::BaseIsInPlace,
+    Step::BasePlaceIsDurable,
+];
 const COMMIT: &[Step] = &[
     Step::MakingIsBegun,
     Step::LayersAreDurable,
@@ -198,6 +206,32 @@ fn a_crash_at_any_step_of_a_hold_leaves_none_or_a_whole_base() {
         assert_eq!(store.hold(&warm).unwrap().key, key);
         assert_eq!(whole(&store), [snapshot(1)]);
         assert_goes_on(&crash, &store, &old);
+    }
+}
+
+#[test]
+fn a_crash_at_any_step_of_a_hold_of_zeros_leaves_none_or_a_whole_base() {
+    let place = Place::new();
+    let base = prepare(&place);
+    let crashes = crashes(&place, |store| drop(store.hold_zeros(&base).unwrap()));
+    assert_eq!(crashes.iter().map(|(step, _)| *step).collect::<Vec<_>>(), HOLD_ZEROS);
+    for (step, crash) in crashes {
+        let store = crash.store();
+        assert_tidy(&crash);
+        let there = matches!(step, Step::BaseIsInPlace | Step::BasePlaceIsDurable);
+        assert_eq!(store.base(&base.zeros()).unwrap().is_some(), there, "{step:?}");
+        assert_eq!(store.hold_zeros(&base).unwrap().key, base.zeros());
+        assert_eq!(whole(&store), [snapshot(1)]);
+        assert_goes_on(&crash, &store, &base);
+    }
+    for number in 0..HOLD_ZEROS.len() {
+        let place = Place::new();
+        let base = prepare(&place);
+        let store = failing_after(&place, number);
+        store.hold_zeros(&base).unwrap_err();
+        assert_tidy(&place);
+        store.hold_zeros(&base).unwrap();
+        assert_goes_on(&place, &store, &base);
     }
 }
 

@@ -206,7 +206,7 @@ fn what_is_not_whole_is_not_committed() {
         ("ly-00000002", |_, _, about| about.layers.push(layer(2))),
         ("ly-00000002", |store, _, _| fs::remove_file(store.layer_path(&layer(2))).unwrap()),
         ("ly-00000003", |_, _, about| about.layers.push(layer(3))),
-        ("state", |_, _, about| about.has_memory = false),
+        ("state", |_, _, about| about.extent = Extent::Disk),
         ("bases", |_, _, about| {
             about.base = format!("{}.{}", "0".repeat(32), "0".repeat(16)).parse().unwrap()
         }),
@@ -250,12 +250,29 @@ fn one_that_is_there_or_in_the_making_is_not_begun_again() {
 fn a_snapshot_of_the_disk_alone_has_no_memory() {
     let it = Whole::new();
     let making = it.store.begin(snapshot(2)).unwrap();
-    let about = About { has_memory: false, ..about(&it.base.key, &[layer(1)]) };
+    let about = About { extent: Extent::Disk, ..about(&it.base.key, &[layer(1)]) };
     let kept = making.commit(about).unwrap();
     assert_eq!((kept.state_bytes, kept.pages_bytes), (0, 0));
     assert_eq!(names(&kept.dir), ["manifest.json"]);
     assert_eq!(it.store.get(&snapshot(2)).unwrap().unwrap(), kept);
     assert_eq!(it.store.own_bytes(&kept).unwrap(), blocks(&it.store.layer_path(&layer(1))));
+    assert_eq!((kept.memory(), it.kept.memory().is_some()), (None, true));
+    // Any program can boot it.
+    let other = VmmIdentity { version: "2".to_owned(), ..identity() };
+    kept.check(&other, "ffff").unwrap();
+    it.kept.check(&other, "ffff").unwrap_err();
+}
+
+#[test]
+fn a_memory_of_zeros_that_is_none_is_refused() {
+    let it = Whole::new();
+    let zeros = it.store.hold_zeros(&it.base.key).unwrap();
+    flip(&zeros.memory, 100, 1);
+    let error = it.place.store().base(&zeros.key).unwrap_err();
+    assert!(
+        matches!(&error, SnapshotStoreError::Damaged { path, damage: Damage::Content } if *path == zeros.memory),
+        "{error:?}"
+    );
 }
 
 fn blocks(path: &Utf8Path) -> u64 {

@@ -16,7 +16,7 @@ use camino::{Utf8Path, Utf8PathBuf};
 use wrenn_types::{AccessToken, DiskMib, LayerId, MemoryMib, NetworkPolicy, Shape, SnapshotId, Vcpus};
 use wrenn_vmm::{Accelerator, DiskFormat, DiskSpec, SnapshotFiles, VmmIdentity};
 
-use super::{About, BaseKey, Kept, Making, Roots, SealProgress, Snapshots, SnapshotsResult, Swept};
+use super::{About, BaseKey, Extent, Kept, Making, Roots, SealProgress, Snapshots, SnapshotsResult, Swept};
 use crate::{
     rootfs::own_filesystem::{self, Kind},
     snapshot_store::{Digest, FileRecord, Manifest, SnapshotStoreError, Subject, WarmSnapshot, digest},
@@ -119,7 +119,7 @@ fn about(base: &BaseKey, layers: &[LayerId]) -> About {
         shape: shape(),
         vmm: identity(),
         guest: "0011223344556677".to_owned(),
-        has_memory: true,
+        extent: Extent::Machine,
         prepared: true,
         access_token: AccessToken::from_stored("secret-of-the-guest".to_owned()),
         default_user: "user".to_owned(),
@@ -258,11 +258,47 @@ fn a_base_is_the_same_files_and_survives_the_cache() {
 }
 
 #[test]
+fn a_base_of_zeros_is_a_hole_on_the_disk_of_another() {
+    let place = Place::new();
+    let store = place.store();
+    let base = store.hold(&place.warm(1)).unwrap();
+    let zeros = store.hold_zeros(&base.key).unwrap();
+    assert_eq!(zeros.key, base.key.zeros());
+    assert_eq!((&zeros.disk, zeros.shape), (&base.disk, base.shape));
+    assert_eq!(fs::read(&zeros.memory).unwrap(), [0; 200_000]);
+    assert_eq!((fs::metadata(&zeros.memory).unwrap().blocks(), mode(&zeros.memory)), (0, 0o400));
+    for same in [&base.key, &zeros.key] {
+        assert_eq!(store.hold_zeros(same).unwrap(), zeros, "there is one");
+    }
+    assert_eq!(place.store().base(&zeros.key).unwrap().unwrap(), zeros);
+
+    // It is what keeps the other one there: overlays name that by its path.
+    let kept = make(&store, 1, &zeros.key, &[write_layer(&store, 1)]);
+    assert_eq!(collect_all(&store, Roots::default()), Swept::default());
+    assert_eq!(store.get(&kept.id).unwrap().unwrap(), kept);
+    assert_eq!(names(&place.agent().join("bases")), [base.key.as_str(), zeros.key.as_str()]);
+    store.delete(&kept.id).unwrap();
+    let roots = Roots { bases: [base.key.clone()].into(), ..Roots::default() };
+    assert_eq!(collect_all(&store, roots).bases, std::slice::from_ref(&zeros.key));
+    collect_all(&store, Roots::default());
+    assert_eq!(names(&place.agent().join("bases")), Vec::<String>::new());
+    let missing = store.hold_zeros(&base.key).unwrap_err();
+    assert!(matches!(missing, SnapshotStoreError::Damaged { .. }), "{missing:?}");
+}
+
+#[test]
 fn keys_of_bases_are_safe_parts_of_a_path() {
     let good = format!("{}.{}", "0a".repeat(16), "f9".repeat(8));
     assert_eq!(good.parse::<BaseKey>().unwrap().to_string(), good);
     let long = format!("{good}0");
     let upper = good.to_uppercase();
+    let zeros = good.parse::<BaseKey>().unwrap().zeros();
+    assert_eq!(zeros.to_string(), format!("{good}.zeros"));
+    assert_eq!(zeros.to_string().parse::<BaseKey>().unwrap(), zeros);
+    assert_eq!((zeros.zeros(), zeros.of_disk().to_string()), (zeros.clone(), good.clone()));
+    for bad in [".zeros", &format!("{zeros}.zeros"), &format!("{good}.zero"), &format!("{good}zeros")] {
+        assert!(bad.parse::<BaseKey>().is_err(), "{bad}");
+    }
     for bad in ["", ".", "..", "../..", &good[1..], &good[..48], &long, &upper, &good.replace('.', "/")] {
         assert!(bad.parse::<BaseKey>().is_err(), "{bad}");
         assert!(serde_json::from_value::<BaseKey>(bad.into()).is_err(), "{bad}");

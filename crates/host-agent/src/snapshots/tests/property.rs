@@ -31,6 +31,10 @@ enum Operation {
         sandbox: usize,
         ends: bool,
     },
+    /// A sandbox that is saved without memory and boots: its record names a new layer and a base of zeros.
+    Boot {
+        sandbox: usize,
+    },
     /// One that is begun, and dropped.
     Abandon {
         sandbox: usize,
@@ -57,6 +61,7 @@ fn operation() -> impl Strategy<Value = Operation> {
         2 => (0..3_u8).prop_map(|template| Operation::Create { template }),
         2 => index.clone().prop_map(|snapshot| Operation::CreateFrom { snapshot }),
         4 => (index.clone(), any::<bool>()).prop_map(|(sandbox, ends)| Operation::Save { sandbox, ends }),
+        2 => index.clone().prop_map(|sandbox| Operation::Boot { sandbox }),
         1 => index.clone().prop_map(|sandbox| Operation::Abandon { sandbox }),
         1 => (0..3_u8).prop_map(|template| Operation::Hold { template }),
         2 => index.clone().prop_map(|snapshot| Operation::Delete { snapshot }),
@@ -110,7 +115,7 @@ fn reached<'a>(chains: impl Iterator<Item = &'a Chain>) -> Roots {
     let mut roots = Roots::default();
     for chain in chains {
         roots.layers.extend(chain.layers.iter().cloned());
-        roots.bases.insert(chain.base.clone());
+        roots.bases.extend([chain.base.clone(), chain.base.of_disk()]);
     }
     roots
 }
@@ -141,6 +146,13 @@ fn perform(place: &Place, store: &mut Snapshots, model: &mut Model, operation: &
                 let next = write_layer(store, model.number());
                 model.sandboxes[sandbox].layers.insert(0, next);
             }
+        }
+        Operation::Boot { sandbox } => {
+            let Some(sandbox) = model.sandbox(sandbox) else { return };
+            let base = store.hold_zeros(&model.sandboxes[sandbox].base).unwrap();
+            let next = write_layer(store, model.number());
+            model.sandboxes[sandbox].layers.insert(0, next);
+            model.sandboxes[sandbox].base = base.key;
         }
         Operation::Abandon { sandbox } => {
             let Some(sandbox) = model.sandbox(sandbox) else { return };
