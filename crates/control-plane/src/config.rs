@@ -37,8 +37,11 @@ pub struct Bounds {
     pub create: Duration,
     /// A pause or a snapshot in all. All that a sandbox has in memory is written.
     pub capture: Duration,
-    /// A resume or a rollback in all. Without memory, the guest boots.
+    /// A resume or a rollback in all, and longer for each GiB that a sandbox has: one that was paused without its memory
+    /// boots, and its kernel clears all of that first.
     pub resume: Duration,
+    /// See there.
+    pub resume_per_gib: Duration,
     /// A destroy in all.
     pub destroy: Duration,
     /// A short question to the host agent.
@@ -62,6 +65,14 @@ pub struct Bounds {
     pub drain: Duration,
 }
 
+impl Bounds {
+    /// A resume or a rollback of a sandbox of so many MiB.
+    pub(crate) fn resume_of(&self, memory_mib: i32) -> Duration {
+        let gibibytes = u32::try_from(memory_mib).unwrap_or_default().div_ceil(1024);
+        self.resume + self.resume_per_gib * gibibytes
+    }
+}
+
 impl Default for Bounds {
     fn default() -> Self {
         Self {
@@ -72,6 +83,7 @@ impl Default for Bounds {
             create: Duration::from_secs(180),
             capture: Duration::from_secs(300),
             resume: Duration::from_secs(180),
+            resume_per_gib: Duration::from_secs(30),
             destroy: Duration::from_secs(60),
             host: Duration::from_secs(5),
             tunnel: Duration::from_secs(8),

@@ -5,7 +5,7 @@
 //!  `running` ─┤                                          │ fails
 //!             ◄──────────── what the host says ──────────┤
 //!                                                        │ fails
-//!  `paused` ──► resume: row `resuming`, generation + 1 ──► host restores ──► row `running`
+//!  `paused` ──► resume: row `resuming`, generation + 1 ──► host restores, or boots ──► row `running`
 //!               (rollback also, from `running` too)
 //! ```
 //!
@@ -199,10 +199,12 @@ impl Core {
                 self.host.pause(id, generation, *disk_only, bound).await.map(|seen| (seen, Vec::new()))
             }
             Verb::Resume { timeout, .. } => {
-                self.host.resume(id, generation, *timeout, self.bounds.resume).await
+                let bound = self.bounds.resume_of(intent.memory_mb);
+                self.host.resume(id, generation, *timeout, bound).await
             }
             Verb::Rollback { snapshot } => {
-                self.host.rollback(id, generation, snapshot, self.bounds.resume).await
+                let bound = self.bounds.resume_of(intent.memory_mb);
+                self.host.rollback(id, generation, snapshot, bound).await
             }
         };
         let outcome = match commanded {
@@ -298,7 +300,8 @@ impl Core {
                 }
             }
         };
-        match timeout(self.bounds.capture.max(self.bounds.resume), wait).await {
+        let memory = self.row(team, id).await?.memory_mb;
+        match timeout(self.bounds.capture.max(self.bounds.resume_of(memory)), wait).await {
             Ok(row) => row,
             Err(_) => Err(wrong_state(id, &self.row(team, id).await?)),
         }
