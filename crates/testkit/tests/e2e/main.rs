@@ -8,6 +8,7 @@
 mod bad_input;
 mod command_line;
 mod context;
+mod disk_only;
 mod exec;
 mod faults;
 mod files;
@@ -32,6 +33,7 @@ fn main() -> ExitCode {
     let shared: Vec<Case> = [
         lifecycle::cases(),
         persistence::cases(),
+        disk_only::cases(),
         metrics::cases(),
         exec::cases(),
         files::cases(),
@@ -44,7 +46,10 @@ fn main() -> ExitCode {
     .into_iter()
     .flatten()
     .collect();
-    let own: Vec<_> = [faults::cases(), soak::cases(), kills::cases()].into_iter().flatten().collect();
+    let own: Vec<_> = [faults::cases(), disk_only::own_cases(), soak::cases(), kills::cases()]
+        .into_iter()
+        .flatten()
+        .collect();
 
     if let Some(reason) = stack::cannot_run() {
         println!("{reason}");

@@ -55,15 +55,21 @@ http.server.HTTPServer(("127.0.0.1", 8123), Handler).serve_forever()
 const ASK: &str = "python3 -c 'import urllib.request; print(urllib.request.urlopen(\"http://127.0.0.1:8123\", timeout=20).read().decode())'";
 
 /// What the server says: its process, its secret, its ticks.
-async fn ask(sandbox: &mut Sandbox) -> Result<(String, String, u64)> {
+pub(crate) async fn ask(sandbox: &mut Sandbox) -> Result<(String, String, u64)> {
     let said = sandbox.output(ASK).await?;
     let words: Vec<&str> = said.split_whitespace().collect();
     let [pid, secret, ticks] = words[..] else { anyhow::bail!("{said:?}") };
     Ok((pid.to_owned(), secret.to_owned(), ticks.parse()?))
 }
 
-async fn with_server(context: &Context, body: &Value) -> Result<Sandbox> {
+pub(crate) async fn with_server(context: &Context, body: &Value) -> Result<Sandbox> {
     let mut sandbox = Sandbox::create_with(context.client(), body).await?;
+    start_server(&mut sandbox).await?;
+    Ok(sandbox)
+}
+
+/// Starts the server, and waits until it listens.
+pub(crate) async fn start_server(sandbox: &mut Sandbox) -> Result<()> {
     let path = sandbox.path("/files?path=/tmp/server.py");
     sandbox.client.put(&path, SERVER).await?;
     let path = sandbox.path("/exec");
@@ -71,11 +77,11 @@ async fn with_server(context: &Context, body: &Value) -> Result<Sandbox> {
     sandbox.client.post(&path, &started).await?.expect(202)?;
     let up = sandbox.exec(&json!({ "cmd": "/bin/bash", "args": ["-c", "for i in $(seq 200); do (echo > /dev/tcp/127.0.0.1/8123) 2>/dev/null && exit 0; sleep 0.05; done; exit 1"] })).await?;
     ensure!(up["exit_code"] == 0, "the server does not listen: {up}");
-    Ok(sandbox)
+    Ok(())
 }
 
 /// Asks for a verb and waits until the sandbox is in the state that it leads to.
-async fn verb(sandbox: &mut Sandbox, verb: &str, body: &Value, then: &str) -> Result<Value> {
+pub(crate) async fn verb(sandbox: &mut Sandbox, verb: &str, body: &Value, then: &str) -> Result<Value> {
     let path = sandbox.path(&format!("/{verb}"));
     let answer = sandbox.client.post(&path, body).await?;
     ensure!(matches!(answer.status.as_u16(), 200 | 202), "{verb}: {} {}", answer.status, answer.text());
