@@ -29,6 +29,8 @@ pub(crate) fn own_cases() -> Vec<OwnCase> {
 const BOOT_BOUND: Duration = Duration::from_secs(240);
 /// How much the guest has in memory, and not on its disk.
 const HELD_MIB: u64 = 48;
+/// Prints what a guest is told that it is, and how large its disk is.
+const WHO: &str = "cat /etc/machine-id /etc/resolv.conf; hostname; id -un; df --output=size / | tail -n 1";
 /// When the agent is killed after a resume was asked for: while the machine is made, in its kernel, in its guest.
 const MOMENTS: [u64; 4] = [50, 400, 1500, 4000];
 
@@ -50,7 +52,9 @@ async fn paused_size(sandbox: &mut Sandbox, memory: bool) -> Result<u64> {
 }
 
 async fn files_stay(context: Arc<Context>) -> Result<()> {
-    let body = json!({ "envs": { "COLOUR": "green" }, "metadata": { "kept": "yes" } });
+    let body = json!({
+        "envs": { "COLOUR": "green" }, "metadata": { "kept": "yes" }, "disk_size_mb": 24_576, "timeout_sec": 3600,
+    });
     let mut sandbox = with_server(&context, &body).await?;
     let before = ask(&mut sandbox).await?;
     sandbox
@@ -59,7 +63,7 @@ async fn files_stay(context: Arc<Context>) -> Result<()> {
              head -c 4194304 /dev/urandom > /home/user/data; sha256sum /home/user/data > /home/user/sum"
         ))
         .await?;
-    let who = sandbox.output("cat /etc/machine-id /etc/resolv.conf; hostname; id -un").await?;
+    let who = sandbox.output(WHO).await?;
     let kernel = sandbox.output("cat /proc/sys/kernel/random/boot_id").await?;
     let whole = paused_size(&mut sandbox, true).await?;
     verb(&mut sandbox, "resume", &json!({}), "running").await?;
@@ -90,7 +94,7 @@ async fn files_stay(context: Arc<Context>) -> Result<()> {
     ensure!(sandbox.shell("pgrep -f '[s]erver.py'").await?["exit_code"] == 1, "processes are gone");
     ensure!(sandbox.shell("ls /dev/shm/held").await?["exit_code"] == 2, "memory too");
     ensure!(sandbox.output("echo $COLOUR").await?.trim() == "green", "the environment stays");
-    let now = sandbox.output("cat /etc/machine-id /etc/resolv.conf; hostname; id -un").await?;
+    let now = sandbox.output(WHO).await?;
     ensure!(now == who, "it is who it was: {who:?}, {now:?}");
     let rebooted = sandbox.output("cat /proc/sys/kernel/random/boot_id").await?;
     ensure!(rebooted != kernel, "its kernel is another one");
