@@ -27,12 +27,12 @@ use crate::{
     images::Resolved,
     network::{Policy, Slot, SlotError, SlotPool},
     rootfs::{RootfsError, RootfsStore},
-    sandbox::host::Host,
+    sandbox::{bounds::moving, host::Host},
     snapshot_store::{Begin, Building, SnapshotStore, SnapshotStoreError, Subject, WarmSnapshot},
 };
 
-/// How long it may take until a snapshot is there, made by us or by another stack.
-pub const BUILD_BOUND: Duration = Duration::from_secs(600);
+/// How long it may take until a small snapshot is there, made by us or by another stack.
+const BUILD_BOUND: Duration = Duration::from_secs(600);
 /// How long a guest may take to boot until its agent answers, and for each GiB of its memory, which its kernel
 /// clears before anything else.
 const BOOT_BOUND: Duration = Duration::from_secs(120);
@@ -101,6 +101,13 @@ pub enum WarmError {
 /// How long a guest with so much memory may take to boot until its agent answers.
 pub(crate) fn boot_bound(memory: MemoryMib) -> Duration {
     BOOT_BOUND + BOOT_BOUND_PER_GIB * memory.get().div_ceil(1024)
+}
+
+/// How long it may take until a snapshot of so much memory is there, made by us or by another stack: it boots, and its
+/// memory is written, read for its digest, and read once more by whoever did not make it.
+#[must_use]
+pub fn build_bound(memory: MemoryMib) -> Duration {
+    BUILD_BOUND + boot_bound(memory) + moving(memory.bytes()) * 3
 }
 
 impl WarmError {
@@ -242,7 +249,13 @@ impl Warm {
             }
             Err(error) => return Err(WarmError::Store(error)),
         }
-        match self.parts.store.begin(&subject, BUILD_BOUND).await.map_err(WarmError::Store)? {
+        match self
+            .parts
+            .store
+            .begin(&subject, build_bound(request.shape.memory))
+            .await
+            .map_err(WarmError::Store)?
+        {
             Begin::Ready(snapshot) => {
                 let store = self.parts.store.clone();
                 blocking(move || store.verify_contents_once(&snapshot).map(|_| *snapshot))
@@ -394,6 +407,16 @@ mod tests {
         assert_eq!(base_disk(minimum, disk(50_000), default), Ok(default));
         assert_eq!(base_disk(minimum, disk(2048), default), Ok(minimum));
         assert_eq!(base_disk(minimum, disk(512), default).unwrap_err().field, "disk_size_mb");
+    }
+
+    /// The boot alone of a large template took longer than the making of its snapshot was allowed to.
+    #[test]
+    fn whatever_the_memory_a_template_may_boot_and_be_written() {
+        for mib in 128..=65_536_u32 {
+            let memory = MemoryMib::new(mib.into()).unwrap();
+            let slow_disk = Duration::from_secs_f64(f64::from(mib) * 3.0 / 50.0);
+            assert!(build_bound(memory) >= boot_bound(memory) + slow_disk + GROW_BOUND, "{mib} MiB");
+        }
     }
 
     proptest! {

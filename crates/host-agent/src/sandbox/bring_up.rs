@@ -39,7 +39,7 @@ use wrenn_types::{AccessToken, DiskMib, EndReason, LayerId, NetworkPolicy, Shape
 use wrenn_vmm::{BootMemory, DiskSpec, ExitReason, MachineSpec, NetworkSpec, Vm};
 
 use super::{
-    Phase, SandboxSpec,
+    Phase, SandboxSpec, bounds,
     host::Host,
     machine::{Machine, gone, remove_run_dir},
     record::{FORMAT, Ledger, MachineRecord, Record, SandboxDir},
@@ -51,12 +51,10 @@ use crate::{
     warm::{blocking, boot_bound},
 };
 
-/// How long a machine may take to be restored, or to begin to boot.
-const RESTORE_BOUND: Duration = Duration::from_secs(30);
+/// How long a machine may take to begin to boot, and one that is there until its CPUs run and its disk has its size.
+const RUN_BOUND: Duration = Duration::from_secs(30);
 /// How long a guest may take to become itself.
 const IDENTITY_BOUND: Duration = Duration::from_secs(20);
-/// How long it may take to make the root disk.
-const DISK_BOUND: Duration = Duration::from_secs(60);
 /// How long it may take to get a network slot.
 const SLOT_BOUND: Duration = Duration::from_secs(20);
 
@@ -273,8 +271,9 @@ impl WithDisk {
         let layer = LayerId::random();
         let (bottom, target, size) = (source.bottom.clone(), host.snapshots.layer_path(&layer), source.disk);
         // A clone of a file without shared blocks may be a long copy.
+        let bound = bounds::clone_disk(host.copied_by_clone(&bottom));
         let disk = course
-            .step("disk", DISK_BOUND, async {
+            .step("disk", bound, async {
                 blocking(move || host.disks.clone_disk(&bottom, &target, size))
                     .await
                     .map_err(BringUpError::Disk)
@@ -411,12 +410,12 @@ impl Recorded {
                 Start::Restore(files) => {
                     let restore =
                         async { host.vmm.restore(machine, files).await.map_err(BringUpError::Restore) };
-                    course.step("restore", RESTORE_BOUND, restore).await
+                    course.step("restore", bounds::restore(source.pages_bytes), restore).await
                 }
                 Start::Boot => {
                     let memory = BootMemory::Zeros(&source.base.memory);
                     let boot = async { host.vmm.boot(machine, memory).await.map_err(BringUpError::Boot) };
-                    course.step("boot", RESTORE_BOUND, boot).await
+                    course.step("boot", RUN_BOUND, boot).await
                 }
             },
             Err(error) => Err(error),
@@ -451,7 +450,7 @@ impl Started {
         let (vm, grows) = (&mut self.vm, source.grows);
         let mut exit = vm.exit();
         let mut resumed = course
-            .step("resume", RESTORE_BOUND, async {
+            .step("resume", RUN_BOUND, async {
                 vm.resume().await.map_err(BringUpError::Restore)?;
                 if let Some(disk) = grows {
                     vm.resize_disk(disk.bytes()).await.map_err(BringUpError::Restore)?;

@@ -22,6 +22,7 @@ use wrenn_types::{LayerId, SnapshotId};
 use wrenn_vmm::{DiskFormat, SnapshotFiles, VmmError};
 
 use super::{
+    bounds,
     bring_up::Up,
     host::Host,
     record::{CaptureRecord, Record, RecordError},
@@ -39,8 +40,6 @@ use crate::{
 const PREPARE_BOUND: Duration = Duration::from_secs(3);
 /// How long it may take that to write all that is to be on its disk, where only that is saved.
 const WRITE_BOUND: Duration = Duration::from_secs(30);
-/// How long it may take to save a machine, for each GiB of its memory and once more.
-const SAVE_BOUND: Duration = Duration::from_secs(60);
 /// How long a guest may take to open again.
 const THAW_BOUND: Duration = Duration::from_secs(20);
 
@@ -221,8 +220,9 @@ async fn save(
     next: Option<&LayerId>,
     Saving { extent, prepared }: Saving,
 ) -> Result<(Making, About), CaptureError> {
-    let gibibytes = u32::try_from(record.shape.memory.bytes() >> 30).unwrap_or(u32::MAX);
-    let bound = SAVE_BOUND * (gibibytes.saturating_add(1));
+    let top = record.layers.first().filter(|_| next.is_some());
+    let copied = top.map_or(0, |top| host.copied_by_clone(&host.layer(top)));
+    let bound = bounds::save(record.shape.memory, copied);
     let files = SnapshotFiles {
         memory: up.machine.base_memory.clone(),
         state: making.state(),

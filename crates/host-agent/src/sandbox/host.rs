@@ -5,7 +5,7 @@ use std::{net::Ipv4Addr, sync::Arc};
 use camino::Utf8PathBuf;
 use tokio::sync::Notify;
 use wrenn_types::{DiskMib, InstanceId, LayerId, SandboxId};
-use wrenn_vmm::{DiskSpec, Vmm};
+use wrenn_vmm::{DiskFormat, DiskSpec, Vmm};
 
 use super::{machine::Maker, record};
 use crate::{
@@ -80,6 +80,15 @@ impl Host {
     #[must_use]
     pub fn run_dir(&self, name: &LayerId) -> Utf8PathBuf {
         self.machines_dir.join(name.as_str())
+    }
+
+    /// How many bytes are copied for a clone of a disk; nothing where the clone stands on it. Asks the disk.
+    pub(super) fn copied_by_clone(&self, disk: &DiskSpec) -> u64 {
+        match self.disks.format() {
+            DiskFormat::Qcow2 => 0,
+            // One that is not there is no long copy.
+            DiskFormat::Raw => self.disks.used_bytes(&disk.path).unwrap_or_default(),
+        }
     }
 
     /// What the layers of a sandbox's disk take of the host's, if it is there.

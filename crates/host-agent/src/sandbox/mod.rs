@@ -20,6 +20,7 @@
 //! take the sandbox over is in its [`record`]. The tests of this module drive all of it against a model.
 
 pub mod activity;
+pub(crate) mod bounds;
 pub mod bring_up;
 pub mod capture;
 pub mod deadline;

@@ -11,12 +11,15 @@ use std::collections::BTreeMap;
 use wrenn_types::{AccessToken, DiskMib, LayerId, ResourceError, SnapshotId, TemplateName};
 use wrenn_vmm::{DiskSpec, SnapshotFiles};
 
-use super::bring_up::{BringUpError, Course, Outline};
+use super::{
+    bounds,
+    bring_up::{BringUpError, Course, Outline},
+};
 use crate::{
     images::ImagesError,
     snapshot_store::SnapshotStoreError,
     snapshots::{Base, Extent, Kept, KeptMemory},
-    warm::{BUILD_BOUND, WarmError, WarmRequest, blocking},
+    warm::{WarmError, WarmRequest, blocking, build_bound},
 };
 
 /// What to look for.
@@ -101,6 +104,8 @@ pub(super) enum Start {
 pub(super) struct Source {
     pub(super) base: Base,
     pub(super) start: Start,
+    /// The size of the pages that it is restored with.
+    pub(super) pages_bytes: u64,
     /// The layers below the one that is to be made, top first.
     pub(super) below: Vec<LayerId>,
     /// What that one stands on.
@@ -131,7 +136,7 @@ impl Source {
                 Ok(source)
             }
             From::Snapshot { id, user, workdir } => {
-                let kept = Self::kept(course, &id).await?;
+                let kept = Self::kept(course, &id, outline).await?;
                 if kept.about.extent == Extent::Disk {
                     return Err(SourceError::DiskOnly(id).into());
                 }
@@ -145,7 +150,7 @@ impl Source {
                 Ok(source)
             }
             From::Itself(id) => {
-                let kept = Self::kept(course, &id).await?;
+                let kept = Self::kept(course, &id, outline).await?;
                 Self::of_snapshot(course, kept, outline.disk).await
             }
         }
@@ -161,7 +166,7 @@ impl Source {
         let request = WarmRequest::for_disk(&template, outline.shape, outline.disk, host.default_disk)
             .map_err(SourceError::DiskTooSmall)?;
         let (warm, base) = course
-            .step("snapshot", BUILD_BOUND, async {
+            .step("snapshot", build_bound(outline.shape.memory), async {
                 let warm = host.warm.get(&request).await.map_err(SourceError::Warm)?;
                 let (snapshots, held) = (host.snapshots.clone(), warm.clone());
                 let base = blocking(move || snapshots.hold(&held)).await.map_err(SourceError::Snapshot)?;
@@ -174,6 +179,7 @@ impl Source {
                 state: warm.files.state,
                 pages: None,
             }),
+            pages_bytes: 0,
             below: Vec::new(),
             bottom: base.disk.clone(),
             disk: request.disk,
@@ -186,10 +192,10 @@ impl Source {
         })
     }
 
-    async fn kept(course: &mut Course, id: &SnapshotId) -> Result<Kept, BringUpError> {
+    async fn kept(course: &mut Course, id: &SnapshotId, outline: &Outline) -> Result<Kept, BringUpError> {
         let (snapshots, wanted) = (course.host.snapshots.clone(), id.clone());
         let kept = course
-            .step("snapshot", BUILD_BOUND, async move {
+            .step("snapshot", bounds::find(outline.shape.memory), async move {
                 blocking(move || snapshots.get(&wanted))
                     .await
                     .map_err(|error| SourceError::Snapshot(error).into())
@@ -222,6 +228,7 @@ impl Source {
             None => base.disk.clone(),
         };
         Ok(Self {
+            pages_bytes: kept.pages_bytes,
             below: about.layers,
             bottom,
             disk: about.disk,

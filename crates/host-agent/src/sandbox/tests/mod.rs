@@ -12,6 +12,7 @@
 
 mod cases;
 mod guest;
+mod lives;
 mod model;
 mod world;
 

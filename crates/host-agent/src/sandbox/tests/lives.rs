@@ -1,0 +1,72 @@
+//! Single lives, told step by step: what an order of verbs does not show.
+
+use std::time::Duration;
+
+use tokio::time::Instant;
+use wrenn_types::SandboxId;
+
+use super::{Ground, RequestError, Stage, Verb, Vm, World, world::spec};
+use crate::{
+    registry::Registry,
+    sandbox::{Handle, Outcome, bounds, bring_up::BringUpError, driver::OperationError},
+};
+
+/// Runs one agent, whose clock goes on by itself, and kills it when it is over.
+fn live<T>(world: &World<'_>, life: impl AsyncFnOnce(Registry) -> T) -> T {
+    let mut runtime = tokio::runtime::Builder::new_current_thread();
+    let runtime = runtime.enable_all().start_paused(true).build().unwrap();
+    let outcome = runtime.block_on(async { life(world.agent().await).await });
+    world.fake.lose_owners();
+    outcome
+}
+
+async fn created(registry: &Registry) -> Handle {
+    let handle = registry.create(spec(SandboxId::random(), None)).unwrap();
+    assert_eq!(handle.settled().await.stage, Stage::Running);
+    handle
+}
+
+async fn ask(handle: &Handle, verb: Verb) -> Result<Outcome, RequestError> {
+    handle.request(verb, None).await
+}
+
+const RESUME: Verb = Verb::Resume { timeout: None };
+
+/// Ends what there is, and sees that nothing is left.
+async fn end(world: &World<'_>, registry: &Registry) {
+    for handle in registry.all() {
+        registry.destroy(&handle.spec().id, None).await.unwrap();
+    }
+    assert!(world.remains().is_empty(), "{:?}", world.remains());
+}
+
+/// Half a minute was all that a restore had, whatever there was to be written into the machine.
+#[test]
+fn a_restore_has_time_for_its_pages_and_no_more() {
+    let ground = Ground::new();
+    let world = World::new(&ground);
+    live(&world, async |registry| {
+        let handle = created(&registry).await;
+        let [machine] = &world.machines(&handle.spec().id)[..] else { panic!("not one machine") };
+        for page in 100..100 + (60 << 20) / 4096 {
+            assert!(world.fake.write_page(machine, page, page));
+        }
+        ask(&handle, Verb::Pause).await.unwrap();
+        let bound = bounds::restore(60 << 20);
+        assert!(bound > bounds::restore(0) + Duration::from_secs(2));
+
+        world.fake.delay(Vm::Restore, 2 * bound);
+        let begun = Instant::now();
+        let error = ask(&handle, RESUME).await.unwrap_err();
+        let RequestError::Failed(error) = error else { panic!("{error:?}") };
+        let OperationError::BringUp(BringUpError::Timeout { step: "restore", .. }) = *error else {
+            panic!("{error:?}")
+        };
+        assert!(begun.elapsed() <= bound + Duration::from_secs(2), "{:?}", begun.elapsed());
+        assert_eq!(handle.stage(), Stage::Paused);
+
+        world.fake.delay(Vm::Restore, bound - Duration::from_secs(1));
+        ask(&handle, RESUME).await.unwrap();
+        end(&world, &registry).await;
+    });
+}
