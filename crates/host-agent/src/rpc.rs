@@ -135,6 +135,7 @@ fn not_done(error: RequestError) -> ConnectError {
         error if error.is_no_space() => {
             ConnectError::resource_exhausted(format!("the host's disk is full: {message}"))
         }
+        error if error.is_end() => ConnectError::failed_precondition(message),
         OperationError::NoSuchSnapshot(_) => ConnectError::not_found(message),
         OperationError::NotItsOwn(_) | OperationError::Policy(_) => ConnectError::invalid_argument(message),
         OperationError::BringUp(BringUpError::Source(SourceError::NoSuchSnapshot(_))) => {

@@ -7,6 +7,7 @@
 //! | clone a disk that shares nothing with its base | what is in the base, read and written |
 //! | restore | pages, read, and the memory of the base below each of them |
 //! | save | the memory, looked through and written; the copy of a disk that has no layers |
+//! | commit | pages and layers, made durable; pages, read for their digest |
 //!
 //! A bound that is too long costs patience on a disk that hangs, and a destroy waits for none of these steps. One that
 //! is too short makes a large sandbox that cannot be saved or brought back.
@@ -26,6 +27,8 @@ const CLONE: Duration = Duration::from_secs(60);
 const RESTORE: Duration = Duration::from_secs(30);
 /// To save a machine, and again for each GiB of its memory.
 const SAVE: Duration = Duration::from_secs(60);
+/// To make a small snapshot durable on a disk that is busy.
+const COMMIT: Duration = Duration::from_secs(60);
 
 /// How long a slow disk takes for so many bytes.
 pub(crate) fn moving(bytes: u64) -> Duration {
@@ -50,6 +53,11 @@ pub(super) fn restore(pages: u64) -> Duration {
 /// For saving a machine of so much memory, and copying so many bytes of its disk meanwhile.
 pub(super) fn save(memory: MemoryMib, copied: u64) -> Duration {
     SAVE * memory.get().div_ceil(1024).saturating_add(1) + moving(copied) * 2
+}
+
+/// For making a snapshot of what was saved: so much memory at most, and so many bytes of layers.
+pub(super) fn commit(memory: MemoryMib, layers: u64) -> Duration {
+    COMMIT + moving(memory.bytes()) * 2 + moving(layers)
 }
 
 #[cfg(test)]
@@ -79,6 +87,7 @@ mod tests {
                 // All of its memory may differ from its base.
                 (restore(memory.bytes()), 2),
                 (save(memory, 0), 1),
+                (commit(memory, 0), 2),
             ] {
                 let needed = seconds(memory, times) + 20.0;
                 assert!(bound.as_secs_f64() >= needed, "{memory:?}: {bound:?} for {needed} s");
@@ -90,7 +99,7 @@ mod tests {
     fn more_never_has_less_time() {
         for (less, more) in all().zip(all().skip(1)) {
             assert!(find(less) <= find(more) && restore(less.bytes()) <= restore(more.bytes()));
-            assert!(save(less, 0) <= save(more, 0));
+            assert!(save(less, 0) <= save(more, 0) && commit(less, 0) <= commit(more, 0));
             let (less, more) = (less.bytes(), more.bytes());
             assert!(clone_disk(less) <= clone_disk(more));
         }
@@ -101,7 +110,7 @@ mod tests {
     fn what_moves_nothing_has_what_a_small_sandbox_needs() {
         assert_eq!((clone_disk(0), restore(0)), (CLONE, RESTORE));
         let smallest = MemoryMib::new(MINIMUM.into()).unwrap();
-        assert!(find(smallest) < FIND * 2);
+        assert!(find(smallest) < FIND * 2 && commit(smallest, 0) < COMMIT * 2);
         assert!(save(smallest, 0) <= SAVE * 2);
     }
 }

@@ -12,19 +12,20 @@
 //!
 //! Whatever fails, the machine runs again and its guest is open, as before; nothing half-made is left. Where that
 //! fails too, it is tried again until it is so. The one exception is a machine that is gone, and that is noticed by
-//! its exit.
+//! its exit. A destroy breaks it off wherever it is, and ends the machine.
 
 use std::{sync::Arc, time::Duration};
 
 use jiff::Timestamp;
 use tokio::time::{Instant, timeout};
 use wrenn_types::{LayerId, SnapshotId};
-use wrenn_vmm::{DiskFormat, SnapshotFiles, VmmError};
+use wrenn_vmm::{SnapshotFiles, VmmError};
 
 use super::{
     bounds,
     bring_up::Up,
     host::Host,
+    keeping::Keeping,
     record::{CaptureRecord, Record, RecordError},
 };
 use crate::{
@@ -122,13 +123,17 @@ impl CaptureError {
 
 /// Saves a machine.
 ///
+/// It may be dropped if the machine is ended after that: nothing that was begun then stays but layers, if `keeping` is
+/// given up first.
+///
 /// # Errors
 /// It runs as before, unless it is gone.
-pub async fn capture(
+pub(super) async fn capture(
     host: &Arc<Host>,
     up: &mut Up,
     into: &SnapshotId,
     kind: Kind,
+    keeping: &Keeping,
 ) -> Result<Captured, CaptureError> {
     if up.go_on_at.is_some() {
         let record = up.ledger.record();
@@ -158,7 +163,7 @@ pub async fn capture(
     }
     let (prepared, recorded, making) = tokio::join!(
         guest::prepare(&connector, Some(&record.access_token), prepare_bound),
-        up.ledger.change(|_| {}),
+        keeping.write(&up.ledger),
         begin(host, into),
     );
     let prepared = match (prepared, kind) {
@@ -188,13 +193,21 @@ pub async fn capture(
     } else {
         Duration::ZERO
     };
-    match blocking(move || making.commit(about)).await {
+    let layers = host.bytes_of_layers(&about.layers).unwrap_or_default();
+    let bound = bounds::commit(record.shape.memory, layers);
+    match keeping.keep(&host.snapshots, bound, move || making.commit(about)).await {
         Ok(kept) => Ok(Captured { kept, stopped }),
         Err(error) => {
             if is_pause {
+                // A snapshot that was given up may be there for a moment: an agent that is started then must not take
+                // it for the sandbox, which goes on.
+                let is_none = |record: &mut Record| record.capture.iter_mut().for_each(|it| it.pause = false);
+                if let Err(error) = up.ledger.note(is_none) {
+                    tracing::warn!(id = %record.id, error = &error as &dyn std::error::Error, "the record still tells of a pause");
+                }
                 go_on(host, up, &record).await;
             }
-            Err(CaptureError::Store(error))
+            Err(error)
         }
     }
 }
@@ -235,9 +248,7 @@ async fn save(
     let work = async {
         // Made before the machine is stopped: only the size of what it stands on is looked at.
         let overlay = match next {
-            Some(next) if host.disks.format() == DiskFormat::Qcow2 => {
-                Some(next_layer(host, record, next).await?)
-            }
+            Some(next) if host.has_layers() => Some(next_layer(host, record, next).await?),
             _ => None,
         };
         vm.pause().await.map_err(failed("stop"))?;

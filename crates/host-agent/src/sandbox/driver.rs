@@ -3,7 +3,8 @@
 //! It begins with a bring-up, or with what an earlier agent left, be it under control or not ([`astray`]). Then it waits for the first of: the machine's
 //! end, a request, one of the two clocks, the time to try again what did not go on. The machine's end comes first when several are true at once, because a
 //! sandbox that is gone must not be reported as destroyed by request. Each is worked off before the next is looked
-//! at; only a destroy is seen while something is under way, and breaks a bring-up off.
+//! at; only a destroy is seen while something is under way. It breaks off all that may take long: a bring-up at the step
+//! that it is in, a capture and the streaming of layers where they are, because what they leave is taken down anyway.
 //!
 //! What cannot be done leaves the sandbox as it was. Whatever ends it, everything is taken down, and the end is
 //! published after nothing is left.
@@ -276,6 +277,27 @@ impl Driver {
         });
     }
 
+    /// An end that waits for nothing. That of the agent waits for a capture: what is saved outlives it. Cancel-safe.
+    async fn overtaken(&self) {
+        loop {
+            let end = self.handle.inner.requests().end_wanted();
+            if end.is_some_and(|reason| reason != EndReason::AgentStopped) {
+                return;
+            }
+            // No permit is lost, as below.
+            self.handle.inner.requested.notified().await;
+        }
+    }
+
+    /// Does what may be dropped halfway if the sandbox ends after that; nothing once its end is asked for.
+    async fn unless_overtaken<T>(&self, work: impl Future<Output = T>) -> Option<T> {
+        tokio::select! {
+            biased;
+            () = self.overtaken() => None,
+            outcome = work => Some(outcome),
+        }
+    }
+
     /// The end that is asked for. Cancel-safe: it stays asked for.
     async fn end_wanted(&self) -> EndReason {
         loop {
@@ -439,6 +461,9 @@ impl Driver {
             }
             up @ Residence::Up(_) => self.perform_counted(up, Verb::Pause(Extent::Machine)).await,
         };
+        if outcome.as_ref().is_err_and(OperationError::is_end) {
+            return (next, None);
+        }
         let failure = outcome.err().map(|error| chain(&error));
         if let Some(failure) = &failure {
             tracing::warn!(id = %self.handle.spec().id, failure, "a pause that a clock asked for failed; the sandbox runs");
@@ -484,31 +509,35 @@ impl Driver {
             status.stage = Stage::Stopping;
             status.end = Some(end.clone());
         });
-        let (ledger, own_top) = match residence {
+        let (ledger, own) = match residence {
             Residence::Up(up) => {
                 let Up { machine, ledger, .. } = *up;
                 self.leave(machine).await;
+                let record = ledger.record();
+                // Of a capture that was broken off. A copy may be part of a snapshot by now.
+                let next = record.capture.filter(|_| self.host.has_layers()).and_then(|it| it.next_layer);
                 // The top of a machine that runs was never frozen, so nobody else stands on it.
-                let top = ledger.record().layers.into_iter().next();
-                (ledger, top)
+                let own: Vec<_> = next.into_iter().chain(record.layers.into_iter().next()).collect();
+                (ledger, own)
             }
             Residence::Paused(paused) => {
                 self.forget_snapshot(paused.snapshot).await;
-                (paused.ledger, None)
+                (paused.ledger, Vec::new())
             }
         };
         let id = &self.handle.spec().id;
         if let Err(error) = ledger.remove().await {
             tracing::warn!(%id, error = &error as &dyn std::error::Error, "the record stays until the next start");
         }
-        if let Some(top) = own_top {
-            let (disks, path) = (Arc::clone(&self.host.disks), self.host.snapshots.layer_path(&top));
+        let is_more = own.len() > 1;
+        for layer in own {
+            let (disks, path) = (Arc::clone(&self.host.disks), self.host.snapshots.layer_path(&layer));
             if let Err(error) = blocking(move || disks.remove(&path)).await {
                 tracing::warn!(%id, error = &error as &dyn std::error::Error, "a layer stays until the next collection");
             }
         }
-        // What lies below may be somebody else's too.
-        if ledger.record().layers.len() > 1 {
+        // What lies below may be somebody else's too; and a layer may be made a moment after it was given up.
+        if is_more || ledger.record().layers.len() > 1 {
             self.host.collect_soon();
         }
         end

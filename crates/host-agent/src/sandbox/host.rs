@@ -82,13 +82,19 @@ impl Host {
         self.machines_dir.join(name.as_str())
     }
 
+    /// Whether a disk stands on what it was cloned from. Else it is a copy, and a whole disk.
+    #[must_use]
+    pub fn has_layers(&self) -> bool {
+        match self.disks.format() {
+            DiskFormat::Qcow2 => true,
+            DiskFormat::Raw => false,
+        }
+    }
+
     /// How many bytes are copied for a clone of a disk; nothing where the clone stands on it. Asks the disk.
     pub(super) fn copied_by_clone(&self, disk: &DiskSpec) -> u64 {
-        match self.disks.format() {
-            DiskFormat::Qcow2 => 0,
-            // One that is not there is no long copy.
-            DiskFormat::Raw => self.disks.used_bytes(&disk.path).unwrap_or_default(),
-        }
+        // One that is not there is no long copy.
+        if self.has_layers() { 0 } else { self.disks.used_bytes(&disk.path).unwrap_or_default() }
     }
 
     /// What the layers of a sandbox's disk take of the host's, if it is there.

@@ -26,6 +26,7 @@ pub mod capture;
 pub mod deadline;
 pub mod driver;
 pub mod host;
+mod keeping;
 pub mod machine;
 pub mod queue;
 pub mod record;

@@ -25,7 +25,8 @@ impl Driver {
         };
         let begun = Instant::now();
         let (next, outcome) = self.perform(residence, verb).await;
-        if let Some(operation) = operation {
+        let is_over = outcome.as_ref().err().is_none_or(|error| !error.is_end());
+        if let Some(operation) = operation.filter(|_| is_over) {
             self.count(operation, begun, outcome.is_ok());
         }
         (next, outcome)

@@ -11,9 +11,12 @@ use crate::{
     snapshot_store::SnapshotStoreError,
 };
 
-/// Why something that was asked of a sandbox was not done. It is what it was before.
+/// Why something that was asked of a sandbox was not done. It is what it was before, or about to end.
 #[derive(Debug, thiserror::Error)]
 pub enum OperationError {
+    /// Its end was asked for meanwhile.
+    #[error("the sandbox was destroyed meanwhile")]
+    Ended,
     /// No machine could be made of what was saved.
     #[error("the sandbox could not be brought back")]
     BringUp(#[source] BringUpError),
@@ -50,6 +53,12 @@ pub enum OperationError {
 }
 
 impl OperationError {
+    /// Whether it was broken off by the end of the sandbox: then it is neither done nor failed.
+    #[must_use]
+    pub fn is_end(&self) -> bool {
+        matches!(self, Self::Ended | Self::BringUp(BringUpError::Cancelled(_)))
+    }
+
     /// Whether the host's disk is full: the caller may come back when it is not.
     #[must_use]
     pub fn is_no_space(&self) -> bool {

@@ -11,17 +11,18 @@ use super::{Driver, OperationError, Paused, RETRY, Residence};
 use crate::{
     network::Policy,
     sandbox::{
-        Outcome, Stage, Update,
+        Outcome, Stage, Update, bounds,
         bring_up::{Persona, Recording, Up},
-        capture::{self, Kind},
+        capture::{self, CaptureError, Captured, Kind},
         deadline,
+        keeping::Keeping,
         machine::Machine,
         queue::Verb,
         record::{Ledger, PausedRecord, Record},
         source::{From, SourceError},
     },
     snapshot_store::SnapshotStoreError,
-    snapshots::{About, Extent, KeptMemory},
+    snapshots::{About, Extent, Kept, KeptMemory},
     warm::blocking,
 };
 
@@ -58,12 +59,11 @@ impl Driver {
 
     async fn pause(&self, mut up: Box<Up>, extent: Extent) -> (Residence, Result<Outcome, OperationError>) {
         self.publish(|status| status.stage = Stage::Pausing);
-        self.bound_layers(&mut up).await;
         let snapshot = SnapshotId::random();
-        let kept = match Box::pin(capture::capture(&self.host, &mut up, &snapshot, Kind::Pause(extent))).await
-        {
-            Ok(captured) => captured.kept,
-            Err(error) => return self.still_up(up, OperationError::Capture(error)),
+        let kept = match self.capture(&mut up, &snapshot, Kind::Pause(extent)).await {
+            Some(Ok(captured)) => captured.kept,
+            Some(Err(error)) => return self.still_up(up, OperationError::Capture(error)),
+            None => return (Residence::Up(up), Err(OperationError::Ended)),
         };
         let at = Timestamp::now();
         let saved = PausedRecord { snapshot: snapshot.clone(), at };
@@ -85,10 +85,35 @@ impl Driver {
         (Residence::Paused(Paused { ledger, snapshot }), Ok(Outcome::Done))
     }
 
+    /// Saves a machine, unless the end of the sandbox is asked for first: then it is left as it is in that moment.
+    async fn capture(
+        &self,
+        up: &mut Up,
+        into: &SnapshotId,
+        kind: Kind,
+    ) -> Option<Result<Captured, CaptureError>> {
+        let keeping = Keeping::default();
+        let mut captured = Box::pin(async {
+            self.bound_layers(up).await;
+            capture::capture(&self.host, up, into, kind, &keeping).await
+        });
+        match self.unless_overtaken(&mut captured).await {
+            // What is a snapshot already stays one, and there is nothing more to wait for.
+            None if !keeping.give_up() => Some(captured.await),
+            None => {
+                drop(captured);
+                keeping.written().await;
+                None
+            }
+            captured => captured,
+        }
+    }
+
     /// Lets a machine run and its guest open. The first request of a user finds the way into the guest.
     pub(super) async fn go_on(&self, up: &mut Up) {
         let record = up.ledger.record();
-        capture::go_on(&self.host, up, &record).await;
+        // What is not done is noted as such by what is dropped.
+        let _ = self.unless_overtaken(capture::go_on(&self.host, up, &record)).await;
         if let Some(guest) = self.handle.inner.guest().as_mut()
             && let Some(idle) = up.idle.take()
         {
@@ -170,8 +195,9 @@ impl Driver {
         into: &SnapshotId,
     ) -> (Residence, Result<Outcome, OperationError>) {
         self.publish(|status| status.stage = Stage::Snapshotting);
-        self.bound_layers(&mut up).await;
-        let captured = Box::pin(capture::capture(&self.host, &mut up, into, Kind::Live)).await;
+        let Some(captured) = self.capture(&mut up, into, Kind::Live).await else {
+            return (Residence::Up(up), Err(OperationError::Ended));
+        };
         if let Some(guest) = self.handle.inner.guest().as_mut() {
             guest.idle = up.idle.take();
         }
@@ -188,29 +214,45 @@ impl Driver {
     /// A snapshot of a paused sandbox is the one that it is saved as, under another name. What is started from a
     /// snapshot goes on where that was, so there is none of a disk alone.
     async fn copy_snapshot(&self, of: &SnapshotId, into: SnapshotId) -> Result<Outcome, OperationError> {
-        let (snapshots, source) = (self.host.snapshots.clone(), of.clone());
-        let copied = blocking(move || {
-            let Some(kept) = snapshots.get(&source)? else { return Ok(None) };
-            let Some(KeptMemory { state, pages }) = kept.memory() else {
-                return Ok(Some(Err(OperationError::DiskOnly)));
-            };
-            if !kept.about.prepared {
-                let unprepared = SourceError::Unprepared(kept.id);
-                return Ok(Some(Err(OperationError::BringUp(unprepared.into()))));
-            }
+        let Some(found) = self.unless_overtaken(self.find_snapshot(of)).await else {
+            return Err(OperationError::Ended);
+        };
+        let kept = found?;
+        let Some(KeptMemory { state, pages }) = kept.memory() else {
+            return Err(OperationError::DiskOnly);
+        };
+        let (state, pages) = (state.to_owned(), pages.to_owned());
+        if !kept.about.prepared {
+            let error = SourceError::Unprepared(kept.id);
+            return Err(OperationError::BringUp(error.into()));
+        }
+        let bound = bounds::commit(kept.about.shape.memory, kept.pages_bytes);
+        let snapshots = self.host.snapshots.clone();
+        let copy = move || {
             let making = snapshots.begin(into)?;
-            for (from, to) in [(state, making.state()), (pages, making.pages())] {
+            for (from, to) in [(&state, making.state()), (&pages, making.pages())] {
                 let linked = std::fs::hard_link(from, &to);
                 linked.map_err(|source| SnapshotStoreError::file("link", &to, source))?;
             }
             let about = About { created_at: Timestamp::now(), ..kept.about };
-            making.commit(about).map(Ok).map(Some)
-        });
-        match copied.await.map_err(OperationError::Snapshot)? {
-            Some(Ok(kept)) => Ok(Outcome::Saved { snapshot: Box::new(kept), stopped: Duration::ZERO }),
-            Some(Err(error)) => Err(error),
-            None => Err(OperationError::NoSuchSnapshot(of.clone())),
-        }
+            making.commit(about)
+        };
+        let keeping = Keeping::default();
+        let mut copied = Box::pin(keeping.keep(&self.host.snapshots, bound, copy));
+        let copied = match self.unless_overtaken(&mut copied).await {
+            Some(copied) => copied,
+            None if keeping.give_up() => return Err(OperationError::Ended),
+            None => copied.await,
+        };
+        let kept = copied.map_err(OperationError::Capture)?;
+        Ok(Outcome::Saved { snapshot: Box::new(kept), stopped: Duration::ZERO })
+    }
+
+    /// A snapshot that is there, verified.
+    async fn find_snapshot(&self, id: &SnapshotId) -> Result<Kept, OperationError> {
+        let (snapshots, wanted) = (self.host.snapshots.clone(), id.clone());
+        let found = blocking(move || snapshots.get(&wanted)).await.map_err(OperationError::Snapshot)?;
+        found.ok_or_else(|| OperationError::NoSuchSnapshot(id.clone()))
     }
 
     async fn rollback(
@@ -218,12 +260,11 @@ impl Driver {
         residence: Residence,
         to: SnapshotId,
     ) -> (Residence, Result<Outcome, OperationError>) {
-        let (snapshots, wanted) = (self.host.snapshots.clone(), to.clone());
-        let problem = match blocking(move || snapshots.get(&wanted)).await {
-            Ok(Some(kept)) if kept.about.sandbox == self.handle.spec().id => None,
-            Ok(Some(_)) => Some(OperationError::NotItsOwn(to.clone())),
-            Ok(None) => Some(OperationError::NoSuchSnapshot(to.clone())),
-            Err(error) => Some(OperationError::Snapshot(error)),
+        let problem = match self.unless_overtaken(self.find_snapshot(&to)).await {
+            Some(Ok(kept)) if kept.about.sandbox == self.handle.spec().id => None,
+            Some(Ok(_)) => Some(OperationError::NotItsOwn(to.clone())),
+            Some(Err(error)) => Some(error),
+            None => Some(OperationError::Ended),
         };
         if let Some(problem) = problem {
             return (residence, Err(problem));
@@ -234,7 +275,11 @@ impl Driver {
         };
         self.publish(|status| status.stage = Stage::Resuming);
         // It stands still, so that nothing that it does meanwhile is lost unseen, and it can go on if this fails.
-        if let Err(error) = up.machine.vm.pause().await {
+        let stood = match self.unless_overtaken(up.machine.vm.pause()).await {
+            Some(stood) => stood,
+            None => return (Residence::Up(up), Err(OperationError::Ended)),
+        };
+        if let Err(error) = stood {
             // It may stand still all the same.
             self.go_on(&mut up).await;
             return self.still_up(up, OperationError::Stop(error));
@@ -246,6 +291,7 @@ impl Driver {
                 self.enter(&mut new);
                 (Residence::Up(Box::new(new)), Ok(Outcome::Done))
             }
+            Err(error) if error.is_end() => (Residence::Up(up), Err(error)),
             Err(error) => {
                 self.go_on(&mut up).await;
                 self.still_up(up, error)

@@ -12,7 +12,7 @@ use crate::{
 };
 
 /// Runs one agent, whose clock goes on by itself, and kills it when it is over.
-fn live<T>(world: &World<'_>, life: impl AsyncFnOnce(Registry) -> T) -> T {
+pub(super) fn live<T>(world: &World<'_>, life: impl AsyncFnOnce(Registry) -> T) -> T {
     let mut runtime = tokio::runtime::Builder::new_current_thread();
     let runtime = runtime.enable_all().start_paused(true).build().unwrap();
     let outcome = runtime.block_on(async { life(world.agent().await).await });
@@ -20,17 +20,17 @@ fn live<T>(world: &World<'_>, life: impl AsyncFnOnce(Registry) -> T) -> T {
     outcome
 }
 
-async fn created(registry: &Registry) -> Handle {
+pub(super) async fn created(registry: &Registry) -> Handle {
     let handle = registry.create(spec(SandboxId::random(), None)).unwrap();
     assert_eq!(handle.settled().await.stage, Stage::Running);
     handle
 }
 
-async fn ask(handle: &Handle, verb: Verb) -> Result<Outcome, RequestError> {
+pub(super) async fn ask(handle: &Handle, verb: Verb) -> Result<Outcome, RequestError> {
     handle.request(verb, None).await
 }
 
-const RESUME: Verb = Verb::Resume { timeout: None };
+pub(super) const RESUME: Verb = Verb::Resume { timeout: None };
 
 /// Ends what there is, and sees that nothing is left.
 async fn end(world: &World<'_>, registry: &Registry) {

@@ -14,6 +14,7 @@ mod cases;
 mod guest;
 mod lives;
 mod model;
+mod overtaking;
 mod world;
 
 use std::{
@@ -46,6 +47,10 @@ use crate::{
 
 /// In no case does an answer take longer: the longest bound of what is done, several times.
 const BOUND: Duration = Duration::from_secs(3600);
+/// Whatever is under way, a destroy takes no longer: published clients give up after half a minute.
+const DESTROY_BOUND: Duration = Duration::from_secs(30);
+/// How long a command of a machine may take before it is answered with an error.
+const COMMAND_BOUND: Duration = Duration::from_secs(10);
 /// A sandbox with a timeout may be idle for so long, which is more than all that hangs in a case.
 const IDLE_SECONDS: i64 = 86_400;
 
@@ -73,6 +78,8 @@ enum Fault {
     /// It is done, and nobody is told so.
     Unanswered(Vm),
     Hangs(Vm),
+    /// It takes as long as it may.
+    Slow(Vm),
     Crashes(Vm),
     Guest(Call, Manner),
     DiskFull(u8),
@@ -113,7 +120,7 @@ fn plan() -> impl Strategy<Value = Plan> {
         1 => which().prop_map(Plan::Deepen),
         4 => (which(), which()).prop_map(|(one, to)| Plan::Rollback(one, to)),
         1 => which().prop_map(Plan::Timeout),
-        1 => which().prop_map(Plan::Destroy),
+        2 => which().prop_map(Plan::Destroy),
         1 => which().prop_map(Plan::Delete),
     ]
 }
@@ -130,13 +137,16 @@ fn fault() -> impl Strategy<Value = Fault> {
         Vm::Stop,
     ];
     let lost = vec![Vm::Pause, Vm::Resume, Vm::Snapshot, Vm::PivotDisk];
-    let hangs = vec![Vm::Boot, Vm::Restore, Vm::Snapshot, Vm::PivotDisk];
+    // What a machine itself bounds does not hang.
+    let hangs = vec![Vm::Boot, Vm::Restore, Vm::Snapshot, Vm::PivotDisk, Vm::StreamDisk];
+    let slow = vec![Vm::Pause, Vm::Resume, Vm::DiskChain, Vm::ResizeDisk, Vm::Stop];
     let call = prop_oneof![Just(Call::Health), Just(Call::Init), Just(Call::Prepare)];
     let manner = prop_oneof![Just(Manner::Refuse), Just(Manner::Break), Just(Manner::Hang)];
     prop_oneof![
         3 => prop::sample::select(fails.clone()).prop_map(Fault::Fails),
         2 => prop::sample::select(lost).prop_map(Fault::Unanswered),
-        2 => prop::sample::select(hangs).prop_map(Fault::Hangs),
+        3 => prop::sample::select(hangs).prop_map(Fault::Hangs),
+        2 => prop::sample::select(slow).prop_map(Fault::Slow),
         2 => prop::sample::select(fails[..6].to_vec()).prop_map(Fault::Crashes),
         3 => (call, manner).prop_map(|(call, manner)| Fault::Guest(call, manner)),
         3 => (0_u8..16).prop_map(Fault::DiskFull),
@@ -252,6 +262,7 @@ impl Notes {
             Fault::Fails(step) => world.fake.fail_next(step),
             Fault::Unanswered(step) => world.fake.lose_answer(step),
             Fault::Hangs(step) => world.fake.delay(step, 10 * BOUND),
+            Fault::Slow(step) => world.fake.delay(step, COMMAND_BOUND),
             Fault::Crashes(step) => world.fake.crash_after(step),
             Fault::Guest(call, manner) => world.guests.fail_next(call, manner),
             Fault::DiskFull(after) => world.control.fill_disk_after(Some(after.into())),
@@ -454,8 +465,11 @@ fn ask_one(registry: &Registry, control: &Control, (id, ask): (SandboxId, Ask)) 
                 if handle.destroy(wrenn_types::EndReason::Requested, None).is_err() {
                     return Told::Denied;
                 }
-                handle.stopped().await;
-                Told::Done
+                // It overtakes whatever else is asked.
+                match timeout(DESTROY_BOUND, handle.stopped()).await {
+                    Ok(_) => Told::Done,
+                    Err(_) => Told::Late,
+                }
             }
             None => match handle.settled().await.end {
                 Some(end) => {
@@ -536,7 +550,7 @@ async fn life(world: &World<'_>, notes: &mut Notes, steps: &mut &[Step]) -> Resu
     }
     let ids = notes.model.sandboxes.keys().cloned().collect::<Vec<_>>();
     let all = join_all(ids.iter().map(|id| registry.destroy(id, None)));
-    let ends = timeout(BOUND, all).await.map_err(|_| "a destroy takes too long".to_owned())?;
+    let ends = timeout(DESTROY_BOUND, all).await.map_err(|_| "a destroy takes too long".to_owned())?;
     ends.into_iter().collect::<Result<Vec<_>, _>>().map_err(|denied| denied.to_string())?;
     for id in notes.model.snapshots.keys() {
         registry.host().snapshots.delete(id).map_err(|error| error.to_string())?;

@@ -64,6 +64,8 @@ pub(super) enum Told {
     Denied,
     /// The agent was killed.
     Nothing,
+    /// It is not done after the time in which it has to be.
+    Late,
 }
 
 /// A snapshot that has a name.
@@ -116,6 +118,7 @@ impl Model {
                     Told::Failed | Told::Denied if self.depends_on(ask, deleted) => next.extend([*state]),
                     Told::Failed | Told::Denied => {}
                     Told::Nothing => next.extend(done.into_iter().chain([*state])),
+                    Told::Late => {}
                 }
                 // A create that did not come up is not there, and what has ended can be asked for nothing.
                 if *told == Told::Denied && trouble.deadly {
@@ -130,7 +133,7 @@ impl Model {
                     Told::Done | Told::Nothing => {
                         self.snapshots.insert(into.clone(), (id.clone(), saved));
                     }
-                    Told::Failed | Told::Denied => {}
+                    Told::Failed | Told::Denied | Told::Late => {}
                 }
             }
             if next.is_empty() {

@@ -5,7 +5,7 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     fs, io,
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc, Condvar, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, AtomicI64, Ordering},
     },
     time::Duration,
@@ -55,11 +55,59 @@ struct Inner {
     said: Mutex<Vec<String>>,
     /// The same for steps of the store, of which the next one then fails.
     store_left: Mutex<Option<u32>>,
+    /// Where a step of the store waits.
+    gate: Mutex<Gate>,
+    /// Told after every change of `gate`.
+    gate_changed: Condvar,
     /// How many things happen until something stands where a record is to be written, and where.
     obstacle: Mutex<Option<(u32, Utf8PathBuf)>>,
 }
 
+/// A step of the store that waits, as for a disk that hangs.
+#[derive(Debug, Default)]
+struct Gate {
+    /// How many steps go through before it; as many as one likes if none.
+    left: Option<u32>,
+    /// Whether one waits.
+    holds: bool,
+}
+
+/// After so long a test that waits for what waits for it goes on, and fails.
+const GATE_BOUND: Duration = Duration::from_secs(20);
+
 impl Control {
+    /// After so many steps of the store, one waits until it is let go.
+    pub(super) fn hold_store_after(&self, steps: u32) {
+        self.gate().left = Some(steps);
+    }
+
+    /// Whether a step of the store waits now.
+    pub(super) fn holds_store(&self) -> bool {
+        self.gate().holds
+    }
+
+    pub(super) fn let_store_go(&self) {
+        *self.gate() = Gate::default();
+        self.inner.gate_changed.notify_all();
+    }
+
+    fn gate(&self) -> MutexGuard<'_, Gate> {
+        self.inner.gate.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn pass_gate(&self) {
+        let mut gate = self.gate();
+        match gate.left {
+            Some(0) => {
+                *gate = Gate { left: None, holds: true };
+                let wait = self.inner.gate_changed.wait_timeout_while(gate, GATE_BOUND, |gate| gate.holds);
+                wait.unwrap_or_else(PoisonError::into_inner).0.holds = false;
+            }
+            Some(left) => gate.left = Some(left - 1),
+            None => {}
+        }
+    }
+
     /// From the so manyth thing on, nothing happens any more.
     pub(super) fn kill_after(&self, things: u32) {
         self.inner.left.store(things.into(), Ordering::SeqCst);
@@ -123,6 +171,7 @@ impl Control {
     }
 
     fn store_step(&self) -> io::Result<()> {
+        self.pass_gate();
         let mut left = self.inner.store_left.lock().unwrap_or_else(PoisonError::into_inner);
         match left.as_mut() {
             Some(0) => {

@@ -1,0 +1,120 @@
+//! What of a capture is done on threads that cannot be called back: the last step, in which what was saved becomes a
+//! snapshot, and the record.
+//!
+//! ```text
+//!  thread:  … digest, make durable, put in place ─► kept? ──► the snapshot is there
+//!  waiter:  … bound, or the end of the sandbox ──► given up? ─► the thread takes away what it has made
+//! ```
+//!
+//! Whichever asks first decides. So nobody is told that there is no snapshot who finds one later, and nothing waits
+//! for a disk that hangs.
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicU8, Ordering},
+    },
+    time::Duration,
+};
+
+use tokio::time::timeout;
+use tokio_util::task::TaskTracker;
+
+use super::{
+    capture::CaptureError,
+    record::{Ledger, RecordError},
+};
+use crate::{
+    snapshots::{Kept, Snapshots, SnapshotsResult},
+    warm::blocking,
+};
+
+const OPEN: u8 = 0;
+const KEPT: u8 = 1;
+const GIVEN_UP: u8 = 2;
+
+/// What becomes of one snapshot. Clones are the same one.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Keeping {
+    fate: Arc<AtomicU8>,
+    writes: TaskTracker,
+}
+
+impl Keeping {
+    /// Gives it up, unless it is kept; whether it is given up now.
+    pub(super) fn give_up(&self) -> bool {
+        self.decide(GIVEN_UP)
+    }
+
+    fn decide(&self, fate: u8) -> bool {
+        match self.fate.compare_exchange(OPEN, fate, Ordering::SeqCst, Ordering::SeqCst) {
+            Ok(_) => true,
+            Err(decided) => decided == fate,
+        }
+    }
+
+    /// Writes the record as it is, durably.
+    ///
+    /// # Errors
+    /// As [`Ledger::change`].
+    pub(super) async fn write(&self, ledger: &Arc<Ledger>) -> Result<(), RecordError> {
+        let ledger = Arc::clone(ledger);
+        match self.writes.spawn(async move { ledger.change(|_| {}).await }).await {
+            Ok(written) => written,
+            Err(error) => std::panic::resume_unwind(error.into_panic()),
+        }
+    }
+
+    /// Waits for a write whose future was dropped: what is removed must not be written to any more.
+    pub(super) async fn written(&self) {
+        self.writes.close();
+        self.writes.wait().await;
+    }
+
+    /// Makes a snapshot on a thread of its own. If the future is dropped, [`Self::give_up`] says what becomes of it.
+    ///
+    /// # Errors
+    /// There is none, or there is none any more in a moment.
+    pub(super) async fn keep(
+        &self,
+        snapshots: &Snapshots,
+        bound: Duration,
+        make: impl FnOnce() -> SnapshotsResult<Kept> + Send + 'static,
+    ) -> Result<Kept, CaptureError> {
+        let (keeping, snapshots) = (self.clone(), snapshots.clone());
+        let mut made = std::pin::pin!(blocking(move || {
+            let kept = make()?;
+            if !keeping.decide(KEPT)
+                && let Err(error) = snapshots.delete(&kept.id)
+            {
+                let id = &kept.id;
+                tracing::warn!(%id, error = &error as &dyn std::error::Error, "a snapshot that was given up stays");
+            }
+            Ok(kept)
+        }));
+        match timeout(bound, &mut made).await {
+            Ok(made) => made.map_err(CaptureError::Store),
+            Err(_) if self.give_up() => {
+                Err(CaptureError::Timeout { step: "making the snapshot durable", bound })
+            }
+            Err(_) => made.await.map_err(CaptureError::Store),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        /// Whoever asks first decides, and everybody is told the same.
+        #[test]
+        fn one_decides(asks in prop::collection::vec(prop::sample::select(vec![KEPT, GIVEN_UP]), 1..6)) {
+            let keeping = Keeping::default();
+            for ask in &asks {
+                prop_assert_eq!(keeping.clone().decide(*ask), *ask == asks[0]);
+            }
+        }
+    }
+}
