@@ -189,7 +189,11 @@ impl Core {
             Ok(created) => created,
             Err(error) => {
                 self.undo_start(&id, generation, &error, audience).await;
-                return Err(error.into());
+                // A host breaks off what is destroyed on its way, and then it is no failure of the host.
+                return match self.store.sandbox_of_host(&id).await {
+                    Ok(Some(row)) if row.generation > generation => Err(CoreError::Destroyed(id)),
+                    _ => Err(error.into()),
+                };
             }
         };
         let begin = std::time::Instant::now();

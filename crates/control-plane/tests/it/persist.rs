@@ -152,7 +152,7 @@ async fn two_at_once() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_delete_overtakes_everything() {
     let world = World::new().await;
-    for word in ["pause", "resume"] {
+    for word in ["pause", "resume", "snapshot"] {
         let id = world.sandbox().await;
         if word == "resume" {
             assert_answer(&verb(&world, &id, "pause").await, 200, "paused");
@@ -160,18 +160,27 @@ async fn a_delete_overtakes_everything() {
         world.agent.faults(|faults| {
             faults.hold_pauses = true;
             faults.hold_resumes = true;
+            faults.hold_snapshots = true;
         });
         let (client, path) = (world.client.clone(), format!("/v1/sandboxes/{id}/{word}"));
-        let doing = tokio::spawn(async move { client.post(&path, json!({})).await });
+        let (path, body) = match word {
+            "snapshot" => ("/v1/snapshots".to_owned(), json!({"sandbox_id": id, "name": "overtaken"})),
+            _ => (path, json!({})),
+        };
+        let doing = tokio::spawn(async move { client.post(&path, body).await });
         eventually("it has begun", async || {
-            let begun = [Host::SANDBOX_STATE_PAUSING, Host::SANDBOX_STATE_RESUMING];
+            let begun =
+                [Host::SANDBOX_STATE_PAUSING, Host::SANDBOX_STATE_RESUMING, Host::SANDBOX_STATE_SNAPSHOTTING];
             world.agent.state(&id).is_some_and(|state| begun.contains(&state))
         })
         .await;
         assert_eq!(world.client.delete(&format!("/v1/sandboxes/{id}")).await.status, 204);
+        // Nothing is let go: who waited is told at once.
+        let told = tokio::time::timeout(Duration::from_secs(20), doing).await;
+        assert_refused(&told.unwrap().unwrap(), 409, "conflict", "destroyed");
         world.agent.release();
-        assert_refused(&doing.await.unwrap(), 409, "conflict", "destroyed");
         tokio::time::sleep(QUIET).await;
+        assert!(world.agent.snapshots().is_empty());
         assert_eq!(status(&world, &id).await, "stopped");
         assert!(world.agent.sandboxes().is_empty());
     }

@@ -295,6 +295,12 @@ impl Inner {
     }
 
     async fn bring_up(&self, request: wire::CreateSandboxRequest) -> wire::Sandbox {
+        let guest = self.make(request).await;
+        self.enter(guest)
+    }
+
+    /// A guest of which nobody knows yet.
+    async fn make(&self, request: wire::CreateSandboxRequest) -> Guest {
         let (envd, address) = tokio::task::spawn_blocking(|| {
             let program = envd().to_str().unwrap();
             let mut envd = Guardian::start(program, &["agent", "--listen", "127.0.0.1:0"], "KILL", None, "");
@@ -319,14 +325,12 @@ impl Inner {
             last_active_at_ms: now,
             ..Default::default()
         };
-        let guest = Guest {
-            sandbox: sandbox.clone(),
-            created,
-            address,
-            alive: watch::Sender::new(true),
-            _envd: envd,
-        };
-        self.guests.lock().unwrap().insert(request.sandbox_id, guest);
+        Guest { sandbox, created, address, alive: watch::Sender::new(true), _envd: envd }
+    }
+
+    fn enter(&self, guest: Guest) -> wire::Sandbox {
+        let sandbox = guest.sandbox.clone();
+        self.guests.lock().unwrap().insert(sandbox.sandbox_id.clone(), guest);
         let _ = self.events.send(sandbox.clone());
         sandbox
     }

@@ -62,6 +62,16 @@ impl Inner {
         Ok((guest.sandbox.state.as_known().unwrap(), guest.sandbox.generation))
     }
 
+    /// Waits until it is not held any more; nothing if the sandbox is destroyed first, as the real agent waits for
+    /// nothing then.
+    async fn held_unless_destroyed(&self, id: &str, held: fn(&Faults) -> bool) -> Option<()> {
+        let mut alive = self.guests.lock().unwrap().get(id)?.alive.subscribe();
+        tokio::select! {
+            () = self.held(held) => Some(()),
+            () = async { while alive.changed().await.is_ok() {} } => None,
+        }
+    }
+
     /// Admits a change, does it however long it is held, and says what the sandbox is then.
     async fn change(self: &Arc<Self>, change: Change) -> Result<wire::Sandbox, ConnectError> {
         let Change { verb, id, generation, from, through, to, held, fault } = change;
@@ -70,7 +80,7 @@ impl Inner {
         if generation < known {
             return Err(ConnectError::failed_precondition(format!("generation {known} is known")));
         }
-        let gone = || ConnectError::aborted("the sandbox was destroyed");
+        let gone = || ConnectError::failed_precondition("the sandbox was destroyed meanwhile");
         if to == Some(before) && verb != "rollback" {
             return self.set(&id, |sandbox| sandbox.generation = generation).ok_or_else(gone);
         }
@@ -85,7 +95,7 @@ impl Inner {
         // As in the real agent, what has begun goes on when the caller has gone.
         let inner = Arc::clone(self);
         let work = tokio::spawn(async move {
-            inner.held(held).await;
+            inner.held_unless_destroyed(&id, held).await.ok_or_else(gone)?;
             let fault = fault(&inner.faults.lock().unwrap());
             let end = if fault.is_some() { before } else { to.unwrap_or(before) };
             let sandbox = inner.set(&id, |sandbox| sandbox.state = end.into()).ok_or_else(gone)?;

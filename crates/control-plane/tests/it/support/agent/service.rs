@@ -6,10 +6,26 @@ use connectrpc::{
     ConnectError, RequestContext, Response as RpcResponse, ServiceRequest, ServiceResult, ServiceStream,
 };
 use futures::{StreamExt as _, stream};
+use tokio::sync::broadcast;
 use tokio_stream::wrappers::BroadcastStream;
 use wrenn_proto::hostagent::v1 as wire;
 
 use super::Service;
+
+/// Waits until a sandbox is said to have ended.
+async fn stopped(events: &mut broadcast::Receiver<wire::Sandbox>, id: &str) {
+    loop {
+        match events.recv().await {
+            Ok(sandbox)
+                if sandbox.sandbox_id == id && sandbox.state == wire::SandboxState::SANDBOX_STATE_STOPPED =>
+            {
+                return;
+            }
+            Ok(_) | Err(broadcast::error::RecvError::Lagged(_)) => {}
+            Err(broadcast::error::RecvError::Closed) => return,
+        }
+    }
+}
 
 impl wire::HostAgentService for Service {
     async fn create_sandbox(
@@ -33,15 +49,22 @@ impl wire::HostAgentService for Service {
                 state: wire::SandboxState::SANDBOX_STATE_STARTING.into(),
                 ..Default::default()
             };
+            let mut events = inner.events.subscribe();
             inner.starting.lock().unwrap().insert(id.clone(), starting);
-            inner.held(|faults| faults.hold_creates).await;
+            // A destroy breaks it off wherever it is.
+            let destroyed = || ConnectError::aborted("the sandbox was destroyed while it was being made");
+            tokio::select! {
+                () = inner.held(|faults| faults.hold_creates) => {}
+                () = stopped(&mut events, &id) => return Err(destroyed()),
+            }
             let fault = inner.faults.lock().unwrap().next_create();
-            let outcome = match fault {
-                Some(error) => Err(error),
-                None => Ok(inner.bring_up(request).await),
-            };
-            inner.starting.lock().unwrap().remove(&id);
-            outcome
+            if let Some(error) = fault {
+                inner.starting.lock().unwrap().remove(&id);
+                return Err(error);
+            }
+            let guest = inner.make(request).await;
+            let mut starting = inner.starting.lock().unwrap();
+            starting.remove(&id).map(|_| inner.enter(guest)).ok_or_else(destroyed)
         });
         let sandbox = sandbox.await.unwrap()?;
         let phase = |name: &str, start_micros, duration_micros| wire::Phase {
@@ -65,6 +88,12 @@ impl wire::HostAgentService for Service {
         let request = request.to_owned_message();
         self.0.held(|faults| faults.hold_destroys).await;
         self.0.destroyed.lock().unwrap().push((request.sandbox_id.clone(), request.generation));
+        let starting = self.0.starting.lock().unwrap().remove(&request.sandbox_id);
+        if let Some(mut sandbox) = starting {
+            sandbox.state = wire::SandboxState::SANDBOX_STATE_STOPPED.into();
+            sandbox.end_reason = wire::EndReason::END_REASON_REQUESTED.into();
+            let _ = self.0.events.send(sandbox);
+        }
         let gone = self.0.guests.lock().unwrap().remove(&request.sandbox_id);
         if let Some(guest) = gone {
             let mut sandbox = guest.sandbox.clone();
