@@ -321,11 +321,13 @@ impl WithSlot {
             up: false,
             maker: Some(self.before.course.host.maker()),
         };
-        let mut layers = vec![self.before.layer.clone()];
-        layers.extend(self.before.source.below.iter().cloned());
+        let host = Arc::clone(&self.before.course.host);
         let source = &self.before.source;
         let base = source.base.key.clone();
-        let host = Arc::clone(&self.before.course.host);
+        let mut layers = vec![self.before.layer.clone()];
+        if host.has_layers() {
+            layers.extend(source.below.iter().cloned());
+        }
         // Not a cancellable step: the file is written by a thread that cannot be called back.
         let made = match recording {
             Recording::New(spec) => {

@@ -529,15 +529,15 @@ impl Driver {
         if let Err(error) = ledger.remove().await {
             tracing::warn!(%id, error = &error as &dyn std::error::Error, "the record stays until the next start");
         }
-        let is_more = own.len() > 1;
+        // What lies below may be somebody else's too; and a layer may be made a moment after it was given up.
+        let is_more = own.len() != 1 || ledger.record().layers.len() > 1;
         for layer in own {
             let (disks, path) = (Arc::clone(&self.host.disks), self.host.snapshots.layer_path(&layer));
             if let Err(error) = blocking(move || disks.remove(&path)).await {
                 tracing::warn!(%id, error = &error as &dyn std::error::Error, "a layer stays until the next collection");
             }
         }
-        // What lies below may be somebody else's too; and a layer may be made a moment after it was given up.
-        if is_more || ledger.record().layers.len() > 1 {
+        if is_more {
             self.host.collect_soon();
         }
         end

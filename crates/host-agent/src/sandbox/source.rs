@@ -106,7 +106,7 @@ pub(super) struct Source {
     pub(super) start: Start,
     /// The size of the pages that it is restored with.
     pub(super) pages_bytes: u64,
-    /// The layers below the one that is to be made, top first.
+    /// What the one that is to be made stands on, top first, where it stands on anything.
     pub(super) below: Vec<LayerId>,
     /// What that one stands on.
     pub(super) bottom: DiskSpec,

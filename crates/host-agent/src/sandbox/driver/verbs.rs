@@ -154,6 +154,10 @@ impl Driver {
                     let id = &self.handle.spec().id;
                     tracing::warn!(%id, error = &error as &dyn std::error::Error, "the record still tells of a snapshot that is gone");
                 }
+                // A copy does not stand on what it was made from.
+                if !self.host.has_layers() {
+                    self.host.collect_soon();
+                }
                 self.enter(&mut up);
                 (Residence::Up(Box::new(up)), Ok(Outcome::Done))
             }
@@ -288,6 +292,8 @@ impl Driver {
             Ok(mut new) => {
                 let Up { machine, .. } = *up;
                 self.leave(machine).await;
+                // Its top layer, which is all of its disk where there are no layers.
+                self.host.collect_soon();
                 self.enter(&mut new);
                 (Residence::Up(Box::new(new)), Ok(Outcome::Done))
             }

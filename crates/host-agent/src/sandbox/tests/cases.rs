@@ -4,7 +4,9 @@ use std::{fs, pin::Pin};
 
 use wrenn_types::{SandboxId, SnapshotId};
 
-use super::{Call, End, Fault, Ground, Manner, Plan, Stage, Step, Verb, Vm, World, record, run, world::spec};
+use super::{
+    Call, Disks, End, Fault, Ground, Manner, Plan, Stage, Step, Verb, Vm, World, record, run, world::spec,
+};
 use crate::{
     config::OnStop,
     registry::Registry,
@@ -30,8 +32,10 @@ fn check(before: &[&[Plan]], last: &[Plan], troubles: impl IntoIterator<Item = (
         // Whatever came of it, what there is can be used.
         steps.push(step(&[Plan::Snapshot(0)], None, End::GoOn));
         steps.push(step(&[Plan::Pause(0), Plan::Resume(0)], None, End::GoOn));
-        if let Err(error) = run(&ground, &steps) {
-            panic!("{fault:?}, {end:?}: {error}");
+        for disks in [Disks::Layered, Disks::Plain] {
+            if let Err(error) = run(&ground, disks, &steps) {
+                panic!("{fault:?}, {end:?}, {disks:?}: {error}");
+            }
         }
     }
 }

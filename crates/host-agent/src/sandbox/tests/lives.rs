@@ -5,8 +5,9 @@ use std::time::Duration;
 use tokio::time::Instant;
 use wrenn_types::SandboxId;
 
-use super::{Ground, RequestError, Stage, Verb, Vm, World, world::spec};
+use super::{Disks, Ground, RequestError, Stage, Verb, Vm, World, record, world::spec};
 use crate::{
+    agent,
     registry::Registry,
     sandbox::{Handle, Outcome, bounds, bring_up::BringUpError, driver::OperationError},
 };
@@ -69,4 +70,34 @@ fn a_restore_has_time_for_its_pages_and_no_more() {
         ask(&handle, RESUME).await.unwrap();
         end(&world, &registry).await;
     });
+}
+
+/// A copy of a disk was kept as a layer of the next copy, for as long as the sandbox lived: one more for each resume.
+#[test]
+fn a_sandbox_has_one_disk_however_often_it_is_paused() {
+    let ground = Ground::new();
+    for (disks, layers) in [(Disks::Plain, 1), (Disks::Layered, 6)] {
+        let world = World::with(&ground, disks);
+        live(&world, async |registry| {
+            let handle = created(&registry).await;
+            let id = &handle.spec().id;
+            for round in 1..=5 {
+                let [machine] = &world.machines(id)[..] else { panic!("not one machine") };
+                assert!(world.fake.write_disk(machine, round));
+                ask(&handle, Verb::Pause).await.unwrap();
+                ask(&handle, RESUME).await.unwrap();
+                let [machine] = &world.machines(id)[..] else { panic!("not one machine") };
+                assert_eq!(world.fake.read_disk(machine), Some(round));
+            }
+            let named = record::read(&world.at("sandboxes"), id).unwrap().layers.len();
+            let (store, sandboxes) = (&registry.host().snapshots, world.at("sandboxes"));
+            store.collect(|| agent::roots(&sandboxes), Duration::ZERO).unwrap();
+            let there = world.at("agent/disks").read_dir_utf8().unwrap().count();
+            assert_eq!((named, there), (layers, layers), "{disks:?}");
+            ask(&handle, Verb::Pause).await.unwrap();
+            let saved = handle.status().paused.unwrap().snapshot;
+            assert_eq!(store.get(&saved).unwrap().unwrap().about.layers.len(), layers);
+            end(&world, &registry).await;
+        });
+    }
 }

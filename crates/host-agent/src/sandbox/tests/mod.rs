@@ -34,7 +34,7 @@ use wrenn_vmm::{ExitReason, fake::Step as Vm};
 use self::{
     guest::{Call, Manner},
     model::{Ask, Content, Model, State, Told, Trouble},
-    world::{CONTENT, Control, Ground, World, spec},
+    world::{CONTENT, Control, Disks, Ground, World, spec},
 };
 use crate::{
     registry::Registry,
@@ -564,9 +564,9 @@ async fn quiet() {
 }
 
 /// Runs a case to its end.
-fn run(ground: &Ground, all: &[Step]) -> Result<(), String> {
+fn run(ground: &Ground, disks: Disks, all: &[Step]) -> Result<(), String> {
     let mut steps = all;
-    let world = World::new(ground);
+    let world = World::with(ground, disks);
     let mut notes = Notes::default();
     loop {
         let mut runtime = tokio::runtime::Builder::new_current_thread();
@@ -601,8 +601,10 @@ fn any_order_of_any_verbs_with_any_fault_ends_in_a_legal_state() {
         config.cases = 4000;
     }
     let cases = config.cases;
-    let outcome =
-        TestRunner::new(config).run(&steps(), |steps| run(&ground, &steps).map_err(TestCaseError::fail));
+    // Layered ones, the default, have more that can go wrong.
+    let disks = prop_oneof![2 => Just(Disks::Layered), 1 => Just(Disks::Plain)];
+    let outcome = TestRunner::new(config)
+        .run(&(disks, steps()), |(disks, steps)| run(&ground, disks, &steps).map_err(TestCaseError::fail));
     if let Err(error) = outcome {
         panic!("{error}");
     }

@@ -27,7 +27,7 @@ use crate::{
     metrics::{Metrics, operations::Operations},
     network::{Policy, SlotPool, addresses::SlotNumber, stand_in},
     registry::Registry,
-    rootfs::Qcow2Store,
+    rootfs::{FileStore, Qcow2Store, RootfsStore},
     sandbox::{SandboxSpec, Settings, host::Host, record},
     snapshot_store::SnapshotStore,
     snapshots::Snapshots,
@@ -226,11 +226,21 @@ impl Ground {
     }
 }
 
+/// How the disks of a host are kept.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Disks {
+    /// Each stands on others.
+    Layered,
+    /// Each is a copy.
+    Plain,
+}
+
 /// One host, which outlives its agents.
 pub(super) struct World<'a> {
     ground: &'a Ground,
     guard: tempfile::TempDir,
     instance: InstanceId,
+    disks: Disks,
     pub(super) fake: Fake,
     pub(super) guests: Guests,
     pub(super) numbers: stand_in::Numbers,
@@ -239,6 +249,10 @@ pub(super) struct World<'a> {
 
 impl<'a> World<'a> {
     pub(super) fn new(ground: &'a Ground) -> Self {
+        Self::with(ground, Disks::Layered)
+    }
+
+    pub(super) fn with(ground: &'a Ground, disks: Disks) -> Self {
         let guard = tempfile::tempdir_in(ground.path()).unwrap();
         let (fake, control) = (Fake::new(), Control::default());
         let guests = Guests::new(fake.clone(), control.clone());
@@ -249,7 +263,7 @@ impl<'a> World<'a> {
         let numbers = stand_in::Numbers::new(at.join("leases"));
         let observed = control.clone();
         fake.observe(move |_| observed.goes_on());
-        Self { ground, guard, instance: InstanceId::random(), fake, guests, numbers, control }
+        Self { ground, guard, instance: InstanceId::random(), disks, fake, guests, numbers, control }
     }
 
     pub(super) fn at(&self, name: &str) -> Utf8PathBuf {
@@ -269,13 +283,17 @@ impl<'a> World<'a> {
             control.goes_on()
         });
         let slots = slots.await.unwrap();
+        let disks: Arc<dyn RootfsStore> = match self.disks {
+            Disks::Layered => Arc::new(Qcow2Store),
+            Disks::Plain => Arc::new(FileStore),
+        };
         let vmm: Arc<dyn Vmm> = Arc::new(self.fake.clone());
         let store = SnapshotStore::new(&self.ground.path().join("warm"), &self.ground.path().join("run"));
         let warm = Warm::new(Parts {
             instance: self.instance.clone(),
             vmm: Arc::clone(&vmm),
             guest: images.guest().bundle.clone(),
-            disks: Arc::new(Qcow2Store),
+            disks: Arc::clone(&disks),
             slots: slots.clone(),
             store: store.unwrap(),
             machines_dir: machines_dir.clone(),
@@ -284,7 +302,7 @@ impl<'a> World<'a> {
             instance: self.instance.clone(),
             vmm,
             images,
-            disks: Arc::new(Qcow2Store),
+            disks,
             slots,
             warm,
             snapshots,
