@@ -296,6 +296,7 @@ impl Agent {
             machines_dir,
             dns_servers: config.dns_servers,
             default_disk,
+            now: jiff::Timestamp::now,
             unreachable: Arc::default(),
             operations: Operations::default(),
             metrics: Metrics::default(),

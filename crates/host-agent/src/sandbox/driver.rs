@@ -322,11 +322,11 @@ impl Driver {
     }
 
     /// Waits until its deadline has passed, and until it is to be tried again; for ever when there is none.
-    async fn deadline(deadline: Option<Deadline>, again: Option<Timestamp>) -> TimeoutAction {
+    async fn deadline(&self, deadline: Option<Deadline>, again: Option<Timestamp>) -> TimeoutAction {
         let Some(Deadline { at, action }) = deadline else { return pending().await };
         let at = again.map_or(at, |again| again.max(at));
         loop {
-            match Duration::try_from(at.duration_since(Timestamp::now())) {
+            match Duration::try_from(at.duration_since((self.host.now)())) {
                 Ok(left) if !left.is_zero() => sleep(left.min(DEADLINE_LOOK)).await,
                 _ => return action,
             }
@@ -350,7 +350,7 @@ impl Driver {
                     reason = gone(&mut exit) => Event::Exited(reason),
                     next = self.next_request() => Event::Asked(next),
                     () = self.handle.inner.activity.expired(settings.timeout.duration()) => Event::Idle,
-                    action = Self::deadline(settings.deadline, again) => Event::Deadline(action),
+                    action = self.deadline(settings.deadline, again) => Event::Deadline(action),
                     () = sleep_until(go_on_at.unwrap_or_else(Instant::now)), if go_on_at.is_some() => Event::GoOn,
                     done = machine.vm.stream_disk(&base), if too_deep => Event::Streamed(done),
                 }
@@ -359,7 +359,7 @@ impl Driver {
                 tokio::select! {
                     biased;
                     next = self.next_request() => Event::Asked(next),
-                    action = Self::deadline(settings.deadline, None) => Event::Deadline(action),
+                    action = self.deadline(settings.deadline, None) => Event::Deadline(action),
                 }
             }
         }
@@ -471,7 +471,7 @@ impl Driver {
         }
         self.publish(|status| {
             if let (Some(_), Some(again)) = (&failure, again) {
-                status.deadline_again = Some(Timestamp::now() + again);
+                status.deadline_again = Some((self.host.now)() + again);
             }
             status.last_failure = failure;
         });
@@ -480,7 +480,7 @@ impl Driver {
 
     /// A deadline that asks for a pause is over for a sandbox that is paused: it must not pause it again at its resume.
     pub(super) async fn meet_deadline(&self, ledger: &Arc<Ledger>) {
-        let now = Timestamp::now();
+        let now = (self.host.now)();
         if deadline::met_by_pause(self.status.borrow().settings.deadline, now).is_none() {
             return;
         }

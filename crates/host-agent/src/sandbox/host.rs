@@ -3,6 +3,7 @@
 use std::{net::Ipv4Addr, sync::Arc};
 
 use camino::Utf8PathBuf;
+use jiff::Timestamp;
 use tokio::sync::Notify;
 use wrenn_types::{DiskMib, InstanceId, LayerId, SandboxId};
 use wrenn_vmm::{DiskFormat, DiskSpec, Vmm};
@@ -45,6 +46,8 @@ pub struct Host {
     pub dns_servers: Vec<Ipv4Addr>,
     /// The size of a root disk when nobody says.
     pub default_disk: DiskMib,
+    /// Which time it is, by the clock that deadlines are told by.
+    pub now: fn() -> Timestamp,
     /// Told when something may have become unreachable.
     pub unreachable: Arc<Notify>,
     /// How many creates, pauses, … there were.

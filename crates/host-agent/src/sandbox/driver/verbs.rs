@@ -65,7 +65,7 @@ impl Driver {
             Some(Err(error)) => return self.still_up(up, OperationError::Capture(error)),
             None => return (Residence::Up(up), Err(OperationError::Ended)),
         };
-        let at = Timestamp::now();
+        let at = (self.host.now)();
         let saved = PausedRecord { snapshot: snapshot.clone(), at };
         let recorded = up.ledger.change(|record| {
             record.paused = Some(saved.clone());

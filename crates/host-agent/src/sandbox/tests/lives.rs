@@ -34,7 +34,7 @@ pub(super) async fn ask(handle: &Handle, verb: Verb) -> Result<Outcome, RequestE
 pub(super) const RESUME: Verb = Verb::Resume { timeout: None };
 
 /// Ends what there is, and sees that nothing is left.
-async fn end(world: &World<'_>, registry: &Registry) {
+pub(super) async fn end(world: &World<'_>, registry: &Registry) {
     for handle in registry.all() {
         registry.destroy(&handle.spec().id, None).await.unwrap();
     }

@@ -11,6 +11,7 @@
 //! changed. At the end everything is deleted, and nothing is left.
 
 mod cases;
+mod clocks;
 mod guest;
 mod lives;
 mod model;

@@ -5,14 +5,15 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     fs, io,
     sync::{
-        Arc, Condvar, Mutex, MutexGuard, PoisonError,
+        Arc, Condvar, LazyLock, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, AtomicI64, Ordering},
     },
     time::Duration,
 };
 
 use camino::{Utf8Path, Utf8PathBuf};
-use tokio::sync::Notify;
+use jiff::Timestamp;
+use tokio::{sync::Notify, time::Instant};
 use wrenn_types::{
     AccessToken, DiskMib, InactivityTimeout, InstanceId, MemoryMib, NetworkPolicy, SandboxId, Shape,
     SnapshotId, TimeoutAction, Vcpus,
@@ -310,6 +311,7 @@ impl<'a> World<'a> {
             machines_dir,
             dns_servers: Vec::new(),
             default_disk: DiskMib::new(1024).unwrap(),
+            now: wall,
             unreachable: Arc::default(),
             operations: Operations::default(),
             metrics: Metrics::default(),
@@ -384,6 +386,14 @@ impl<'a> World<'a> {
         remains.retain(|_, names| !names.is_empty());
         remains
     }
+}
+
+/// A wall clock that goes on with the clock of these tests.
+pub(super) fn wall() -> Timestamp {
+    static BEGIN: LazyLock<(Timestamp, std::time::Instant)> =
+        LazyLock::new(|| (Timestamp::now(), std::time::Instant::now()));
+    let (then, begin) = *BEGIN;
+    then + Instant::now().into_std().saturating_duration_since(begin)
 }
 
 pub(super) fn spec(id: SandboxId, snapshot: Option<SnapshotId>) -> SandboxSpec {
