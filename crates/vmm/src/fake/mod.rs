@@ -109,6 +109,12 @@ impl Fake {
         Self { identity, plan: Plan::default() }
     }
 
+    /// The same machines, driven by another program.
+    #[must_use]
+    pub fn driven_by(&self, identity: VmmIdentity) -> Self {
+        Self { identity, plan: self.plan.clone() }
+    }
+
     /// Makes the next call of a step fail; asked for twice, the next two.
     pub fn fail_next(&self, step: Step) {
         self.plan.change(|faults| faults.fail.push(step));

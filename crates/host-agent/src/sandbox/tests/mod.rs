@@ -16,6 +16,7 @@ mod guest;
 mod lives;
 mod model;
 mod overtaking;
+mod refusals;
 mod world;
 
 use std::{

@@ -204,12 +204,9 @@ impl Ground {
         let memory = Utf8Path::new("/dev/shm");
         let guard = if memory.exists() { tempfile::tempdir_in(memory) } else { tempfile::tempdir() };
         let ground = Self { guard: guard.unwrap() };
-        let guest = r#"{"format":1,"id":"0011223344556677","kernel_version":"6.1","envd_version":"0.1.0",
-            "kernel":"vmlinuz","initramfs":"initramfs.img"}"#;
         let template = r#"{"format":1,"name":"base","aliases":[],"default_user":"user","default_workdir":"/",
             "image":"image.ext4","image_id":"8899aabbccddeeff","minimum_disk_mib":1024}"#;
         for (path, content) in [
-            ("guest/manifest.json", guest),
             ("guest/vmlinuz", "kernel"),
             ("guest/initramfs.img", "initramfs"),
             ("templates/base/template.json", template),
@@ -219,7 +216,26 @@ impl Ground {
             fs::create_dir_all(path.parent().unwrap()).unwrap();
             fs::write(path, content).unwrap();
         }
+        ground.set_guest_bundle("0011223344556677");
         ground
+    }
+
+    fn images(&self) -> Utf8PathBuf {
+        self.path().join("images")
+    }
+
+    /// The id of kernel and initramfs.
+    pub(super) fn guest_bundle(&self) -> String {
+        Images::load(&self.images()).unwrap().guest().bundle.id.clone()
+    }
+
+    /// The next agents have another kernel or initramfs.
+    pub(super) fn set_guest_bundle(&self, id: &str) {
+        let guest = format!(
+            r#"{{"format":1,"id":"{id}","kernel_version":"6.1","envd_version":"0.1.0",
+            "kernel":"vmlinuz","initramfs":"initramfs.img"}}"#
+        );
+        fs::write(self.images().join("guest/manifest.json"), guest).unwrap();
     }
 
     fn path(&self) -> &Utf8Path {
@@ -276,7 +292,7 @@ impl<'a> World<'a> {
         let snapshots = self.store();
         let stock = self.take_stock(&snapshots);
         let (sandboxes_dir, machines_dir) = (self.at("sandboxes"), self.at("machines"));
-        let images = Images::load(&self.ground.path().join("images")).unwrap();
+        let images = Images::load(&self.ground.images()).unwrap();
         let policy = Policy::resolve(&NetworkPolicy::simple(true), &[]).unwrap();
         let (guests, control) = (self.guests.clone(), self.control.clone());
         let guests = stand_in::Guests::new(move |number| guests.connect(number));
