@@ -26,7 +26,7 @@ use wrenn_host_linux::{
 };
 use wrenn_types::{InstanceId, LayerId, SandboxId, Shape};
 
-use crate::sandbox::{driver::chain, machine::Machine};
+use crate::sandbox::driver::chain;
 
 /// The period over which time of the processors is counted, in microseconds: the kernel's default.
 const PERIOD_MICROS: u64 = 100_000;
@@ -167,11 +167,11 @@ impl Limits {
         }
     }
 
-    /// Whether the kernel has killed a machine because it needed more memory than it may have.
+    /// Whether the kernel has killed the machine of a group because it needed more memory than it may have.
     #[must_use]
-    pub fn was_out_of_memory(&self, machine: &Machine) -> bool {
+    pub fn was_out_of_memory(&self, id: &SandboxId, layer: &LayerId) -> bool {
         let Self::Groups(groups) = self else { return false };
-        groups.hierarchy.group(&name(&machine.id, &machine.name)).oom_kills() > 0
+        groups.hierarchy.group(&name(id, layer)).oom_kills() > 0
     }
 
     /// Removes the groups of machines that are gone. One that cannot be removed is tried again at the next start.
@@ -278,6 +278,24 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn the_machine_that_needed_more_memory_than_it_may_have_is_known() {
+        // A mount of plain files, in which nobody counts but this test.
+        let mount = tempfile::tempdir().unwrap();
+        let hierarchy = Hierarchy::below(mount.path(), "owner").unwrap();
+        let limits = Limits::Groups(Groups { hierarchy, io: Io::Free });
+        let (id, layer, other) = (SandboxId::random(), LayerId::random(), LayerId::random());
+        for (layer, kills) in [(&layer, 1), (&other, 0)] {
+            let group = mount.path().join("wrenn/owner").join(name(&id, layer));
+            std::fs::create_dir(&group).unwrap();
+            std::fs::write(group.join("memory.events"), format!("max 3\noom_kill {kills}\n")).unwrap();
+        }
+        assert!(limits.was_out_of_memory(&id, &layer));
+        assert!(!limits.was_out_of_memory(&id, &other), "another machine of the same sandbox");
+        assert!(!limits.was_out_of_memory(&SandboxId::random(), &layer));
+        assert!(!Limits::Absent(String::new()).was_out_of_memory(&id, &layer));
     }
 
     #[test]

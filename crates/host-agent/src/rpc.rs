@@ -565,3 +565,30 @@ impl Service {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_reason_has_its_word_on_the_wire() {
+        let table = [
+            (EndReason::Requested, "REQUESTED"),
+            (EndReason::Inactivity, "INACTIVITY"),
+            (EndReason::Deadline, "DEADLINE"),
+            (EndReason::GuestShutdown, "GUEST_SHUTDOWN"),
+            (EndReason::GuestPanic, "GUEST_PANIC"),
+            (EndReason::VmmCrash, "VMM_CRASH"),
+            (EndReason::Oom, "OOM"),
+            (EndReason::StartFailed, "START_FAILED"),
+            (EndReason::AgentStopped, "AGENT_STOPPED"),
+        ];
+        for (ours, word) in table {
+            let told = reason(ours);
+            assert_eq!(format!("{told:?}"), format!("END_REASON_{word}"));
+            // Our own word is the same one.
+            let own = serde_json::to_value(ours).unwrap();
+            assert_eq!(own, word.to_lowercase());
+        }
+    }
+}

@@ -370,13 +370,14 @@ impl Driver {
         loop {
             let (next, reply) = match self.next_event(&mut residence).await {
                 Event::Exited(reason) => {
-                    let end = match &residence {
-                        Residence::Up(up) if self.host.limits.was_out_of_memory(&up.machine) => {
-                            ended(EndReason::Oom)
+                    let is_oom = match &residence {
+                        Residence::Up(up) => {
+                            let machine = &up.machine;
+                            self.host.limits.was_out_of_memory(&machine.id, &machine.name)
                         }
-                        _ => exited(&reason),
+                        Residence::Paused(_) => false,
                     };
-                    return Some(self.take_down(residence, end).await);
+                    return Some(self.take_down(residence, exited(&reason, is_oom)).await);
                 }
                 // What is saved outlives its agent.
                 Event::Asked(Next::End(EndReason::AgentStopped))
@@ -572,8 +573,11 @@ pub fn chain(error: &dyn std::error::Error) -> String {
     text
 }
 
-fn exited(reason: &ExitReason) -> End {
+/// Why a sandbox has ended whose machine has; `is_oom` where the kernel killed that for its memory, of which the
+/// machine's own end does not tell.
+pub(super) fn exited(reason: &ExitReason, is_oom: bool) -> End {
     let (word, message) = match reason {
+        _ if is_oom => return ended(EndReason::Oom),
         ExitReason::GuestShutdown => (EndReason::GuestShutdown, EndReason::GuestShutdown.to_string()),
         ExitReason::GuestPanic => (EndReason::GuestPanic, EndReason::GuestPanic.to_string()),
         ExitReason::VmmFailed { code, stderr } => {

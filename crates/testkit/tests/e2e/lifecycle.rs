@@ -161,6 +161,8 @@ async fn killed_machine(context: Arc<Context>) -> Result<()> {
     found[0].process.kill()?;
     let mut client = context.client();
     wait_for_status(&mut client, &sandbox.id, "stopped", Duration::from_secs(3)).await?;
+    let ended = client.get(&format!("/v1/sandboxes/{}", sandbox.id)).await?.expect(200)?.json();
+    ensure!(ended["end_reason"] == "vmm_crash", "{ended}");
     let files = stack.dir().join("agent/sandboxes").join(&sandbox.id);
     ensure!(!files.exists(), "nothing is left of it");
     Ok(())

@@ -62,7 +62,7 @@ impl Driver {
                     return Found::Up(Box::new(up));
                 }
                 Err(gone) if gone.is_gone() => {
-                    let end = exited(&ExitReason::Stopped);
+                    let end = exited(&ExitReason::Stopped, false);
                     return Found::Ended(self.end_astray(ledger, end).await);
                 }
                 Err(again) => error = Arc::new(again),

@@ -12,6 +12,7 @@
 
 mod cases;
 mod clocks;
+mod ends;
 mod guest;
 mod lives;
 mod model;
