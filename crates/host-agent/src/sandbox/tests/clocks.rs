@@ -7,7 +7,7 @@ use tokio::time::Instant;
 use wrenn_types::{EndReason, InactivityTimeout, SandboxId, TimeoutAction};
 
 use super::{
-    Ground, Stage, Verb, Vm, World,
+    Extent, Ground, Stage, Verb, Vm, World,
     lives::{RESUME, ask, end, live},
     world::{spec, wall},
 };
@@ -121,7 +121,7 @@ fn a_deadline_that_kills_ends_what_is_paused() {
     live(&world, async |registry| {
         let (begun, asked) = (Instant::now(), deadline(seconds(1000), KILL));
         let handle = created(&registry, |settings| settings.deadline = asked).await;
-        ask(&handle, Verb::Pause).await.unwrap();
+        ask(&handle, Verb::Pause(Extent::Machine)).await.unwrap();
         let stopped = when(&handle, |status| status.stage == Stage::Stopped).await;
         exact(stopped, begun + seconds(1000));
         assert_eq!(handle.status().end.unwrap().reason, EndReason::Deadline);

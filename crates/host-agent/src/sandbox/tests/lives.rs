@@ -5,7 +5,7 @@ use std::time::Duration;
 use tokio::time::Instant;
 use wrenn_types::SandboxId;
 
-use super::{Disks, Ground, RequestError, Stage, Verb, Vm, World, record, world::spec};
+use super::{Disks, Extent, Ground, RequestError, Stage, Verb, Vm, World, record, world::spec};
 use crate::{
     agent,
     registry::Registry,
@@ -52,7 +52,7 @@ fn a_restore_has_time_for_its_pages_and_no_more() {
         for page in 100..100 + (60 << 20) / 4096 {
             assert!(world.fake.write_page(machine, page, page));
         }
-        ask(&handle, Verb::Pause).await.unwrap();
+        ask(&handle, Verb::Pause(Extent::Machine)).await.unwrap();
         let bound = bounds::restore(60 << 20);
         assert!(bound > bounds::restore(0) + Duration::from_secs(2));
 
@@ -84,7 +84,7 @@ fn a_sandbox_has_one_disk_however_often_it_is_paused() {
             for round in 1..=5 {
                 let [machine] = &world.machines(id)[..] else { panic!("not one machine") };
                 assert!(world.fake.write_disk(machine, round));
-                ask(&handle, Verb::Pause).await.unwrap();
+                ask(&handle, Verb::Pause(Extent::Machine)).await.unwrap();
                 ask(&handle, RESUME).await.unwrap();
                 let [machine] = &world.machines(id)[..] else { panic!("not one machine") };
                 assert_eq!(world.fake.read_disk(machine), Some(round));
@@ -94,7 +94,7 @@ fn a_sandbox_has_one_disk_however_often_it_is_paused() {
             store.collect(|| agent::roots(&sandboxes), Duration::ZERO).unwrap();
             let there = world.at("agent/disks").read_dir_utf8().unwrap().count();
             assert_eq!((named, there), (layers, layers), "{disks:?}");
-            ask(&handle, Verb::Pause).await.unwrap();
+            ask(&handle, Verb::Pause(Extent::Machine)).await.unwrap();
             let saved = handle.status().paused.unwrap().snapshot;
             assert_eq!(store.get(&saved).unwrap().unwrap().about.layers.len(), layers);
             end(&world, &registry).await;

@@ -6,7 +6,7 @@ use tokio::time::Instant;
 use wrenn_types::SnapshotId;
 
 use super::{
-    Call, DESTROY_BOUND, Ground, Manner, Stage, Verb, Vm, World,
+    Call, DESTROY_BOUND, Extent, Ground, Manner, Stage, Verb, Vm, World,
     lives::{RESUME, ask, created, live},
     quiet, record,
 };
@@ -48,7 +48,7 @@ fn a_destroy_overtakes_a_machine_that_does_not_answer() {
         live(&world, async |registry| {
             let handle = created(&registry).await;
             world.fake.delay(step, FOR_EVER);
-            overtake(&world, &registry, &handle, Verb::Pause).await;
+            overtake(&world, &registry, &handle, Verb::Pause(Extent::Machine)).await;
         });
     }
     for step in [Vm::Pause, Vm::Snapshot, Vm::PivotDisk, Vm::Resume] {
@@ -81,7 +81,9 @@ fn a_destroy_overtakes_a_machine_that_does_not_answer() {
 #[test]
 fn a_destroy_overtakes_a_guest_that_does_not_answer() {
     let ground = Ground::new();
-    for (call, verb) in [(Call::Prepare, Verb::Pause), (Call::Prepare, saved()), (Call::Init, saved())] {
+    for (call, verb) in
+        [(Call::Prepare, Verb::Pause(Extent::Machine)), (Call::Prepare, saved()), (Call::Init, saved())]
+    {
         let world = World::new(&ground);
         live(&world, async |registry| {
             let handle = created(&registry).await;
@@ -115,8 +117,8 @@ fn a_destroy_overtakes_the_streaming_of_layers() {
 fn a_destroy_overtakes_a_disk_that_hangs() {
     let ground = Ground::new();
     for is_paused in [false, true] {
-        for verb in [Verb::Pause, saved()] {
-            if is_paused && verb == Verb::Pause {
+        for verb in [Verb::Pause(Extent::Machine), saved()] {
+            if is_paused && verb == Verb::Pause(Extent::Machine) {
                 continue;
             }
             // The first step is the beginning; at the last ones the snapshot is there already.
@@ -125,7 +127,7 @@ fn a_destroy_overtakes_a_disk_that_hangs() {
                 live(&world, async |registry| {
                     let handle = created(&registry).await;
                     if is_paused {
-                        ask(&handle, Verb::Pause).await.unwrap();
+                        ask(&handle, Verb::Pause(Extent::Machine)).await.unwrap();
                     }
                     world.control.hold_store_after(step);
                     let (told, ()) = tokio::join!(ask(&handle, verb.clone()), async {
@@ -153,7 +155,7 @@ fn the_stop_of_an_agent_does_not_overtake_a_pause() {
     let id = live(&world, async |registry| {
         let handle = created(&registry).await;
         world.fake.delay(Vm::Snapshot, Duration::from_secs(20));
-        let (told, ()) = tokio::join!(ask(&handle, Verb::Pause), async {
+        let (told, ()) = tokio::join!(ask(&handle, Verb::Pause(Extent::Machine)), async {
             quiet().await;
             registry.close(OnStop::Destroy).await;
         });

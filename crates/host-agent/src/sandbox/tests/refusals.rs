@@ -4,7 +4,7 @@ use wrenn_types::{SandboxId, SnapshotId};
 use wrenn_vmm::Vmm as _;
 
 use super::{
-    CONTENT, Call, Ground, Manner, RequestError, Stage, Verb, World,
+    CONTENT, Call, Extent, Ground, Manner, RequestError, Stage, Verb, World,
     lives::{RESUME, ask, created, end, live},
     world::spec,
 };
@@ -28,7 +28,7 @@ fn what_did_not_stand_still_is_resumed_and_nothing_else() {
         let store = registry.host().snapshots.clone();
         let handle = created(&registry).await;
         world.guests.fail_next(Call::Prepare, Manner::Refuse);
-        ask(&handle, Verb::Pause).await.unwrap();
+        ask(&handle, Verb::Pause(Extent::Machine)).await.unwrap();
         let saved = handle.status().paused.unwrap().snapshot;
         assert!(!store.get(&saved).unwrap().unwrap().about.prepared);
 
@@ -69,7 +69,7 @@ fn what_another_program_has_saved_stays_as_it_is_and_is_named() {
         let handle = created(&registry).await;
         let [machine] = &world.machines(&handle.spec().id)[..] else { panic!("not one machine") };
         assert!(world.fake.write_page(machine, CONTENT, 4711));
-        ask(&handle, Verb::Pause).await.unwrap();
+        ask(&handle, Verb::Pause(Extent::Machine)).await.unwrap();
         handle.spec().id.clone()
     });
 
@@ -105,6 +105,31 @@ fn what_another_program_has_saved_stays_as_it_is_and_is_named() {
         ask(&handle, RESUME).await.unwrap();
         let [machine] = &world.machines(&saved)[..] else { panic!("not one machine") };
         assert_eq!(world.fake.read_page(machine, CONTENT), Some(4711));
+        end(&world, &registry).await;
+    });
+}
+
+/// A machine that was made before an upgrade is saved by an agent that was started after it: what is saved names the
+/// program that ran it, and not the one that the agent would start now.
+#[test]
+fn what_an_older_program_runs_is_saved_as_its_own() {
+    let ground = Ground::new();
+    let mut world = World::new(&ground);
+    let id = live(&world, async |registry| created(&registry).await.spec().id.clone());
+    let before = world.fake.clone();
+    let mut newer = before.identity().clone();
+    newer.version = "99.1".to_owned();
+    world.fake = before.driven_by(newer);
+    live(&world, async |registry| {
+        let handle = registry.get(&id).unwrap();
+        ask(&handle, Verb::Pause(Extent::Machine)).await.unwrap();
+        let (_, text) = refused(&handle, RESUME).await;
+        assert!(text.contains("VMM version"), "{text}");
+        assert_eq!(handle.stage(), Stage::Paused);
+    });
+    world.fake = before;
+    live(&world, async |registry| {
+        ask(&registry.get(&id).unwrap(), RESUME).await.unwrap();
         end(&world, &registry).await;
     });
 }
