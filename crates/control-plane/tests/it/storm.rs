@@ -26,12 +26,59 @@ impl Dice {
     }
 }
 
+/// Sandboxes that come and go while it storms.
+#[derive(Default)]
+struct Others(std::sync::Mutex<Vec<String>>);
+
+impl Others {
+    /// So many at most: each is a process of its own.
+    const MOST: usize = 5;
+
+    fn add(&self, answer: &serde_json::Value) {
+        let children = answer.as_array().into_iter().flatten();
+        let made = children.chain([answer]).filter_map(|one| one["id"].as_str());
+        self.0.lock().unwrap().extend(made.map(ToOwned::to_owned));
+    }
+
+    fn is_full(&self) -> bool {
+        self.0.lock().unwrap().len() >= Self::MOST
+    }
+
+    /// One of them, for a verb like any other.
+    fn choose(&self, dice: &mut Dice) -> Option<String> {
+        let others = self.0.lock().unwrap();
+        let sides = u64::try_from(others.len()).unwrap();
+        (sides > 0).then(|| others[usize::try_from(dice.roll(sides)).unwrap()].clone())
+    }
+
+    /// One of them, to be deleted.
+    fn take(&self) -> Option<String> {
+        self.0.lock().unwrap().pop()
+    }
+}
+
 /// One verb of one caller. What it answers must be one of the answers that there are, and what it must not be is
 /// a failure of the server itself.
-async fn one_call(client: &Client, id: &str, dice: &mut Dice) -> Option<(String, StatusCode, String)> {
-    let base = format!("/v1/sandboxes/{id}");
+async fn one_call(
+    client: &Client,
+    id: &str,
+    others: &Others,
+    dice: &mut Dice,
+) -> Option<(String, StatusCode, String)> {
     let name = format!("name-{}", dice.roll(3));
-    let (method, path, body) = match dice.roll(10) {
+    let chosen = if dice.roll(4) == 0 { others.choose(dice) } else { None };
+    let id = chosen.as_deref().unwrap_or(id);
+    let base = format!("/v1/sandboxes/{id}");
+    let (method, path, body) = match dice.roll(14) {
+        10 | 11 if !others.is_full() => {
+            let template = if dice.roll(2) == 0 { "base".to_owned() } else { name };
+            (Method::POST, "/v1/sandboxes".to_owned(), json!({ "template": template }))
+        }
+        12 if !others.is_full() => (Method::POST, format!("{base}/fork"), json!({ "count": 2 })),
+        10..=13 => {
+            let id = others.take().unwrap_or_else(|| "sb-00000000".to_owned());
+            (Method::DELETE, format!("/v1/sandboxes/{id}"), json!({}))
+        }
         0 | 1 => (Method::POST, format!("{base}/pause"), json!({ "memory": dice.roll(2) == 0 })),
         2 | 3 => (Method::POST, format!("{base}/resume"), json!({})),
         4 => {
@@ -53,6 +100,9 @@ async fn one_call(client: &Client, id: &str, dice: &mut Dice) -> Option<(String,
     let response = client.try_send(request).await.ok()?;
     let status = response.status();
     let text = http_body_util::BodyExt::collect(response.into_body()).await.ok()?.to_bytes();
+    if path == "/v1/sandboxes" || path.ends_with("/fork") {
+        others.add(&serde_json::from_slice(&text).unwrap_or_default());
+    }
     Some((format!("{method} {path}"), status, String::from_utf8_lossy(&text).into_owned()))
 }
 
@@ -92,16 +142,19 @@ async fn storms(sample: u64, kills: bool) {
 async fn storm(seed: u64, kills: bool) {
     let mut world = World::new().await;
     let ids = [world.sandbox().await, world.sandbox().await];
+    let others = Others::default();
     for round in 0..if kills { 2 } else { 1 } {
         let left = AtomicUsize::new(6);
         let callers = (0..6_u64).map(|caller| {
-            let (client, ids, left) = (world.client.clone(), &ids, &left);
+            let (client, ids, others, left) = (world.client.clone(), &ids, &others, &left);
             async move {
                 let mut dice = Dice(seed.wrapping_mul(977).wrapping_add(caller * 31 + round * 7 + 1));
                 for _ in 0..12 {
                     let id = &ids[usize::try_from(dice.roll(2)).unwrap()];
-                    let Some((call, status, text)) = one_call(&client, id, &mut dice).await else { break };
-                    let known = [200, 201, 204, 404, 409, 502, 503];
+                    let Some((call, status, text)) = one_call(&client, id, others, &mut dice).await else {
+                        break;
+                    };
+                    let known = [200, 201, 202, 204, 404, 409, 502, 503];
                     assert!(known.contains(&status.as_u16()), "seed {seed}: {call}: {status} {text}");
                 }
                 left.fetch_sub(1, Ordering::Relaxed);
@@ -147,7 +200,23 @@ async fn storm(seed: u64, kills: bool) {
         assert_eq!(resumed.status, 200, "seed {seed}: {}", resumed.text());
         assert_eq!(world.client.shell(id, "echo here").await.json()["stdout"], "here\n");
     }
-    for id in &ids {
+    // Those that came and did not go are where their host says, and it has no others.
+    let listed = async || {
+        let listed = world.client.get("/v1/sandboxes").await.json();
+        let of = |row: &serde_json::Value| (row["id"].as_str().unwrap().to_owned(), row["status"].clone());
+        listed.as_array().unwrap().iter().map(of).collect::<Vec<_>>()
+    };
+    eventually(&format!("seed {seed}: all are where their host says"), async || {
+        let listed = listed().await;
+        let is_so = |(id, status): &(String, serde_json::Value)| match world.agent.state(id) {
+            Some(Host::SANDBOX_STATE_RUNNING) => status == "running",
+            Some(Host::SANDBOX_STATE_PAUSED) => status == "paused",
+            _ => false,
+        };
+        listed.iter().all(is_so) && listed.len() == world.agent.sandboxes().len()
+    })
+    .await;
+    for (id, _) in listed().await {
         assert_eq!(world.client.delete(&format!("/v1/sandboxes/{id}")).await.status, 204);
     }
     assert!(world.agent.sandboxes().is_empty());
