@@ -282,7 +282,8 @@ impl Warm {
         saved?;
         let disks = Arc::clone(&self.parts.disks);
         let snapshot = blocking(move || {
-            disks.freeze(&disk, &disk_path).map_err(WarmError::Disk)?;
+            // What stands on it outlives the template's image, which may be replaced or removed.
+            disks.flatten(&disk, &disk_path).map_err(WarmError::Disk)?;
             building.commit().map_err(WarmError::Store)
         })
         .await?;

@@ -35,6 +35,7 @@ pub(super) fn run_in(store: &dyn RootfsStore, parent: &Utf8Path) {
         clones_do_not_see_each_other,
         a_frozen_disk_is_the_base_of_others,
         a_disk_can_be_frozen_where_it_is,
+        a_flattened_disk_stands_alone,
         a_disk_is_never_smaller_than_its_base,
         nothing_that_exists_is_touched,
         a_base_that_is_no_file_is_named,
@@ -191,6 +192,49 @@ fn a_disk_can_be_frozen_where_it_is(store: &dyn RootfsStore, at: &Utf8Path) {
     let error = store.freeze(&other, &layer.path).unwrap_err();
     assert!(matches!(error, RootfsError::Exists { .. }), "{error:?}");
     assert!(other.path.exists());
+}
+
+fn a_flattened_disk_stands_alone(store: &dyn RootfsStore, at: &Utf8Path) {
+    let template = store.clone_disk(&image(at), &at.join("template"), size(1024)).unwrap();
+    write(&template, 4096, 4096, 4);
+    write(&template, 700 * MIB, 3 * MIB, 5);
+    let layer = store.freeze(&template, &at.join("layer")).unwrap();
+    let disk = store.clone_disk(&layer, &at.join("disk"), size(4096)).unwrap();
+    write(&disk, 8192, 4096, 6);
+    write(&disk, 701 * MIB, MIB, 0);
+    write(&disk, 4096 * MIB - 65536, 65536, 7);
+    let error = store.flatten(&disk, &layer.path).unwrap_err();
+    assert!(matches!(error, RootfsError::Exists { .. }), "{error:?}");
+
+    let flat = store.flatten(&disk, &at.join("flat")).unwrap();
+    for gone in ["image", "layer"] {
+        store.remove(&at.join(gone)).unwrap();
+    }
+    assert_eq!(files_of(at), ["flat"]);
+    assert_eq!((flat.format, virtual_size(&flat)), (store.format(), 4096 * MIB));
+    assert_eq!(fs::metadata(&flat.path).unwrap().permissions().mode() & 0o777, 0o444);
+    let other = store.clone_disk(&flat, &at.join("other"), size(8192)).unwrap();
+    write(&other, 0, 4096, 9);
+    for (offset, length, byte) in [
+        (0, 4096, 1),
+        (4096, 4096, 4),
+        (8192, 4096, 6),
+        (12_288, 600 * MIB - 4096 - 12_288, 0),
+        (600 * MIB - 4096, 4096, 2),
+        (700 * MIB, MIB, 5),
+        (701 * MIB, MIB, 0),
+        (702 * MIB, MIB, 5),
+        (703 * MIB, MIB, 0),
+        (4096 * MIB - 65536, 65536, 7),
+    ] {
+        assert_pattern(&flat, offset, length, byte);
+        if offset > 0 {
+            assert_pattern(&other, offset, length, byte);
+        }
+    }
+    assert_pattern(&other, 4096 * MIB, MIB, 0);
+    let used = store.used_bytes(&flat.path).unwrap();
+    assert!(used < 5 * MIB, "{used} bytes for 2 MiB and a little more, and a MiB of zeros");
 }
 
 fn image_again(at: &Utf8Path) -> DiskSpec {

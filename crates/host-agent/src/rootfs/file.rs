@@ -44,6 +44,14 @@ impl RootfsStore for FileStore {
         freeze_file(&disk.path, layer)?;
         Ok(DiskSpec { path: layer.to_owned(), format: DiskFormat::Raw })
     }
+
+    /// Such a disk stands on nothing in any case.
+    fn flatten(&self, disk: &DiskSpec, layer: &Utf8Path) -> RootfsResult<DiskSpec> {
+        if disk.path == layer {
+            return Err(RootfsError::Exists { path: layer.to_owned() });
+        }
+        self.freeze(disk, layer)
+    }
 }
 
 #[cfg(test)]

@@ -1,8 +1,8 @@
 //! Root disks: how a sandbox gets one, and how a disk becomes the base of others.
 //!
 //! ```text
-//!   template image ──clone──► disk of the template machine ──freeze──► layer in the warm snapshot
-//!   (immutable)               (one writer)                             (immutable)
+//!   template image ──clone──► disk of the template machine ──flatten──► layer in the warm snapshot
+//!   (immutable)               (one writer)                              (immutable, stands on nothing)
 //!                                                                        │
 //!                                           clone, clone, clone …  ◄─────┘
 //!                                           disks of sandboxes (one writer each) ──remove──► gone
@@ -25,6 +25,7 @@
 mod copy;
 mod error;
 mod file;
+mod flatten;
 mod qcow2;
 mod qcow2_header;
 
@@ -70,6 +71,14 @@ pub trait RootfsStore: fmt::Debug + Send + Sync {
     /// # Errors
     /// The disk is where it was, or at `layer`, and its bytes are unchanged.
     fn freeze(&self, disk: &DiskSpec, layer: &Utf8Path) -> RootfsResult<DiskSpec>;
+
+    /// As [`RootfsStore::freeze`], but the base stands on nothing: what it was made of may go. `layer` must not exist.
+    /// What is zero takes no room where the format can say so. Takes as long as it takes to copy what is in the disk,
+    /// and in what it stands on.
+    ///
+    /// # Errors
+    /// The disk is where it was, unless it stood on nothing: then as for a freeze.
+    fn flatten(&self, disk: &DiskSpec, layer: &Utf8Path) -> RootfsResult<DiskSpec>;
 
     /// Removes a disk or a layer that nothing uses. Idempotent.
     ///

@@ -9,7 +9,7 @@ use wrenn_vmm::{DiskFormat, DiskSpec, qcow2};
 use super::{
     RootfsError, RootfsResult, RootfsStore, check_size,
     copy::Unfinished,
-    freeze_file,
+    flatten, freeze_file,
     qcow2_header::{self, Overlay},
     resolve_base,
 };
@@ -48,6 +48,18 @@ impl RootfsStore for Qcow2Store {
         freeze_file(&disk.path, layer)?;
         Ok(DiskSpec { path: layer.to_owned(), format: DiskFormat::Qcow2 })
     }
+
+    fn flatten(&self, disk: &DiskSpec, layer: &Utf8Path) -> RootfsResult<DiskSpec> {
+        if disk.format != DiskFormat::Qcow2 {
+            return Err(RootfsError::Base { path: disk.path.clone(), problem: "it is not a qcow2 file" });
+        }
+        let target = Unfinished::create(layer)?;
+        flatten::flatten(&disk.path, target.file(), layer)?;
+        freeze_file(layer, layer)?;
+        target.keep();
+        self.remove(&disk.path)?;
+        Ok(DiskSpec { path: layer.to_owned(), format: DiskFormat::Qcow2 })
+    }
 }
 
 /// The size of a base as a guest sees it. The format is what we recorded, never a guess.
@@ -70,6 +82,7 @@ mod tests {
     use std::{fs, os::unix::fs::MetadataExt};
 
     use camino::Utf8PathBuf;
+    use proptest::{collection::vec, prelude::*, sample::select};
     use serde_json::Value;
 
     use super::*;
@@ -152,6 +165,91 @@ mod tests {
         let error = Qcow2Store.freeze(&disk, &at.join("layer")).unwrap_err();
         assert!(matches!(error, RootfsError::Header { .. }), "{error:?}");
         assert!(disk.path.exists() && !at.join("layer").exists());
+    }
+
+    /// What QEMU does to a disk: kind of command, where, how much, in sectors, and with which byte.
+    type Act = (u8, u64, u64, u8);
+
+    fn act(disk: &DiskSpec, acts: &[Act]) {
+        if acts.is_empty() {
+            return;
+        }
+        let commands = acts.iter().map(|(kind, sector, sectors, byte)| {
+            let (offset, length) = (sector * 512, sectors * 512);
+            match kind {
+                0..3 => format!("write -P {byte} {offset} {length}"),
+                3 => format!("write -z {offset} {length}"),
+                _ => format!("discard {offset} {length}"),
+            }
+        });
+        let format = if disk.format == DiskFormat::Raw { "raw" } else { "qcow2" };
+        let mut arguments = vec!["-d".to_owned(), "unmap".to_owned(), "-f".to_owned(), format.to_owned()];
+        arguments.extend(commands.flat_map(|command| ["-c".to_owned(), command]));
+        arguments.push(disk.path.to_string());
+        conformance::tool("qemu-io", &arguments.iter().map(String::as_str).collect::<Vec<_>>());
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(12))]
+        #[test]
+        fn what_is_flattened_is_the_same_disk_as_qemu_has_it(
+            // Around the places where a cluster, a second-level table and the base end.
+            acts in vec(
+                (0..4_usize, (0..6_u8, select(vec![0_u64, 1_048_576, 1_228_000, 2_000_000]), 0..600_u64, 1..700_u64, 0..3_u8)),
+                1..16,
+            ),
+        ) {
+            let (_guard, at) = conformance::directory();
+            let on = |layer: usize| {
+                let of_layer = acts.iter().filter(|(number, _)| *number == layer);
+                of_layer.map(|(_, (kind, near, plus, length, byte))| (*kind, near + plus, *length, *byte)).collect::<Vec<Act>>()
+            };
+            let image = raw(at.join("image"));
+            File::create_new(&image.path).unwrap().set_len(600 << 20).unwrap();
+            let small: Vec<Act> = on(0).into_iter().filter(|(_, at, length, _)| (at + length) * 512 <= 600 << 20).collect();
+            act(&image, &small);
+            let mut top = image;
+            for layer in 1..4 {
+                let size = DiskMib::new(1024 * i64::try_from(layer).unwrap()).unwrap();
+                top = Qcow2Store.clone_disk(&top, &at.join(layer.to_string()), size).unwrap();
+                act(&top, &on(layer));
+            }
+            fs::copy(&top.path, at.join("before")).unwrap();
+            let flat = Qcow2Store.flatten(&top, &at.join("flat")).unwrap();
+            prop_assert!(!top.path.exists());
+            let checked: Value =
+                serde_json::from_str(&qemu_img(&["check", "--output=json", flat.path.as_str()])).unwrap();
+            prop_assert_eq!(&checked["check-errors"], 0);
+            for fault in ["corruptions", "leaks"] {
+                prop_assert!(checked[fault].is_null(), "{}", checked);
+            }
+            let (before, after) = (at.join("before"), flat.path.as_str());
+            let size = |path| virtual_bytes(path, DiskFormat::Qcow2).unwrap();
+            prop_assert_eq!(size(&before), size(&flat.path));
+            qemu_img(&["compare", "-f", "qcow2", "-F", "qcow2", before.as_str(), after]);
+        }
+    }
+
+    #[test]
+    fn a_chain_that_cannot_be_read_is_named_and_left() {
+        let (_guard, at) = conformance::directory();
+        fs::write(at.join("base"), vec![1; 1 << 20]).unwrap();
+        let layer =
+            Qcow2Store.clone_disk(&raw(at.join("base")), &at.join("layer"), DiskMib::default()).unwrap();
+        let disk = Qcow2Store.clone_disk(&layer, &at.join("disk"), DiskMib::default()).unwrap();
+        let header = fs::read(&layer.path).unwrap();
+        // Each is another reason: unclean, encrypted, other clusters, a snapshot inside, a table behind the end.
+        for (offset, byte) in [(79, 1), (35, 1), (23, 12), (63, 1), (43, 1)] {
+            File::options().write(true).open(&layer.path).unwrap().write_all_at(&[byte], offset).unwrap();
+            let error = Qcow2Store.flatten(&disk, &at.join("flat")).unwrap_err();
+            assert!(error.to_string().contains(layer.path.as_str()), "{error}");
+            assert!(disk.path.exists() && !at.join("flat").exists());
+            fs::write(&layer.path, &header).unwrap();
+        }
+        fs::remove_file(at.join("base")).unwrap();
+        let error = Qcow2Store.flatten(&disk, &at.join("flat")).unwrap_err();
+        assert!(error.to_string().contains(at.join("base").as_str()), "{error}");
+        assert!(disk.path.exists() && !at.join("flat").exists());
     }
 
     #[test]

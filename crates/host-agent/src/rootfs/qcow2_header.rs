@@ -1,4 +1,4 @@
-//! The bytes of an empty qcow2 overlay: pure functions after QEMU's `docs/interop/qcow2.txt`.
+//! Headers of qcow2 files, and the bytes of an empty overlay: pure functions after QEMU's `docs/interop/qcow2.txt`.
 //!
 //! ```text
 //! cluster  0        1                 2                 3 …
@@ -9,13 +9,14 @@
 //!
 //! A cluster has 64 KiB. Everything that is zero stays a hole in the file.
 
+use camino::Utf8PathBuf;
 use wrenn_vmm::{
     DiskFormat,
     qcow2::{Fields, HEADER_LENGTH, LONGEST_NAME, MAGIC, NoHeader, VERSION},
 };
 
 const CLUSTER_BITS: u32 = 16;
-const CLUSTER: u64 = 1 << CLUSTER_BITS;
+pub(super) const CLUSTER: u64 = 1 << CLUSTER_BITS;
 /// One entry of the first-level table leads to a cluster of 8-byte entries, each for one cluster.
 const BYTES_PER_FIRST_LEVEL_ENTRY: u64 = CLUSTER / 8 * CLUSTER;
 /// Reference counts have 2 to the power of this many bits.
@@ -77,6 +78,9 @@ pub enum HeaderError {
     /// QEMU did not close it, found a fault in it, or used a feature that we never ask for.
     #[error("features {0:#x} are set: it was not closed cleanly, is damaged, or was not made here")]
     Features(u64),
+    /// It says something that no file says that was made here.
+    #[error("its header names {0} that is not used here")]
+    Foreign(&'static str),
 }
 
 /// The file of an empty overlay.
@@ -100,34 +104,52 @@ pub(super) fn empty_overlay(overlay: &Overlay<'_>) -> Result<Image, HeaderError>
     Ok(Image {
         length: clusters * CLUSTER,
         pieces: vec![
-            Piece { offset: 0, bytes: header(overlay, entries) },
+            Piece {
+                offset: 0,
+                bytes: header(
+                    overlay.virtual_bytes,
+                    Some((overlay.backing_file, overlay.backing_format)),
+                    (entries, 3 * CLUSTER),
+                ),
+            },
             Piece { offset: CLUSTER, bytes: (2 * CLUSTER).to_be_bytes().to_vec() },
             Piece { offset: 2 * CLUSTER, bytes: counts },
         ],
     })
 }
 
-fn header(overlay: &Overlay<'_>, first_level_entries: u32) -> Vec<u8> {
+/// The header of a file that stands on nothing, whose first-level table is at `table`.
+pub(super) fn alone(virtual_bytes: u64, table: u64) -> Result<Vec<u8>, HeaderError> {
+    if virtual_bytes > LARGEST_VIRTUAL_BYTES {
+        return Err(HeaderError::Size(virtual_bytes));
+    }
+    let entries = u32::try_from(virtual_bytes.div_ceil(BYTES_PER_FIRST_LEVEL_ENTRY));
+    let entries = entries.map_err(|_| HeaderError::Size(virtual_bytes))?;
+    Ok(header(virtual_bytes, None, (entries, table)))
+}
+
+/// A header; `table` is how many entries the first-level table has, and where it is.
+fn header(virtual_bytes: u64, backing: Option<(&str, DiskFormat)>, table: (u32, u64)) -> Vec<u8> {
     let mut extensions = Vec::new();
-    let format: &[u8] = match overlay.backing_format {
-        DiskFormat::Raw => b"raw",
-        DiskFormat::Qcow2 => b"qcow2",
-    };
-    put_extension(&mut extensions, EXTENSION_BACKING_FORMAT, format);
+    if let Some((_, format)) = backing {
+        put_extension(&mut extensions, EXTENSION_BACKING_FORMAT, format_name(format));
+    }
     put_extension(&mut extensions, EXTENSION_FEATURE_NAMES, &feature_names());
     put_extension(&mut extensions, EXTENSION_END, &[]);
-    let name = overlay.backing_file.as_bytes();
+    let name = backing.map_or(&[][..], |(name, _)| name.as_bytes());
+    let name_at = if backing.is_some() { u64::from(HEADER_LENGTH) + extensions.len() as u64 } else { 0 };
+    let (first_level_entries, first_level_at) = table;
 
     let mut bytes = Vec::with_capacity(1024);
     bytes.extend(MAGIC);
     put_u32(&mut bytes, VERSION);
-    put_u64(&mut bytes, u64::from(HEADER_LENGTH) + extensions.len() as u64); // where the base's name is
+    put_u64(&mut bytes, name_at); // where the base's name is
     put_u32(&mut bytes, length_u32(name));
     put_u32(&mut bytes, CLUSTER_BITS);
-    put_u64(&mut bytes, overlay.virtual_bytes);
+    put_u64(&mut bytes, virtual_bytes);
     put_u32(&mut bytes, 0); // not encrypted
     put_u32(&mut bytes, first_level_entries);
-    put_u64(&mut bytes, 3 * CLUSTER); // where the first-level table is
+    put_u64(&mut bytes, first_level_at); // where the first-level table is
     put_u64(&mut bytes, CLUSTER); // where the reference count table is
     put_u32(&mut bytes, 1); // its clusters
     put_u32(&mut bytes, 0); // no internal snapshots
@@ -141,6 +163,13 @@ fn header(overlay: &Overlay<'_>, first_level_entries: u32) -> Vec<u8> {
     bytes.extend(extensions);
     bytes.extend(name);
     bytes
+}
+
+fn format_name(format: DiskFormat) -> &'static [u8] {
+    match format {
+        DiskFormat::Raw => b"raw",
+        DiskFormat::Qcow2 => b"qcow2",
+    }
 }
 
 /// The table by which an older QEMU names a feature that it does not know.
@@ -193,6 +222,74 @@ pub(super) fn virtual_bytes(start: &[u8]) -> Result<u64, HeaderError> {
     if fields.features == 0 { Ok(fields.virtual_bytes) } else { Err(HeaderError::Features(fields.features)) }
 }
 
+/// Where the content of a file is found.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Contents {
+    /// The size that a guest sees.
+    pub(super) virtual_bytes: u64,
+    /// Where the first-level table is.
+    pub(super) table: u64,
+    /// How many entries it has.
+    pub(super) entries: u32,
+    /// What is below, and its format.
+    pub(super) backing: Option<(Utf8PathBuf, DiskFormat)>,
+}
+
+/// Reads the first cluster of a file that QEMU closed cleanly.
+pub(super) fn contents(start: &[u8]) -> Result<Contents, HeaderError> {
+    let virtual_bytes = virtual_bytes(start)?;
+    let word = |offset| field(start, offset).map(u32::from_be_bytes);
+    let long = |offset| field(start, offset).map(u64::from_be_bytes);
+    for (offset, used, what) in
+        [(20, CLUSTER_BITS, "a size of clusters"), (32, 0, "an encryption"), (60, 0, "a snapshot inside")]
+    {
+        if word(offset)? != used {
+            return Err(HeaderError::Foreign(what));
+        }
+    }
+    let (entries, table) = (word(36)?, long(40)?);
+    if u64::from(entries) > LARGEST_VIRTUAL_BYTES / BYTES_PER_FIRST_LEVEL_ENTRY {
+        return Err(HeaderError::Foreign("a size"));
+    }
+    let (name_at, name_length) = (long(8)?, word(16)?);
+    let backing = if name_length == 0 {
+        None
+    } else {
+        let begin = usize::try_from(name_at).unwrap_or(usize::MAX);
+        let name = start.get(begin..begin.saturating_add(name_length as usize));
+        let name = std::str::from_utf8(name.ok_or(HeaderError::NoHeader(NoHeader::Short))?);
+        let name = name.ok().filter(|name| name.starts_with('/'));
+        let name = name.ok_or(HeaderError::Foreign("a file below"))?;
+        Some((Utf8PathBuf::from(name), backing_format(start)?))
+    };
+    Ok(Contents { virtual_bytes, table, entries, backing })
+}
+
+/// The format of what is below, which is never guessed.
+fn backing_format(start: &[u8]) -> Result<DiskFormat, HeaderError> {
+    let mut at = u32::from_be_bytes(field(start, 100)?) as usize;
+    loop {
+        let kind = u32::from_be_bytes(field(start, at)?);
+        let length = u32::from_be_bytes(field(start, at + 4)?) as usize;
+        if kind == EXTENSION_END {
+            return Err(HeaderError::Foreign("a file below without a format"));
+        }
+        let data = start.get(at + 8..(at + 8).saturating_add(length));
+        let data = data.ok_or(HeaderError::NoHeader(NoHeader::Short))?;
+        if kind == EXTENSION_BACKING_FORMAT {
+            let known = [DiskFormat::Raw, DiskFormat::Qcow2];
+            let format = known.into_iter().find(|format| format_name(*format) == data);
+            return format.ok_or(HeaderError::Foreign("a format below"));
+        }
+        at += 8 + length.next_multiple_of(8);
+    }
+}
+
+fn field<const N: usize>(start: &[u8], offset: usize) -> Result<[u8; N], HeaderError> {
+    let bytes = start.get(offset..offset.saturating_add(N));
+    bytes.and_then(|bytes| bytes.try_into().ok()).ok_or(HeaderError::NoHeader(NoHeader::Short))
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -242,6 +339,16 @@ mod tests {
             let format: &[u8] = if qcow2 { b"qcow2" } else { b"raw" };
             prop_assert!(found.contains(&(EXTENSION_BACKING_FORMAT, format)));
 
+            let wanted = Contents {
+                virtual_bytes: overlay.virtual_bytes,
+                table: 3 * CLUSTER,
+                entries: u32_at(header, 36),
+                backing: Some((Utf8PathBuf::from(&name), backing_format)),
+            };
+            prop_assert_eq!(contents(header).unwrap(), wanted.clone());
+            let alone = alone(overlay.virtual_bytes, 2 * CLUSTER).unwrap();
+            prop_assert_eq!(contents(&alone).unwrap(), Contents { table: 2 * CLUSTER, backing: None, ..wanted });
+
             // The first-level table covers the disk, with no entry too many, and ends with the file.
             let entries = u64::from(u32_at(header, 36));
             prop_assert!(entries * BYTES_PER_FIRST_LEVEL_ENTRY >= overlay.virtual_bytes);
@@ -265,6 +372,7 @@ mod tests {
             let mut marked = [&MAGIC[..], &VERSION.to_be_bytes()].concat();
             marked.extend(bytes);
             let _ = virtual_bytes(&marked);
+            let _ = contents(&marked);
         }
     }
 

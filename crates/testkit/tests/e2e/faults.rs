@@ -367,7 +367,7 @@ impl Drop for Mounted {
 async fn full_disk() -> Result<()> {
     let dir = Mounted(tempfile::Builder::new().prefix("wrenn-test-").tempdir()?);
     let path = dir.0.path().to_str().context("a path is text")?;
-    run("mount", &["-t", "tmpfs", "-o", "size=200m,mode=755", "small", path])?;
+    run("mount", &["-t", "tmpfs", "-o", "size=600m,mode=755", "small", path])?;
     let options = StackOptions { dir: Some(dir.0.path().to_owned()), ..StackOptions::default() };
     let running = Stack::start(options).await?;
     Sandbox::create(running.client()).await?.destroy().await?;

@@ -350,6 +350,9 @@ impl Notes {
                         record.layers.iter().map(|it| host.snapshots.layer_path(it)).collect();
                     files.push(host.snapshots.base(&record.base).ok().flatten().ok_or("no base")?.disk.path);
                     let chain = world.fake.disk_files(machine);
+                    if chain.last() != files.last() {
+                        return Err(format!("{id} runs on {chain:?}, of which not all is the stack's"));
+                    }
                     if !self.unrecorded.contains(&id) {
                         // It may name layers that are in the top one by now.
                         let named = chain.iter().take_while(|file| file.starts_with(world.at("agent")));
