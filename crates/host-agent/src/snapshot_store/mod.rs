@@ -4,7 +4,7 @@
 //! DIR/KEY/manifest.json   what it is for, and the size and digest of each file; written last
 //!        /memory          the guest's memory, mapped privately by every clone
 //!        /state           the devices
-//!        /disk            the template machine's disk, frozen: the base of every clone's disk
+//!        /disk            the template machine's disk, whole and frozen: the base of every clone's disk
 //! DIR/.lock-KEY           locked by who makes KEY
 //! DIR/.building-KEY       a snapshot in the making, or an old one on its way out
 //! ```
