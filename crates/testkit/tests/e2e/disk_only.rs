@@ -5,6 +5,7 @@ use std::{sync::Arc, time::Duration};
 use anyhow::{Context as _, Result, ensure};
 use nix::sys::signal::{Signal, kill};
 use serde_json::json;
+use tokio::time::Instant;
 use wrenn_testkit::{Client, Stack, StackOptions};
 
 use crate::{
@@ -120,11 +121,27 @@ async fn files_stay(context: Arc<Context>) -> Result<()> {
     child.destroy().await?;
     ask(&mut sandbox).await?;
 
-    // A boot on what was booted.
+    // A boot on what was booted, because somebody needs it.
+    let path = sandbox.path("/timeout");
+    sandbox.client.patch(&path, &json!({ "auto_resume": true })).await?.expect(200)?;
     paused_size(&mut sandbox, false).await?;
-    boot(&mut sandbox).await?;
+    woken(&mut sandbox).await?;
     sandbox.output("sha256sum --check --quiet /home/user/sum").await?;
     sandbox.destroy().await
+}
+
+/// Asks for a command until it is done: who asks is made to wait for a part of the boot only.
+async fn woken(sandbox: &mut Sandbox) -> Result<()> {
+    let path = sandbox.path("/exec");
+    let end = Instant::now() + BOOT_BOUND;
+    loop {
+        let answer = sandbox.client.post(&path, &json!({ "cmd": "true" })).await?;
+        if answer.status == 200 {
+            return Ok(());
+        }
+        ensure!(answer.status == 409 && Instant::now() < end, "{} {}", answer.status, answer.text());
+        tokio::time::sleep(Duration::from_millis(200)).await;
+    }
 }
 
 /// What the API says that a sandbox is, once it stays so; none where nobody can say it now.
@@ -151,12 +168,12 @@ async fn killed_in_a_boot() -> Result<()> {
         let another = async || agent_of(&stack).is_ok_and(|now| now != agent);
         ensure!(eventually(BOOT_BOUND, another).await, "it is followed by another one");
         let (mut client, id) = (stack.client(), sandbox.id.clone());
-        let end = tokio::time::Instant::now() + BOOT_BOUND;
+        let end = Instant::now() + BOOT_BOUND;
         let status = loop {
             if let Some(status) = settled(&mut client, &id).await {
                 break status;
             }
-            ensure!(tokio::time::Instant::now() < end, "it is still resuming\n{}", stack.log());
+            ensure!(Instant::now() < end, "it is still resuming\n{}", stack.log());
             tokio::time::sleep(Duration::from_millis(200)).await;
         };
         ensure!(
