@@ -267,3 +267,43 @@ async fn a_signature_stands_for_the_token_on_one_path_for_one_operation() {
     let body = serde_json::json!({"source_paths": [path], "destination": "/x"}).to_string();
     assert_eq!(place.agent.send(Request::post("/files/compose"), body).await.status, 401);
 }
+
+/// Who signs says for whom. A name that the bearer of a link adds is no part of what was signed.
+#[tokio::test]
+async fn a_signature_is_for_the_user_that_was_signed() {
+    let place = Place::new();
+    let secret = format!(r#"{{"accessToken":"{TOKEN}","defaultUser":"nobody"}}"#);
+    assert_eq!(place.agent.send(Request::post("/init"), secret).await.status, 204);
+    let uri = |path: &str, operation: &str, user: Option<&str>, signed: bool| {
+        let mut uri = format!("/files?path={}", encode(path));
+        if signed {
+            let signature = sign(path, operation, user.unwrap_or_default(), TOKEN, None);
+            uri.push_str(&format!("&signature={}", encode(&signature)));
+        }
+        uri + &user.map(|user| format!("&username={user}")).unwrap_or_default()
+    };
+    // Whether it is signed, for whom, whether the token is shown, and whose the home and the new file are.
+    let table = [
+        (true, None, false, "/nonexistent", 65534),
+        (true, Some(""), false, "/nonexistent", 65534),
+        (true, Some("daemon"), false, "/usr/sbin", 1),
+        (false, None, true, "/root", 0),
+        (true, None, true, "/root", 0),
+    ];
+    for (index, (signed, user, token, home, owner)) in table.into_iter().enumerate() {
+        let request = |request: http::request::Builder| {
+            let request = request.header("authorization", harness::basic("root"));
+            if token { request.header("x-access-token", TOKEN) } else { request }
+        };
+        let read = request(Request::get(uri("~/no-such-file-of-a-test", "read", user, signed)));
+        let answer = place.agent.send(read, "").await;
+        let message = format!("path '{home}/no-such-file-of-a-test' does not exist");
+        assert_eq!((answer.status.as_u16(), answer.message()), (404, message), "{index}");
+
+        let path = place.path(&index.to_string());
+        let write = request(Request::post(uri(&path, "write", user, signed)));
+        let answer = place.agent.send(write.header("content-type", "application/octet-stream"), "x").await;
+        assert_eq!(answer.status, 200, "{index}");
+        assert_eq!(std::os::unix::fs::MetadataExt::uid(&fs::metadata(&path).unwrap()), owner, "{index}");
+    }
+}

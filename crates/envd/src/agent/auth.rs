@@ -1,7 +1,8 @@
 //! Who may speak to the agent: the access token, signed file links, and the user that a request names.
 //!
 //! The token says that a request may come in at all. The user name of HTTP Basic says as whom a program runs;
-//! it is a choice, not a proof. A signature stands for the token on one path, for one operation.
+//! it is a choice, not a proof, and a choice of who has shown the token. A signature stands for the token on one path, for
+//! one operation, as one user.
 
 use base64::{
     Engine,
@@ -51,6 +52,15 @@ pub(crate) enum Operation {
     Write,
 }
 
+/// What a file request may go on by.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Proof {
+    /// The token, or there is none: whoever asks may choose a user.
+    Token,
+    /// A signature, which covers the user too: nobody but who signed has chosen one.
+    Signature,
+}
+
 /// What a file request says of itself in its query.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct FileQuery {
@@ -85,9 +95,9 @@ pub(crate) fn check_file_request(
     operation: Operation,
     token: &Token,
     now: u64,
-) -> Result<(), FileAuthError> {
+) -> Result<Proof, FileAuthError> {
     if headers.contains_key(TOKEN_HEADER) {
-        return if has_token(headers, token) { Ok(()) } else { Err(FileAuthError::WrongToken) };
+        return if has_token(headers, token) { Ok(Proof::Token) } else { Err(FileAuthError::WrongToken) };
     }
     let given = query.signature.as_deref().ok_or(FileAuthError::MissingSignature)?;
     let wanted = signature(query, operation, token);
@@ -95,9 +105,11 @@ pub(crate) fn check_file_request(
         return Err(FileAuthError::WrongSignature);
     }
     match &query.expiration {
-        None => Ok(()),
+        None => Ok(Proof::Signature),
         // The signature covers the text, so one that is no number was signed so, and never expires in no way.
-        Some(expiration) if expiration.parse::<u64>().is_ok_and(|expiration| expiration >= now) => Ok(()),
+        Some(expiration) if expiration.parse::<u64>().is_ok_and(|expiration| expiration >= now) => {
+            Ok(Proof::Signature)
+        }
         Some(_) => Err(FileAuthError::Expired),
     }
 }
@@ -173,7 +185,7 @@ mod tests {
         assert_eq!(check(&query, Operation::Read), Err(FileAuthError::Expired));
         query.expiration = Some("1000".to_owned());
         query.signature = Some(signature(&query, Operation::Read, &token()));
-        assert_eq!(check(&query, Operation::Read), Ok(()));
+        assert_eq!(check(&query, Operation::Read), Ok(Proof::Signature));
         assert_eq!(check(&query, Operation::Write), Err(FileAuthError::WrongSignature));
     }
 
@@ -239,7 +251,7 @@ mod tests {
             let expected = match (same, live) {
                 (false, _) => Err(FileAuthError::WrongSignature),
                 (true, false) => Err(FileAuthError::Expired),
-                (true, true) => Ok(()),
+                (true, true) => Ok(Proof::Signature),
             };
             prop_assert_eq!(check_file_request(&HeaderMap::new(), &query, operation, &token(), now), expected);
             let other = Token::new("another".to_owned()).unwrap();

@@ -48,7 +48,7 @@ use rustix::io::Errno;
 
 use self::{form::FormError, gunzip::GzipError};
 use super::{
-    auth::{self, FileAuthError, FileQuery, Operation},
+    auth::{self, FileAuthError, FileQuery, Operation, Proof},
     metadata::MetadataError,
     paths::{self, PathError},
     reply::{self, Body},
@@ -215,8 +215,9 @@ pub(crate) async fn serve(agent: &Agent, request: Request<Incoming>) -> Response
     let (parts, mut body) = request.into_parts();
     let answer = match check(agent, &parts) {
         Err(error) => Err(error),
-        Ok((query, operation, identity)) => {
-            let name = query.username.clone().or_else(|| auth::basic_user(&parts.headers));
+        Ok((query, operation, proof, identity)) => {
+            let chosen = || (proof == Proof::Token).then(|| auth::basic_user(&parts.headers)).flatten();
+            let name = query.username.or_else(chosen);
             match operation {
                 Operation::Read => download::serve(query.path, name, identity, &parts).await,
                 Operation::Write => {
@@ -249,15 +250,19 @@ fn finish(answer: Result<Response<Body>, FilesError>, body: Incoming) -> Respons
 fn check(
     agent: &Agent,
     parts: &http::request::Parts,
-) -> Result<(FileQuery, Operation, Arc<Identity>), FilesError> {
+) -> Result<(FileQuery, Operation, Proof, Arc<Identity>), FilesError> {
     let operation = if parts.method == Method::POST { Operation::Write } else { Operation::Read };
     let query = query::parse(parts.uri.query().unwrap_or_default()).map_err(FilesError::Query)?;
     let identity = agent.identity();
-    if let Some(token) = &identity.token {
-        let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs());
-        auth::check_file_request(&parts.headers, &query, operation, token, now).map_err(FilesError::Auth)?;
-    }
-    Ok((query, operation, identity))
+    let proof = match &identity.token {
+        None => Proof::Token,
+        Some(token) => {
+            let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs());
+            auth::check_file_request(&parts.headers, &query, operation, token, now)
+                .map_err(FilesError::Auth)?
+        }
+    };
+    Ok((query, operation, proof, identity))
 }
 
 /// The next frame of a body that should go on.
