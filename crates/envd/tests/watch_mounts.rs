@@ -6,6 +6,7 @@ mod harness;
 use std::{
     fs::File,
     io::{Read, Write},
+    net::TcpStream,
     os::fd::AsRawFd,
     time::Duration,
 };
@@ -119,6 +120,56 @@ async fn what_others_can_change_is_watched_only_if_asked_for() {
     client.create_watcher(polled(true)).await.unwrap();
     let mut stream = client.watch_dir(streamed(true)).await.unwrap();
     assert!(stream.message::<wrenn_proto::filesystem::WatchDirResponse>().await.unwrap().is_some());
+}
+
+/// Asks for a file, and does not wait for it.
+fn ask_for_file(agent: &Agent, path: &str) -> TcpStream {
+    let mut stream = TcpStream::connect(agent.address).unwrap();
+    let request = format!("GET /files?path={} HTTP/1.1\r\nhost: x\r\n\r\n", harness::encode(path));
+    stream.write_all(request.as_bytes()).unwrap();
+    stream
+}
+
+/// How many threads wait for a file system that another program serves.
+fn waiting_threads(pid: u32) -> usize {
+    let threads = std::fs::read_dir(format!("/proc/{pid}/task")).unwrap();
+    let places = threads.filter_map(|thread| std::fs::read_to_string(thread.ok()?.path().join("wchan")).ok());
+    // In one directory only the first of them is asked about; the others wait for that one.
+    let idle = |place: &String| ["0", "futex", "epoll"].iter().any(|word| place.contains(word));
+    places.filter(|place| !place.is_empty() && !idle(place)).count()
+}
+
+/// However many ask for what does not answer, and in which way, programs start.
+#[tokio::test]
+async fn threads_that_wait_for_files_are_not_those_on_which_programs_start() {
+    let Some(mount) = Mount::new() else { return };
+    let agent = Agent::start();
+    let stats = (0..30).map(|index| {
+        let (client, path) = (agent.filesystem(), format!("{}/{index}", mount.path()));
+        tokio::spawn(async move { drop(client.stat(StatRequest { path, ..Default::default() }).await) })
+    });
+    let starts = (0..80).map(|_| {
+        let (client, mut start) = (agent.processes(), command(&["true"]));
+        start.process.get_or_insert_default().cwd = Some(format!("{}/directory", mount.path()));
+        tokio::spawn(async move { drop(harness::run_as(&client, start, CallOptions::default()).await) })
+    });
+    let asked: Vec<_> = stats.chain(starts).collect();
+    let files: Vec<_> =
+        (0..70).map(|index| ask_for_file(&agent, &format!("{}/{index}", mount.path()))).collect();
+    // 24 of the service, 16 of files and 8 of starts.
+    harness::observe::eventually(|| waiting_threads(agent.pid()) >= 48).await;
+    for _ in 0..20 {
+        assert_eq!(run(&agent.processes(), command(&["echo", "alive"])).await.text(), "alive\n");
+    }
+    assert_eq!(waiting_threads(agent.pid()), 48);
+    // The mount ends, and others have their turn.
+    drop(mount);
+    drop(files);
+    for task in asked {
+        tokio::time::timeout(harness::PATIENCE, task).await.unwrap().unwrap();
+    }
+    assert_eq!(agent.upload("/tmp/.wrenn-test-threads", "x").await.status, 200);
+    std::fs::remove_file("/tmp/.wrenn-test-threads").unwrap();
 }
 
 #[tokio::test]

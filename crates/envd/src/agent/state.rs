@@ -31,7 +31,7 @@ use super::{
     handover::Handover,
     loopback::Streams,
     metrics::Meter,
-    process::Registry,
+    process::{DIRECTORY_THREADS, Registry},
 };
 
 /// Where the agent runs.
@@ -109,6 +109,8 @@ pub(crate) struct Agent {
     pub(crate) changing: tokio::sync::Mutex<()>,
     /// Held by the one thread that puts the file systems in order.
     pub(crate) settling: Arc<Semaphore>,
+    /// Held by each start that looks for its directory.
+    pub(crate) directories: Arc<Semaphore>,
     pub(crate) meter: Meter,
     pub(crate) streams: Streams,
     freezer: Option<Freezer>,
@@ -144,6 +146,7 @@ impl Agent {
             cgroup,
             changing: tokio::sync::Mutex::new(()),
             settling: Arc::new(Semaphore::new(1)),
+            directories: Arc::new(Semaphore::new(DIRECTORY_THREADS)),
             meter: Meter::start(),
             streams: Streams::default(),
             freezer,

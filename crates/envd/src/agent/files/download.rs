@@ -22,7 +22,6 @@ use std::{
 
 use bytes::Bytes;
 use http::{HeaderMap, HeaderValue, Method, Response, StatusCode, header, request::Parts};
-use tokio::task::spawn_blocking;
 
 use super::{
     Asker, FilesError,
@@ -31,6 +30,7 @@ use super::{
     range::{self, Part, Wanted},
     reply::{self, Body},
     source::{self, Located, Segment},
+    threads::on_thread,
 };
 use crate::agent::{outlet::Outlet, state::Identity};
 
@@ -85,7 +85,7 @@ pub(crate) async fn serve(
         let path = asker.resolve(&path.unwrap_or_default())?;
         open(&path, sample).map(|opened| (path, opened))
     };
-    let (path, opened) = spawn_blocking(work).await.map_err(|_| FilesError::Interrupted)??;
+    let (path, opened) = on_thread(work).await.map_err(|_| FilesError::Interrupted)??;
     let packing = packing.map_err(FilesError::NotAcceptable)?;
     let headers = &parts.headers;
     let outcome = opened.validators.as_ref().map_or(Outcome::Serve, |validators| validators.check(headers));

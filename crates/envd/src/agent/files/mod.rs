@@ -17,6 +17,7 @@
 //! | [`gunzip`] | a packed body, unpacked as it comes |
 //! | [`form`] | `multipart/form-data`, read as it comes |
 //! | [`sink`] | a file that is being written, and what becomes of half a file |
+//! | [`threads`] | the threads for what may have to be waited for |
 //! | [`medium`] | whether a file is in memory, or may have to be waited for |
 //! | [`mod@compose`] | one file of several |
 
@@ -31,6 +32,7 @@ mod query;
 mod range;
 mod sink;
 mod source;
+mod threads;
 mod upload;
 
 use std::{
@@ -108,6 +110,8 @@ enum FilesError {
     BodyStopped,
     #[error("the work was interrupted")]
     Interrupted,
+    #[error(transparent)]
+    Busy(#[from] threads::Busy),
     #[error("{}not enough disk space available", attempted(*.0))]
     NoSpace(Option<u64>),
     #[error("not enough inodes available")]
@@ -155,6 +159,7 @@ impl FilesError {
                 io::ErrorKind::ExecutableFileBusy | io::ErrorKind::ResourceBusy => StatusCode::CONFLICT,
                 _ => StatusCode::INTERNAL_SERVER_ERROR,
             },
+            Self::Busy(_) => StatusCode::SERVICE_UNAVAILABLE,
             Self::User(UserError::Accounts(_)) | Self::Interrupted => StatusCode::INTERNAL_SERVER_ERROR,
         }
     }
@@ -309,6 +314,7 @@ mod tests {
         let table = [
             (FilesError::BodyStopped, 408, "the body stopped coming"),
             (FilesError::Interrupted, 500, "the work was interrupted"),
+            (FilesError::Busy(threads::Busy), 503, "too many files are being read and written"),
             (FilesError::NoInodes, 507, "not enough inodes available"),
             (FilesError::NoSpaceForMetadata, 507, "not enough space for file metadata"),
             (

@@ -29,9 +29,9 @@ use bytes::Bytes;
 use flate2::{Compression, write::GzEncoder};
 use futures::stream::{self, Stream};
 use rustix::io::{Errno, ReadWriteFlags, preadv2};
-use tokio::task::{JoinHandle, spawn_blocking};
+use tokio::task::JoinHandle;
 
-use super::{medium::Medium, range::Part};
+use super::{medium::Medium, range::Part, threads::on_thread};
 use crate::agent::outlet::{LARGEST, Outlet};
 
 /// How much is read at a time.
@@ -348,7 +348,7 @@ fn ahead<S: Pieces>(source: S) -> impl Stream<Item = io::Result<Bytes>> + Send {
 }
 
 fn read<S: Pieces>(mut source: S) -> JoinHandle<Outcome<S>> {
-    spawn_blocking(move || match source.at_hand()? {
+    on_thread(move || match source.at_hand()? {
         AtHand::Piece(piece) => Ok((source, Some(piece), Waited::No)),
         AtHand::End => Ok((source, None, Waited::No)),
         AtHand::Nothing => {
@@ -369,7 +369,7 @@ mod tests {
     use crate::agent::outlet::First;
 
     fn runtime() -> tokio::runtime::Runtime {
-        tokio::runtime::Builder::new_current_thread().build().unwrap()
+        tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap()
     }
 
     fn file_of(directory: &str, content: &[u8]) -> Located {

@@ -19,7 +19,7 @@ use bytes::Bytes;
 use http::{HeaderMap, Response, StatusCode, header};
 use http_body::Body as _;
 use hyper::body::Incoming;
-use tokio::task::{JoinHandle, spawn_blocking};
+use tokio::task::JoinHandle;
 
 use super::{
     Asker, FilesError,
@@ -29,6 +29,7 @@ use super::{
     next_frame,
     reply::{self, Body},
     sink::{Sink, Written},
+    threads::on_thread,
 };
 use crate::agent::{
     metadata::{self, Metadata},
@@ -96,20 +97,20 @@ async fn receive(
     let (mut batch, mut more) = gather(body).await?;
     if !more {
         let work = move || start()?.take(batch)?.finish();
-        return spawn_blocking(work).await.map_err(|_| FilesError::Interrupted)?;
+        return on_thread(work).await.map_err(|_| FilesError::Interrupted)?;
     }
-    let mut job = Aside::new(spawn_blocking(move || start()?.take(batch)));
+    let mut job = Aside::new(on_thread(move || start()?.take(batch)));
     loop {
         (batch, more) = gather(body).await?;
         let receiver = job.finish().await?;
         if !more {
             let work = move || receiver.take(batch)?.finish();
-            return spawn_blocking(work).await.map_err(|_| FilesError::Interrupted)?;
+            return on_thread(work).await.map_err(|_| FilesError::Interrupted)?;
         }
         if receiver.only_copies() {
             return copy(receiver, batch, body).await;
         }
-        job = Aside::new(spawn_blocking(move || receiver.take(batch)));
+        job = Aside::new(on_thread(move || receiver.take(batch)));
     }
 }
 
@@ -135,7 +136,7 @@ async fn copy(
     let receiver = receiver.take()?;
     // Half a file is gone before anybody is told of it.
     let work = move || copied.and_then(|()| receiver.finish());
-    spawn_blocking(work).await.map_err(|_| FilesError::Interrupted)?
+    on_thread(work).await.map_err(|_| FilesError::Interrupted)?
 }
 
 /// Some pieces of a body, and whether there are more.

@@ -38,7 +38,7 @@ use super::{auth::basic_user, process::keepalive, state::Agent};
 
 /// How many entries one list may hold.
 const MAXIMUM_ENTRIES: usize = 100_000;
-/// How many operations run at once. The threads that may block are more than this and those of watches together.
+/// How many operations run at once.
 const THREADS: usize = 24;
 /// How long an operation waits for others to end.
 const PATIENCE: Duration = Duration::from_secs(30);

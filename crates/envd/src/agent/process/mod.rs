@@ -22,7 +22,7 @@ mod message;
 mod registry;
 mod running;
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use connectrpc::{
     ConnectError, InboundStream, RequestContext, Response, ServiceRequest, ServiceResult, ServiceStream,
@@ -30,7 +30,10 @@ use connectrpc::{
 use futures::StreamExt;
 use http::HeaderMap;
 use rustix::process::Signal;
-use tokio::time::{Instant, timeout};
+use tokio::{
+    sync::OwnedSemaphorePermit,
+    time::{Instant, timeout},
+};
 use wrenn_guest_linux::terminal::Size;
 use wrenn_proto::process as wire;
 
@@ -46,6 +49,10 @@ use super::{auth::basic_user, state::Agent, users::UserError};
 use crate::console::chain;
 
 const LIMIT_HEADER: &str = "connect-timeout-ms";
+/// How many starts may look for the directory that they were given, and how long others wait for them. A path can lead to
+/// a file system that does not answer, and then only these wait for it.
+pub(crate) const DIRECTORY_THREADS: usize = 8;
+const DIRECTORY_PATIENCE: Duration = Duration::from_secs(30);
 /// The longest tag.
 const MAXIMUM_TAG: usize = 256;
 
@@ -78,8 +85,11 @@ async fn start(
         return Err(ConnectError::resource_exhausted("too many processes are running"));
     }
     let work = async move {
+        let elsewhere = order.config.cwd.as_deref().is_some_and(|path| !path.is_empty());
+        let turn = if elsewhere { Some(turn(&agent).await?) } else { None };
         let (order, launched) = tokio::task::spawn_blocking(move || {
             let launched = launch(&order);
+            drop(turn);
             (order, launched)
         })
         .await
@@ -89,6 +99,17 @@ async fn start(
         Process::adopt(&agent.processes, description, started, deadline).map_err(|error| internal(&error))
     };
     tokio::spawn(work).await.map_err(|_| ConnectError::internal("the start was interrupted"))?
+}
+
+/// Waits until a start may look for its directory.
+async fn turn(agent: &Agent) -> Result<OwnedSemaphorePermit, ConnectError> {
+    let free = Arc::clone(&agent.directories).acquire_owned();
+    match timeout(DIRECTORY_PATIENCE, free).await {
+        Ok(Ok(permit)) => Ok(permit),
+        Ok(Err(_)) | Err(_) => {
+            Err(ConnectError::resource_exhausted("too many starts wait for their directories"))
+        }
+    }
 }
 
 impl wire::Process for ProcessService {
