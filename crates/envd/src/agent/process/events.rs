@@ -10,7 +10,7 @@ use wrenn_proto::process::process_event::{EndEvent, KeepAlive, StartEvent};
 
 use super::{
     message::Event,
-    running::{Process, Subscription},
+    running::{Process, Subscription, TURN_LIMIT},
 };
 
 const KEEPALIVE_HEADER: &str = "keepalive-ping-interval";
@@ -38,6 +38,14 @@ pub(crate) fn keepalive(headers: &HeaderMap) -> Duration {
 /// The error of a process or stream whose time is up.
 fn time_is_up() -> ConnectError {
     ConnectError::deadline_exceeded("the time limit of this command has passed")
+}
+
+/// The error of a stream whose client held up others.
+fn cut_off() -> ConnectError {
+    let seconds = TURN_LIMIT.as_secs();
+    ConnectError::internal(format!(
+        "no output was taken for {seconds} seconds while others waited for theirs"
+    ))
 }
 
 struct State {
@@ -112,7 +120,7 @@ impl State {
         match self.process.end() {
             Some(end) if end.timed_out && self.limit == Limit::Process => Err(time_is_up()),
             Some(end) => Ok(EndEvent::from(end).into()),
-            None => Err(ConnectError::internal("the process was lost")),
+            None => Err(cut_off()),
         }
     }
 }

@@ -9,7 +9,8 @@
 //! ```
 //!
 //! - **Nothing is lost.** The first subscriber is there before the program is. A subscriber's queue is bounded, and
-//!   a pump waits for room in it: a slow client slows the program, as a full pipe would.
+//!   a pump waits for room in it: a slow client slows the program, as a full pipe would. One that takes nothing for
+//!   [`TURN_LIMIT`] while there are others is cut off, with an error: it may be gone without a word.
 //! - **Nobody listens.** Then output is read and dropped, so that a program never stops for want of a reader.
 //! - **One end, after all output.** The end is not sent; the queues are closed, and whoever finds its queue closed
 //!   reads the end from [`Process::end`], which was set before.
@@ -36,7 +37,10 @@ use rustix::{
 };
 use tokio::{
     io::{Interest, unix::AsyncFd},
-    sync::{mpsc, watch},
+    sync::{
+        mpsc::{self, error::SendTimeoutError},
+        watch,
+    },
     task::JoinSet,
     time::{Instant, timeout_at},
 };
@@ -55,6 +59,8 @@ use super::{
 
 /// How long after the program's exit the output of what it left behind still counts as its own.
 pub(crate) const GRACE: Duration = Duration::from_millis(100);
+/// How long one subscriber may take nothing at all while others wait for their output.
+pub(crate) const TURN_LIMIT: Duration = Duration::from_secs(60);
 /// How many pieces of output wait for a slow subscriber before the program is made to wait.
 const QUEUE: usize = 8;
 /// The most that one piece of output holds.
@@ -146,6 +152,30 @@ enum Life {
 struct Listeners {
     queues: Vec<mpsc::Sender<Output>>,
     end: Option<End>,
+}
+
+impl Listeners {
+    /// Whether somebody else listens, also who came later.
+    fn others_than(&self, queue: &mpsc::Sender<Output>) -> bool {
+        self.queues.iter().any(|other| !other.same_channel(queue) && !other.is_closed())
+    }
+}
+
+/// Gives a subscriber a piece of output, once it has room. False means that it gets no more: it is gone, or it takes
+/// nothing and others wait.
+async fn give(
+    queue: &mpsc::Sender<Output>,
+    output: &Output,
+    limit: Duration,
+    others: impl Fn() -> bool,
+) -> bool {
+    loop {
+        match queue.send_timeout(output.clone(), limit).await {
+            Ok(()) => return true,
+            Err(SendTimeoutError::Timeout(_)) if !others() => {}
+            Err(SendTimeoutError::Timeout(_) | SendTimeoutError::Closed(_)) => return false,
+        }
+    }
 }
 
 /// What a start leaves to be looked after.
@@ -288,12 +318,10 @@ impl Process {
     /// Hands a piece of output to every subscriber, and waits for the slowest.
     async fn publish(&self, output: Output) {
         let queues = self.listeners().queues.clone();
-        let mut gone = false;
         for queue in &queues {
-            gone |= queue.send(output.clone()).await.is_err();
-        }
-        if gone {
-            self.listeners().queues.retain(|queue| !queue.is_closed());
+            if !give(queue, &output, TURN_LIMIT, || self.listeners().others_than(queue)).await {
+                self.listeners().queues.retain(|other| !other.same_channel(queue));
+            }
         }
     }
 
@@ -450,5 +478,42 @@ async fn discard(channel: Arc<Channel>) {
     let mut buffer = Vec::with_capacity(PIPE_PIECE);
     while let Ok(1..) = channel.read(&mut buffer).await {
         buffer.clear();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::{Cell, RefCell};
+
+    use super::*;
+
+    #[tokio::test]
+    async fn who_takes_nothing_is_waited_for_while_nobody_else_listens() {
+        let limit = Duration::from_millis(1);
+        let output = Output { origin: Origin::Stdout, bytes: Bytes::from_static(b"x") };
+        let (queue, subscription) = mpsc::channel(1);
+        let subscription = RefCell::new(subscription);
+        assert!(give(&queue, &output, limit, || true).await, "there is room");
+        let asked = Cell::new(0);
+        let turn = || asked.replace(asked.get() + 1);
+        // One that is only slow gets everything, and it is nobody's matter how long it takes.
+        let reads_at_last = || turn() == 3 && subscription.borrow_mut().try_recv().is_err();
+        assert!(give(&queue, &output, limit, reads_at_last).await);
+        assert_eq!(asked.get(), 4);
+        // Until somebody comes who waits for more.
+        assert!(!give(&queue, &output, limit, || turn() == 7).await);
+        assert_eq!(asked.get(), 8);
+        drop(subscription);
+        assert!(!give(&queue, &output, limit, || false).await, "it is gone");
+    }
+
+    #[test]
+    fn who_is_gone_is_no_other() {
+        let (one, _one) = mpsc::channel(1);
+        let (two, subscription) = mpsc::channel(1);
+        let listeners = Listeners { queues: vec![one.clone(), two], end: None };
+        assert!(listeners.others_than(&one));
+        drop(subscription);
+        assert!(!listeners.others_than(&one));
     }
 }
