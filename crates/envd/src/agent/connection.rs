@@ -14,7 +14,7 @@ use tokio::{
     task::yield_now,
 };
 
-use super::outlet::Outlet;
+use super::{callers::Seat, outlet::Outlet};
 
 /// How much is sent of files before others have their turn. It is more than what most sockets take at once, and less
 /// than what takes long.
@@ -30,11 +30,12 @@ pub(super) struct Connection {
     outlet: Outlet,
     /// How much was sent of files since others had their turn.
     sent: usize,
+    _seat: Seat,
 }
 
 impl Connection {
-    pub(super) fn new(first: Vec<u8>, stream: TcpStream) -> Self {
-        Self { first, taken: 0, stream, outlet: Outlet::default(), sent: 0 }
+    pub(super) fn new(first: Vec<u8>, stream: TcpStream, seat: Seat) -> Self {
+        Self { first, taken: 0, stream, outlet: Outlet::default(), sent: 0, _seat: seat }
     }
 
     /// Takes promises to send parts of files on this connection.

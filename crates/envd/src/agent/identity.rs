@@ -17,9 +17,19 @@
 //! | `/etc/machine-id` | `machineId` |
 //! | the host's name | `hostname` |
 //! | the access token | `accessToken` |
-//! | the clock | `timestamp`: when the host sent it, set and not slewed |
+//! | the clock | `timestamp`: when the host sent it, and what has passed since it came, set and not slewed |
+//! | whom it speaks to | `restored`: every connection that the snapshot held is broken off ([`super::callers`]) |
+//!
+//! The answer says in [`CLOCK_HEADER`] what the clock then is, in nanoseconds since 1970: how long the call was on its way
+//! nobody in the guest can know, and a host that finds the clock late says `timestamp` once more.
 
-use std::{collections::BTreeMap, net::IpAddr, path::Path, sync::Arc};
+use std::{
+    collections::BTreeMap,
+    net::IpAddr,
+    path::Path,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use base64::{Engine, engine::general_purpose::STANDARD};
 use buffa_types::google::protobuf::Timestamp;
@@ -41,6 +51,16 @@ use crate::{
 /// The most bytes that the body may have.
 pub(crate) const MAXIMUM_BODY: usize = 1 << 20;
 
+/// The header of the answer that holds the time.
+pub(crate) const CLOCK_HEADER: &str = "x-wrenn-clock";
+
+/// When a call came, and on which connection.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Arrival {
+    pub(crate) at: Instant,
+    pub(crate) connection: u64,
+}
+
 /// The body as it comes. Fields that other hosts send and we have no use for are passed over.
 #[derive(Debug, Default, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
@@ -55,6 +75,7 @@ struct Body {
     machine_id: Option<String>,
     dns_servers: Option<Vec<IpAddr>>,
     disk_bytes: Option<u64>,
+    restored: Option<bool>,
 }
 
 /// The body, checked.
@@ -62,7 +83,7 @@ struct Body {
 struct Order {
     token: Option<Token>,
     environment: Option<BTreeMap<String, String>>,
-    clock: Option<Timestamp>,
+    clock: Option<Clock>,
     default_user: Option<String>,
     default_directory: Option<String>,
     hostname: Option<String>,
@@ -70,6 +91,25 @@ struct Order {
     machine_id: Option<String>,
     dns_servers: Option<Vec<IpAddr>>,
     disk_bytes: Option<u64>,
+    restored: bool,
+}
+
+/// A time, and when it was told.
+#[derive(Debug, PartialEq)]
+struct Clock {
+    time: Timestamp,
+    told: Instant,
+}
+
+impl Clock {
+    /// The time after all that has passed since it was told: seconds, and nanoseconds of the next one.
+    fn after(&self, passed: Duration) -> (i64, i32) {
+        let nanoseconds = i64::from(self.time.nanos) + i64::from(passed.subsec_nanos());
+        let seconds = i64::try_from(passed.as_secs()).unwrap_or(i64::MAX);
+        let carried = seconds.saturating_add(nanoseconds / 1_000_000_000);
+        let rest = i32::try_from(nanoseconds % 1_000_000_000).unwrap_or(0);
+        (self.time.seconds.saturating_add(carried), rest)
+    }
 }
 
 /// Why `/init` did not do what it was asked.
@@ -101,15 +141,17 @@ impl InitError {
 /// Makes the guest what the body says.
 pub(crate) async fn initialise(
     agent: &Arc<Agent>,
+    arrival: Arrival,
     headers: &HeaderMap,
     body: &[u8],
 ) -> Result<(), InitError> {
-    initialise_by(agent, headers, body, |order| carry_out(agent.place, order)).await
+    initialise_by(agent, arrival, headers, body, |order| carry_out(agent.place, order)).await
 }
 
 /// The same, with another way to change the machine.
 async fn initialise_by<F: Future<Output = Result<Order, InitError>>>(
     agent: &Arc<Agent>,
+    arrival: Arrival,
     headers: &HeaderMap,
     body: &[u8],
     change: impl FnOnce(Order) -> F,
@@ -118,13 +160,18 @@ async fn initialise_by<F: Future<Output = Result<Order, InitError>>>(
     let _one_at_a_time = agent.changing.lock().await;
     let current = agent.identity();
     host::check_token(&current, headers, body.access_token.as_deref()).map_err(InitError::Host)?;
-    let order = body.check()?;
+    let order = body.check(arrival.at)?;
     if agent.place == Place::Guest && current.gate != Gate::Open && order.entropy.is_none() {
         return Err(InitError::Field { field: "entropy", problem: "is needed to open a guest" });
     }
     let changed = change(order).await.and_then(|order| {
-        // The last of all, when everything else is in force.
-        agent.thaw().map_err(|error| InitError::Machine(chain(&error)))?;
+        if order.restored {
+            agent.callers.break_off_before(arrival.connection);
+        }
+        // The last of all, when everything else is in force. Whoever is open has nothing that stands still.
+        if current.gate != Gate::Open {
+            agent.thaw().map_err(|error| InitError::Machine(chain(&error)))?;
+        }
         Ok(order)
     });
     match changed {
@@ -179,7 +226,7 @@ async fn carry_out(place: Place, order: Order) -> Result<Order, InitError> {
 #[derive(Debug, PartialEq)]
 enum Step<'a> {
     Randomness(&'a [u8]),
-    Clock(&'a Timestamp),
+    Clock(&'a Clock),
     Hostname(&'a str),
     MachineId(&'a str),
     DnsServers(&'a [IpAddr]),
@@ -204,7 +251,10 @@ impl Step<'_> {
     fn take(&self, root: &Path) -> Result<(), MachineError> {
         match self {
             Self::Randomness(entropy) => machine::renew_randomness(root, entropy),
-            Self::Clock(time) => machine::set_clock(time.seconds, time.nanos),
+            Self::Clock(clock) => {
+                let (seconds, nanoseconds) = clock.after(clock.told.elapsed());
+                machine::set_clock(seconds, nanoseconds)
+            }
             Self::Hostname(name) => machine::set_hostname(root, name),
             Self::MachineId(id) => machine::set_machine_id(root, id),
             Self::DnsServers(servers) => machine::set_dns_servers(root, servers),
@@ -240,7 +290,7 @@ impl Body {
         }
     }
 
-    fn check(self) -> Result<Order, InitError> {
+    fn check(self, told: Instant) -> Result<Order, InitError> {
         let refuse = |field, problem| Err(InitError::Field { field, problem });
         let given = |text: Option<String>| text.filter(|text| !text.is_empty());
         let environment = self.env_vars;
@@ -274,7 +324,7 @@ impl Body {
         Ok(Order {
             token: self.access_token.and_then(Token::new),
             environment,
-            clock: self.timestamp,
+            clock: self.timestamp.map(|time| Clock { time, told }),
             default_user: given(self.default_user),
             default_directory,
             hostname,
@@ -282,6 +332,7 @@ impl Body {
             machine_id,
             dns_servers: self.dns_servers,
             disk_bytes: self.disk_bytes,
+            restored: self.restored.unwrap_or(false),
         })
     }
 }
@@ -312,7 +363,11 @@ mod tests {
     };
 
     fn check(json: &str) -> Result<Order, InitError> {
-        Body::parse(json.as_bytes())?.check()
+        Body::parse(json.as_bytes())?.check(Instant::now())
+    }
+
+    fn arrival() -> Arrival {
+        Arrival { at: Instant::now(), connection: 1 }
     }
 
     #[test]
@@ -322,10 +377,14 @@ mod tests {
             r#"{{"accessToken":"t","envVars":{{"A":"b"}},"timestamp":"2026-11-22T03:04:05.25Z","defaultUser":"user",
                 "defaultWorkdir":"/home/user","hostname":"sb-1","entropy":"{entropy}",
                 "machineId":"00112233445566778899aabbccddeeff","dnsServers":["1.1.1.1"],"diskBytes":21474836480,
-                "volumeMounts":[],"hyperloopIP":"192.0.2.1"}}"#
+                "volumeMounts":[],"hyperloopIP":"192.0.2.1","restored":true}}"#
         ));
         let order = order.unwrap();
-        assert_eq!(order.clock.as_ref().map(|time| time.nanos), Some(250_000_000));
+        let clock = order.clock.unwrap();
+        assert_eq!(clock.after(Duration::ZERO).1, 250_000_000);
+        let (seconds, nanoseconds) = clock.after(Duration::new(2, 800_000_000));
+        assert_eq!((seconds - clock.time.seconds, nanoseconds), (3, 50_000_000));
+        assert!(order.restored && !check("{}").unwrap().restored);
         assert_eq!(order.disk_bytes, Some(20 << 30));
         assert_eq!(order.entropy.as_deref(), Some([1; 32].as_slice()));
     }
@@ -355,6 +414,7 @@ mod tests {
             (r#"{"timestamp":"1960-01-01T00:00:00Z"}"#, "timestamp is before 1970"),
             (r#"{"diskBytes":-1}"#, "the body is not what it must be"),
             (r#"{"diskBytes":1e30}"#, "the body is not what it must be"),
+            (r#"{"restored":1}"#, "the body is not what it must be"),
             ("[]", "the body is not an object"),
             ("{", "the body is not what it must be: EOF"),
             ("7", "the body is not what it must be"),
@@ -413,7 +473,8 @@ mod tests {
             headers.insert("x-access-token", http::HeaderValue::from_str(token).unwrap());
         }
         let outcome = outcome.map_err(|text| InitError::Machine(text.to_owned()));
-        initialise_by(agent, &headers, body.as_bytes(), |order| async move { outcome.map(|()| order) }).await
+        let change = |order| async move { outcome.map(|()| order) };
+        initialise_by(agent, arrival(), &headers, body.as_bytes(), change).await
     }
 
     #[tokio::test]
@@ -472,7 +533,7 @@ mod tests {
         let headers = HeaderMap::new();
         let frozen = || stands_still(&users);
         for reason in ["cannot add entropy", "cannot open the random device"] {
-            let refused = initialise_by(&agent, &headers, body.as_bytes(), async |order| {
+            let refused = initialise_by(&agent, arrival(), &headers, body.as_bytes(), async |order| {
                 assert!(frozen() && agent.identity().gate != Gate::Open);
                 let steps = steps(&order);
                 assert!(matches!(steps.as_slice(), [Step::Randomness(_)]), "nothing else of this machine");
@@ -505,7 +566,7 @@ mod tests {
     proptest::proptest! {
         #[test]
         fn any_body_is_read_without_panic(bytes in proptest::collection::vec(proptest::num::u8::ANY, 0..200)) {
-            let _ = Body::parse(&bytes).and_then(Body::check);
+            let _ = Body::parse(&bytes).and_then(|body| body.check(Instant::now()));
         }
 
         #[test]

@@ -15,6 +15,7 @@
 //! What may block (files, starting a program) runs on threads that are kept for that.
 
 mod auth;
+mod callers;
 mod connection;
 mod cors;
 mod files;

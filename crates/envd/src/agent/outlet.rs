@@ -228,14 +228,19 @@ mod tests {
     };
 
     use super::*;
-    use crate::agent::connection::{Connection, TURN};
+    use crate::agent::{
+        callers::Callers,
+        connection::{Connection, TURN},
+    };
 
     /// A connection whose queue in the kernel is short, and its other end.
     async fn connection() -> (Connection, TcpStream) {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let ours = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
         set_socket_send_buffer_size(&ours, 64 * 1024).unwrap();
-        (Connection::new(Vec::new(), ours), listener.accept().await.unwrap().0)
+        let address = ours.local_addr().unwrap();
+        let seat = Arc::new(Callers::default()).enter(&ours, address).unwrap().unwrap();
+        (Connection::new(Vec::new(), ours, seat), listener.accept().await.unwrap().0)
     }
 
     async fn write(connection: &mut Connection, slices: &[&[u8]]) -> io::Result<usize> {

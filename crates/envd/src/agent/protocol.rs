@@ -19,7 +19,7 @@ use hyper::{
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use tokio::{io::AsyncReadExt, net::TcpStream, time::timeout};
 
-use super::{connection::Connection, reply::Body};
+use super::{callers::Seat, connection::Connection, reply::Body};
 
 /// How long a client may take to send the head of a request, and to begin the next one: longer than those who keep
 /// connections open for later keep them, so that it is never us who closes one that is about to be used.
@@ -67,12 +67,12 @@ impl Protocol {
 }
 
 /// Serves one connection until its end.
-pub(super) async fn serve<F>(mut stream: TcpStream, answer: impl Fn(Request<Incoming>) -> F)
+pub(super) async fn serve<F>(mut stream: TcpStream, seat: Seat, answer: impl Fn(Request<Incoming>) -> F)
 where
     F: Future<Output = Response<Body>> + Send + 'static,
 {
     let Ok(Ok((protocol, first))) = timeout(HEAD_LIMIT, recognise(&mut stream)).await else { return };
-    let connection = Connection::new(first, stream);
+    let connection = Connection::new(first, stream, seat);
     // Streams that share a connection are cut into frames, which takes the bytes.
     let outlet = (protocol == Protocol::Http1).then(|| connection.outlet());
     let service = service_fn(|mut request: Request<Incoming>| {

@@ -14,7 +14,12 @@
 //! What the host alone may ask for the edge must never forward: `wrenn_types::guest::HOST_ONLY_PATHS`. A web page of
 //! any origin may ask whatever it has the token for ([`cors`]).
 
-use std::{io, net::SocketAddr, sync::Arc, time::Duration};
+use std::{
+    io,
+    net::SocketAddr,
+    sync::Arc,
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
+};
 
 use bytes::{Bytes, BytesMut};
 use connectrpc::{ConnectRpcService, Limits, Router};
@@ -23,17 +28,17 @@ use http_body_util::BodyExt;
 use hyper::body::Incoming;
 use tokio::{
     net::{TcpListener, TcpStream},
-    sync::Semaphore,
     task::JoinError,
 };
 use tower::Service;
 
 use super::{
     auth::{self, UNAUTHORIZED},
+    callers::{Caller, Seat},
     cors, files,
     filesystem::FilesystemService,
     host,
-    identity::{self, InitError},
+    identity::{self, Arrival, InitError},
     loopback,
     process::ProcessService,
     protocol,
@@ -49,14 +54,12 @@ const VERSION: &str = env!("CARGO_PKG_VERSION");
 /// How the paths of the services begin. Their errors are those of Connect; all others are plain.
 const SERVICES: [&str; 2] = ["/process.Process/", "/filesystem.Filesystem/"];
 const VERSION_HEADER: &str = "x-wrenn-envd-version";
-/// How many connections there may be at once; more wait to be accepted.
-const MAXIMUM_CONNECTIONS: usize = 4096;
 /// The most that one message of a client may hold.
 const MAXIMUM_MESSAGE: usize = 4 << 20;
 /// How long to let others go on when there are no descriptors left for a connection. Nothing tells when there are.
 const EXHAUSTED_PAUSE: Duration = Duration::from_millis(50);
 /// How long a connection may be silent before the other side is asked whether it is still there, how long to wait for
-/// its answer, and how often. Whoever wakes up from a snapshot has connections to machines that know nothing of them.
+/// its answer, and how often.
 const SILENCE: Duration = Duration::from_secs(60);
 const ANSWER_LIMIT: Duration = Duration::from_secs(10);
 const QUESTIONS: u32 = 6;
@@ -69,17 +72,18 @@ pub(crate) async fn serve(agent: Arc<Agent>, listener: TcpListener) -> io::Resul
     let limits =
         Limits::default().with_max_message_size(MAXIMUM_MESSAGE).with_max_request_body_size(MAXIMUM_MESSAGE);
     let services = ConnectRpcService::new(router).with_limits(limits);
-    let connections = Arc::new(Semaphore::new(MAXIMUM_CONNECTIONS));
     // Connections have from their listener what they are not told themselves.
     notice_the_dead(&listener)?;
     loop {
-        let Ok(permit) = Arc::clone(&connections).acquire_owned().await else { return Ok(()) };
         let (stream, peer) = accept(&listener).await?;
-        let (agent, services) = (Arc::clone(&agent), services.clone());
-        tokio::spawn(async move {
-            connection(agent, services, stream, peer).await;
-            drop(permit);
-        });
+        match agent.callers.enter(&stream, peer) {
+            Ok(Some(seat)) => {
+                tokio::spawn(connection(Arc::clone(&agent), services.clone(), stream, seat));
+            }
+            // Closed at once, and not left waiting: behind it may be the host.
+            Ok(None) => {}
+            Err(error) => say(format_args!("cannot keep a connection: {error}")),
+        }
     }
 }
 
@@ -113,24 +117,25 @@ async fn accept(listener: &TcpListener) -> io::Result<(TcpStream, SocketAddr)> {
     }
 }
 
-async fn connection(agent: Arc<Agent>, services: ConnectRpcService, stream: TcpStream, peer: SocketAddr) {
+async fn connection(agent: Arc<Agent>, services: ConnectRpcService, stream: TcpStream, seat: Seat) {
+    let caller = seat.caller();
     let answer = move |request| {
         let (agent, services) = (Arc::clone(&agent), services.clone());
-        async move { route(&agent, services, peer, request).await }
+        async move { route(&agent, services, caller, request).await }
     };
-    protocol::serve(stream, answer).await;
+    protocol::serve(stream, seat, answer).await;
 }
 
 async fn route(
     agent: &Arc<Agent>,
     services: ConnectRpcService,
-    peer: SocketAddr,
+    caller: Caller,
     request: Request<Incoming>,
 ) -> Response<Body> {
     let mut response = if cors::is_preflight(&request) {
         cors::preflight(request.headers())
     } else {
-        answer(agent, services, peer, request).await
+        answer(agent, services, caller, request).await
     };
     cors::allow(response.headers_mut());
     response
@@ -139,7 +144,7 @@ async fn route(
 async fn answer(
     agent: &Arc<Agent>,
     services: ConnectRpcService,
-    peer: SocketAddr,
+    caller: Caller,
     request: Request<Incoming>,
 ) -> Response<Body> {
     let path = request.uri().path();
@@ -150,11 +155,11 @@ async fn answer(
         "/init" | "/snapshot/prepare" | "/freeze" | "/unfreeze" if request.method() != Method::POST => {
             not_allowed()
         }
-        "/init" => initialise(agent, peer, request).await,
-        "/snapshot/prepare" | "/freeze" | "/unfreeze" => stand_still(agent, peer, request).await,
+        "/init" => initialise(agent, caller, request).await,
+        "/snapshot/prepare" | "/freeze" | "/unfreeze" => stand_still(agent, caller, request).await,
         _ => match agent.identity().gate.refusal() {
             Some(reason) => reply::error(StatusCode::SERVICE_UNAVAILABLE, reason),
-            None => answer_while_open(agent, services, peer, request).await,
+            None => answer_while_open(agent, services, caller, request).await,
         },
     }
 }
@@ -162,14 +167,14 @@ async fn answer(
 async fn answer_while_open(
     agent: &Arc<Agent>,
     mut services: ConnectRpcService,
-    peer: SocketAddr,
+    caller: Caller,
     request: Request<Incoming>,
 ) -> Response<Body> {
     if let Some(port) = request.uri().path().strip_prefix("/connect/") {
         if request.method() != Method::POST {
             return not_allowed();
         }
-        if let Err(error) = host::check_caller(agent.place, peer) {
+        if let Err(error) = host::check_caller(agent.place, caller.address) {
             return reply::error(error.status(), &error.to_string());
         }
         let port = port.to_owned();
@@ -241,9 +246,10 @@ fn not_stored(mut response: Response<Body>) -> Response<Body> {
     response
 }
 
-async fn initialise(agent: &Arc<Agent>, peer: SocketAddr, request: Request<Incoming>) -> Response<Body> {
+async fn initialise(agent: &Arc<Agent>, caller: Caller, request: Request<Incoming>) -> Response<Body> {
+    let arrival = Arrival { at: Instant::now(), connection: caller.connection };
     let (parts, body) = request.into_parts();
-    if let Err(error) = host::check_caller(agent.place, peer) {
+    if let Err(error) = host::check_caller(agent.place, caller.address) {
         return reply::error(error.status(), &error.to_string());
     }
     let Some(body) = collect(body, identity::MAXIMUM_BODY).await else {
@@ -251,13 +257,21 @@ async fn initialise(agent: &Arc<Agent>, peer: SocketAddr, request: Request<Incom
     };
     // A task of its own: a host that goes away in the middle must not leave a guest that is half of two.
     let agent = Arc::clone(agent);
-    let done = tokio::spawn(async move { identity::initialise(&agent, &parts.headers, &body).await });
-    done_for_host(done.await, InitError::status)
+    let done =
+        tokio::spawn(async move { identity::initialise(&agent, arrival, &parts.headers, &body).await });
+    let mut response = done_for_host(done.await, InitError::status);
+    if response.status().is_success()
+        && let Ok(time) = SystemTime::now().duration_since(UNIX_EPOCH)
+        && let Ok(time) = HeaderValue::try_from(time.as_nanos().to_string())
+    {
+        response.headers_mut().insert(identity::CLOCK_HEADER, time);
+    }
+    response
 }
 
-async fn stand_still(agent: &Arc<Agent>, peer: SocketAddr, request: Request<Incoming>) -> Response<Body> {
+async fn stand_still(agent: &Arc<Agent>, caller: Caller, request: Request<Incoming>) -> Response<Body> {
     let (parts, body) = request.into_parts();
-    if let Err(error) = host::check_caller(agent.place, peer) {
+    if let Err(error) = host::check_caller(agent.place, caller.address) {
         return reply::error(error.status(), &error.to_string());
     }
     let Some(body) = collect(body, snapshot::MAXIMUM_BODY).await else {

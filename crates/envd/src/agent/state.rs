@@ -27,6 +27,7 @@ use tokio::{sync::Semaphore, time::Instant};
 
 use super::{
     auth::Token,
+    callers::Callers,
     freezer::{FreezeError, Freezer, Scope},
     handover::Handover,
     loopback::Streams,
@@ -113,6 +114,7 @@ pub(crate) struct Agent {
     pub(crate) directories: Arc<Semaphore>,
     pub(crate) meter: Meter,
     pub(crate) streams: Streams,
+    pub(crate) callers: Arc<Callers>,
     freezer: Option<Freezer>,
     handover: Option<Handover>,
     identity: Mutex<Arc<Identity>>,
@@ -149,6 +151,7 @@ impl Agent {
             directories: Arc::new(Semaphore::new(DIRECTORY_THREADS)),
             meter: Meter::start(),
             streams: Streams::default(),
+            callers: Arc::default(),
             freezer,
             handover,
             identity: Mutex::new(Arc::new(identity)),
