@@ -334,14 +334,13 @@ async fn first_byte(connector: &GuestConnector) -> Result<()> {
 
 /// Makes the guest itself and runs `true` in it.
 async fn command(connector: &GuestConnector) -> Result<()> {
-    let environment = BTreeMap::new();
     let identity = Identity {
         hostname: Some("bare"),
-        timestamp: jiff::Timestamp::now().to_string(),
+        restored: true,
         entropy: Identity::fresh_entropy(),
         machine_id: Some(Identity::fresh_machine_id()),
         access_token: None,
-        env_vars: &environment,
+        env_vars: BTreeMap::new(),
         default_user: USER,
         default_workdir: "/home/user",
         dns_servers: &[],

@@ -351,14 +351,13 @@ impl Warm {
         files: &wrenn_vmm::SnapshotFiles,
     ) -> Result<(), WarmError> {
         let connector = slot.connector();
-        let environment = BTreeMap::new();
         let identity = Identity {
             hostname: None,
-            timestamp: jiff::Timestamp::now().to_string(),
+            restored: false,
             entropy: Identity::fresh_entropy(),
             machine_id: None,
             access_token: None,
-            env_vars: &environment,
+            env_vars: BTreeMap::new(),
             default_user: &request.default_user,
             default_workdir: &request.default_workdir,
             dns_servers: &[],

@@ -184,14 +184,13 @@ async fn initialise(connector: &GuestConnector, name: &str) -> Result<()> {
 }
 
 async fn become_itself(connector: &GuestConnector, name: &str, entropy: String) -> Result<()> {
-    let environment = BTreeMap::new();
     let identity = Identity {
         hostname: Some(name),
-        timestamp: jiff::Timestamp::now().to_string(),
+        restored: true,
         entropy,
         machine_id: Some(Identity::fresh_machine_id()),
         access_token: None,
-        env_vars: &environment,
+        env_vars: BTreeMap::new(),
         default_user: "user",
         default_workdir: "/home/user",
         dns_servers: &[],
@@ -236,7 +235,7 @@ async fn standstill(lab: Arc<Lab>) -> Result<()> {
         for _ in 0..QUESTIONS {
             guest::wait_until_healthy(&clone.connector, BOUND).await?;
         }
-        // One that cannot be reseeded stays closed.
+        // One that is not given enough to be reseeded with stays closed.
         let refused = become_itself(&clone.connector, name, "c2hvcnQ=".to_owned()).await;
         ensure!(refused.is_err(), "an /init with too little entropy");
         ensure!(run(&clone, "true").await.is_err(), "a guest that is not itself runs a program");

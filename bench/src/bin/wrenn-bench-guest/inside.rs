@@ -131,14 +131,13 @@ impl Machine {
 
 async fn become_itself(connector: &GuestConnector) -> Result<()> {
     guest::wait_until_healthy(connector, BOUND).await?;
-    let environment = BTreeMap::new();
     let identity = Identity {
         hostname: Some("bench"),
-        timestamp: jiff::Timestamp::now().to_string(),
+        restored: false,
         entropy: Identity::fresh_entropy(),
         machine_id: Some(Identity::fresh_machine_id()),
         access_token: None,
-        env_vars: &environment,
+        env_vars: BTreeMap::new(),
         default_user: "user",
         default_workdir: "/home/user",
         dns_servers: &[],

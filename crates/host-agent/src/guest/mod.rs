@@ -10,7 +10,7 @@ pub mod loopback;
 use std::{collections::BTreeMap, future::poll_fn, io, time::Duration};
 
 use base64::Engine as _;
-use http::{Request, StatusCode, header};
+use http::{HeaderMap, Request, StatusCode, header};
 use http_body_util::{BodyExt as _, Full, LengthLimitError, Limited};
 use hyper::client::conn::http1;
 use hyper_util::rt::TokioIo;
@@ -33,6 +33,13 @@ const CONNECT_ATTEMPT: Duration = Duration::from_millis(250);
 const IDLE_LIMIT: Duration = Duration::from_secs(60);
 /// How much longer than its own bound a guest may take to answer.
 const ANSWER_GRACE: Duration = Duration::from_secs(2);
+/// How much later than the host's a guest's clock may seem to be when it has just been set. What it seems to be is what it
+/// is, and how long the answer took besides.
+const CLOCK_TOLERANCE: Duration = Duration::from_millis(20);
+/// How often a clock that seems later is set once more.
+const CLOCK_CORRECTIONS: usize = 5;
+/// What a guest says its clock is: nanoseconds since 1970.
+const CLOCK_HEADER: &str = "x-wrenn-clock";
 /// How much of an answer is read.
 const ANSWER_LIMIT: usize = 16 * 1024;
 
@@ -63,15 +70,17 @@ pub enum GuestError {
     },
 }
 
-/// What a restored guest is told, so that it is itself: the body of `POST /init`.
+/// What a guest is told, so that it is itself: the body of `POST /init`, together with the time at which it is sent.
 #[derive(Debug, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Identity<'a> {
     /// Its name.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub hostname: Option<&'a str>,
-    /// Now, as RFC 3339.
-    pub timestamp: String,
+    /// Whether it comes from a snapshot: nobody is at the other end of the connections that it knows, and it breaks them
+    /// off. One that goes on where it was keeps them.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub restored: bool,
     /// Fresh randomness, as base64.
     pub entropy: String,
     /// 32 hexadecimal digits.
@@ -81,7 +90,7 @@ pub struct Identity<'a> {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub access_token: Option<&'a str>,
     /// Environment of every process.
-    pub env_vars: &'a BTreeMap<String, String>,
+    pub env_vars: BTreeMap<String, String>,
     /// Who runs what has no user of its own.
     pub default_user: &'a str,
     /// Where.
@@ -94,16 +103,16 @@ pub struct Identity<'a> {
 }
 
 impl<'a> Identity<'a> {
-    /// What a sandbox is by its record, now, with fresh randomness; without what only a restore changes.
+    /// What a sandbox is by its record, with fresh randomness; without what only a restore changes.
     #[must_use]
     pub fn of(record: &'a Record, dns_servers: &'a [std::net::Ipv4Addr]) -> Self {
         Self {
             hostname: Some(record.id.as_str()),
-            timestamp: jiff::Timestamp::now().to_string(),
+            restored: false,
             entropy: Self::fresh_entropy(),
             machine_id: None,
             access_token: None,
-            env_vars: &record.environment,
+            env_vars: record.environment.clone(),
             default_user: &record.default_user,
             default_workdir: &record.default_workdir,
             dns_servers,
@@ -172,33 +181,51 @@ impl IdleConnection {
     }
 }
 
-/// Asks one thing on a connection of its own, and waits for the end of the answer. What is answered is the
-/// connection, if it was neither to be closed nor is closed.
+/// What a guest answered well.
+#[derive(Debug)]
+struct Answer {
+    headers: HeaderMap,
+    /// The connection, if it was neither to be closed nor is closed.
+    idle: Option<IdleConnection>,
+}
+
+/// Asks one thing on a connection of its own, and waits for the end of the answer.
 async fn ask(
     connector: &GuestConnector,
     call: &'static str,
     request: Request<Full<bytes::Bytes>>,
     bound: Duration,
-) -> Result<Option<IdleConnection>, GuestError> {
+) -> Result<Answer, GuestError> {
     let end = Instant::now() + bound;
     let stream = connect(connector, bound).await?;
+    ask_on(stream, call, request, end, bound).await
+}
+
+/// Asks one thing on this connection. `bound` is what `end` comes from.
+async fn ask_on(
+    stream: TcpStream,
+    call: &'static str,
+    request: Request<Full<bytes::Bytes>>,
+    end: Instant,
+    bound: Duration,
+) -> Result<Answer, GuestError> {
     let keep = !request.headers().contains_key(header::CONNECTION);
     let exchange = async {
         let broken = |error: hyper::Error| GuestError::Broken(Box::new(error));
         let (mut sender, mut connection) = http1::handshake(TokioIo::new(stream)).await.map_err(broken)?;
         let conversation = async {
             let answer = sender.send_request(request).await.map_err(broken)?;
-            let status = answer.status();
-            let body = match Limited::new(answer.into_body(), ANSWER_LIMIT).collect().await {
+            let (head, body) = answer.into_parts();
+            let body = match Limited::new(body, ANSWER_LIMIT).collect().await {
                 // What a program printed beyond that is nobody's loss.
                 Err(error) if !error.is::<LengthLimitError>() => return Err(GuestError::Broken(error)),
                 body => body,
             };
-            if status.is_success() {
-                return Ok(());
+            if head.status.is_success() {
+                return Ok(head.headers);
             }
             let message = body.map(|body| String::from_utf8_lossy(&body.to_bytes()).into_owned());
-            Err(GuestError::Refused { call, status, message: message.unwrap_or_default() })
+            Err(GuestError::Refused { call, status: head.status, message: message.unwrap_or_default() })
         };
         tokio::pin!(conversation);
         let (outcome, open) = tokio::select! {
@@ -207,10 +234,11 @@ async fn ask(
             // The connection may end first when the guest closes it with its answer.
             _ = poll_fn(|context| connection.poll_without_shutdown(context)) => (conversation.await, false),
         };
-        outcome.map(|()| {
+        outcome.map(|headers| {
             let parts = connection.into_parts();
             let idle = keep && open && parts.read_buf.is_empty();
-            idle.then(|| IdleConnection { stream: parts.io.into_inner(), since: Instant::now() })
+            let idle = idle.then(|| IdleConnection { stream: parts.io.into_inner(), since: Instant::now() });
+            Answer { headers, idle }
         })
     };
     // Boxed: a conversation of HTTP is large, and would make the future of every create as large.
@@ -243,6 +271,10 @@ pub async fn wait_until_healthy(connector: &GuestConnector, bound: Duration) -> 
 /// token in force. The connection is answered for the next request: the first one of a user then finds the
 /// way into the guest open.
 ///
+/// The time that is sent is that of sending, and not of the attempts to connect before. How long it is on its way is
+/// seen in the answer, which says what the clock then is; where that is too late, as on a host that is busy, the time is
+/// sent once more on the same connection, whose way is short by then.
+///
 /// # Errors
 /// [`GuestError::Refused`] when the guest could not become itself: it must not be used then.
 pub async fn initialise(
@@ -251,13 +283,46 @@ pub async fn initialise(
     token: Option<&AccessToken>,
     bound: Duration,
 ) -> Result<Option<IdleConnection>, GuestError> {
-    let body = serde_json::to_vec(identity).map_err(|error| GuestError::Broken(Box::new(error)))?;
+    let end = Instant::now() + bound;
+    let stream = connect(connector, bound).await?;
+    let told = token.map(AccessToken::expose);
+    let mut answer = ask_on(stream, "POST /init", init(identity, told)?, end, bound).await?;
+    for _ in 0..CLOCK_CORRECTIONS {
+        if !seems_wrong(&answer.headers, jiff::Timestamp::now()) {
+            return Ok(answer.idle);
+        }
+        let Some(IdleConnection { stream, .. }) = answer.idle else { return Ok(None) };
+        let request = init(&serde_json::Map::new(), identity.access_token.or(told))?;
+        answer = ask_on(stream, "POST /init", request, end, bound).await?;
+    }
+    if seems_wrong(&answer.headers, jiff::Timestamp::now()) {
+        tracing::warn!("the clock of a guest may be late: its answers take too long to know");
+    }
+    Ok(answer.idle)
+}
+
+/// A request that makes a guest what this says, with the time as it is now.
+fn init(what: &impl Serialize, token: Option<&str>) -> Result<Request<Full<bytes::Bytes>>, GuestError> {
+    #[derive(Serialize)]
+    struct Body<'a, T: Serialize> {
+        #[serde(flatten)]
+        what: &'a T,
+        timestamp: String,
+    }
+    let body = Body { what, timestamp: jiff::Timestamp::now().to_string() };
+    let body = serde_json::to_vec(&body).map_err(|error| GuestError::Broken(Box::new(error)))?;
     let mut request = request("POST", "/init").header(header::CONTENT_TYPE, "application/json");
     if let Some(token) = token {
-        request = request.header("x-access-token", token.expose());
+        request = request.header("x-access-token", token);
     }
-    let request = request.body(Full::from(body)).map_err(|error| GuestError::Broken(Box::new(error)))?;
-    ask(connector, "POST /init", request, bound).await
+    request.body(Full::from(body)).map_err(|error| GuestError::Broken(Box::new(error)))
+}
+
+/// Whether the clock of a guest that answered so, just `now`, may be further from the host's than it should be. One that
+/// says nothing of it is not asked again.
+fn seems_wrong(headers: &HeaderMap, now: jiff::Timestamp) -> bool {
+    let told = headers.get(CLOCK_HEADER).and_then(|told| told.to_str().ok()?.parse::<i128>().ok());
+    told.is_some_and(|told| now.as_nanosecond().abs_diff(told) > CLOCK_TOLERANCE.as_nanos())
 }
 
 /// Makes a guest stand still before it is saved: its processes are frozen, its file systems written, its free
@@ -311,4 +376,65 @@ pub async fn exercise(
         .body(Full::from(body))
         .map_err(|error| GuestError::Broken(Box::new(error)))?;
     ask(connector, "process.Process/Start", request, bound).await.map(drop)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn says(text: &str) -> HeaderMap {
+        HeaderMap::from_iter([(header::HeaderName::from_static(CLOCK_HEADER), text.parse().unwrap())])
+    }
+
+    #[test]
+    fn the_time_goes_with_what_is_said() {
+        let identity = Identity {
+            hostname: None,
+            restored: true,
+            entropy: String::new(),
+            machine_id: None,
+            access_token: None,
+            env_vars: BTreeMap::new(),
+            default_user: "user",
+            default_workdir: "/",
+            dns_servers: &[],
+            disk_bytes: None,
+        };
+        let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+        let body = |request: Request<Full<bytes::Bytes>>| {
+            let body = runtime.block_on(request.into_body().collect()).unwrap().to_bytes();
+            serde_json::from_slice::<serde_json::Value>(&body).unwrap()
+        };
+        let whole = body(init(&identity, Some("token")).unwrap());
+        assert_eq!((&whole["restored"], &whole["defaultUser"]), (&true.into(), &"user".into()));
+        let time: jiff::Timestamp = whole["timestamp"].as_str().unwrap().parse().unwrap();
+        assert!(jiff::Timestamp::now().duration_since(time).as_secs() < 60);
+        let same = body(init(&Identity { restored: false, ..identity }, None).unwrap());
+        assert_eq!(same.get("restored"), None);
+        let time = body(init(&serde_json::Map::new(), None).unwrap());
+        assert_eq!(time.as_object().unwrap().keys().collect::<Vec<_>>(), ["timestamp"]);
+    }
+
+    proptest! {
+        #[test]
+        fn a_clock_is_right_within_the_tolerance(
+            now in 0..4_000_000_000_000_000_000_i128, off in -100_000_000..100_000_000_i128,
+        ) {
+            let now = jiff::Timestamp::from_nanosecond(now).unwrap();
+            let told = now.as_nanosecond() + off;
+            prop_assert_eq!(seems_wrong(&says(&told.to_string()), now), off.abs() > 20_000_000);
+        }
+
+        #[test]
+        fn whatever_a_guest_says_is_a_time_or_nothing(told in "[ -~]{0,60}|-?[0-9]{0,60}") {
+            if let Ok(value) = told.parse::<http::HeaderValue>() {
+                let mut headers = HeaderMap::new();
+                headers.insert(CLOCK_HEADER, value);
+                seems_wrong(&headers, jiff::Timestamp::UNIX_EPOCH);
+            }
+            prop_assert!(!seems_wrong(&HeaderMap::new(), jiff::Timestamp::UNIX_EPOCH));
+        }
+    }
 }

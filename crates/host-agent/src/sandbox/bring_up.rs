@@ -476,6 +476,7 @@ impl Started {
             Err(error) => Err(error),
             Ok(()) => {
                 let mut identity = Identity::of(&record, slot.name_servers());
+                identity.restored = true;
                 identity.access_token = Some(persona.access_token.expose());
                 // It is in the memory of a guest, and not on its disk.
                 let is_told = persona.is_new || boots;

@@ -1,8 +1,13 @@
 //! Clones of one snapshot are not each other.
 
-use std::{collections::BTreeSet, sync::Arc, time::SystemTime};
+use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
-use anyhow::{Result, ensure};
+use anyhow::{Context as _, Result, ensure};
+use serde_json::json;
+use wrenn_testkit::{
+    Client,
+    socket::{Frame, Socket},
+};
 
 use crate::context::{Case, Context, Sandbox, case};
 
@@ -42,13 +47,48 @@ async fn clones_differ(context: Arc<Context>) -> Result<()> {
     Ok(())
 }
 
+/// How far the clock of a new sandbox may be from the host's.
+const ALLOWED: Duration = Duration::from_millis(50);
+/// Tells the time again and again.
+const TELL: &str =
+    "import time\nfor _ in range(150):\n    print(time.time_ns(), flush=True)\n    time.sleep(0.02)";
+
+/// By how much the clock is late at most, by the first program of all: each line was printed before it came.
+async fn lateness(client: Client) -> Result<(Sandbox, i128)> {
+    let sandbox = Sandbox::create(client).await?;
+    let mut socket = Socket::open(&sandbox.client, &sandbox.path("/exec/stream")).await?;
+    socket.send(&json!({ "type": "start", "cmd": "python3", "args": ["-c", TELL] })).await?;
+    let mut least = i128::MAX;
+    let mut rest = String::new();
+    loop {
+        match socket.next().await? {
+            Frame::Json(frame) if frame["type"] == "stdout" => {
+                let now = jiff::Timestamp::now().as_nanosecond();
+                rest.push_str(frame["data"].as_str().context("text")?);
+                while let Some((line, after)) = rest.split_once('\n') {
+                    least = least.min(now - line.parse::<i128>()?);
+                    rest = after.to_owned();
+                }
+            }
+            Frame::Closed => break,
+            _ => {}
+        }
+    }
+    ensure!(least != i128::MAX, "it told no time");
+    Ok((sandbox, least))
+}
+
+/// One at a time, and as many at once as keep a small machine busy.
 async fn clock(context: Arc<Context>) -> Result<()> {
-    let mut sandbox = Sandbox::create(context.client()).await?;
-    let seconds = |time: SystemTime| time.duration_since(SystemTime::UNIX_EPOCH).unwrap().as_secs_f64();
-    let before = seconds(SystemTime::now());
-    let guest: f64 = sandbox.output("date +%s.%N").await?.trim().parse()?;
-    let after = seconds(SystemTime::now());
-    // The guest's moment lies within the exchange; 50 ms is what the first command may find the clock wrong by.
-    ensure!(before - 0.05 < guest && guest < after + 0.05, "{before} < {guest} < {after}");
-    sandbox.destroy().await
+    for count in [1, 8] {
+        let made = futures::future::join_all((0..count).map(|_| lateness(context.client()))).await;
+        for made in made {
+            let (sandbox, least) = made?;
+            // What it is late by is this and less; what it is ahead by is seen as less than nothing.
+            let allowed = i128::try_from(ALLOWED.as_nanos())?;
+            ensure!((-allowed..=allowed).contains(&least), "of {count}, one is {least} ns late");
+            sandbox.destroy().await?;
+        }
+    }
+    Ok(())
 }

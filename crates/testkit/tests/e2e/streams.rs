@@ -1,12 +1,18 @@
 //! WebSockets: a command's output as it comes, and terminals.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
-use anyhow::{Result, bail, ensure};
+use anyhow::{Context as _, Result, bail, ensure};
 use serde_json::json;
+use tokio::time::timeout;
 use wrenn_testkit::socket::{Frame, Socket};
 
 use crate::context::{Case, Context, Sandbox, case};
+
+/// How long output may take to come, on a machine that has other things to do.
+const SOON: Duration = Duration::from_secs(30);
+/// More pieces than wait anywhere on their way.
+const PIECES: usize = 200;
 
 /// The cases of this file.
 pub(crate) fn cases() -> Vec<Case> {
@@ -16,6 +22,7 @@ pub(crate) fn cases() -> Vec<Case> {
         case("streams::a_terminal_echoes_resizes_and_exits", terminal),
         case("streams::a_terminal_survives_its_connection", reattach),
         case("streams::a_megabyte_arrives_whole", volume),
+        case("streams::output_goes_on_after_a_resume_and_in_a_clone", goes_on),
         case("streams::an_unknown_sandbox_is_an_error_frame", unknown),
     ]
 }
@@ -133,6 +140,53 @@ async fn volume(context: Arc<Context>) -> Result<()> {
         }
     }
     ensure!(length == 1 << 20, "{length} bytes");
+    sandbox.destroy().await
+}
+
+/// Follows the talker of a sandbox until it has said something for a while.
+async fn follow(sandbox: &Sandbox) -> Result<Socket> {
+    let mut socket = Socket::open(&sandbox.client, &sandbox.path("/processes/talker/stream")).await?;
+    listen(&mut socket).await?;
+    Ok(socket)
+}
+
+async fn listen(socket: &mut Socket) -> Result<()> {
+    let more = async {
+        for _ in 0..PIECES {
+            socket.until("stdout").await?;
+        }
+        Ok(())
+    };
+    timeout(SOON, more).await.context("the output goes on soon")?
+}
+
+/// A guest that is restored has connections to nobody, and a program that writes to one of them must not wait for it.
+async fn goes_on(context: Arc<Context>) -> Result<()> {
+    let mut sandbox = Sandbox::create(context.client()).await?;
+    let path = sandbox.path("/exec");
+    let line = "while :; do echo some line of output; done";
+    let body = json!({ "cmd": "/bin/sh", "args": ["-c", line], "background": true, "tag": "talker" });
+    sandbox.client.post(&path, &body).await?.expect(202)?;
+    // Held to the end: nobody says to the guest that they are over.
+    let mut held = vec![follow(&sandbox).await?];
+    for _ in 0..2 {
+        for (verb, then) in [("/pause", "paused"), ("/resume", "running")] {
+            let path = sandbox.path(verb);
+            sandbox.client.post(&path, &json!({})).await?;
+            let id = sandbox.id.clone();
+            crate::lifecycle::wait_for_status(&mut sandbox.client, &id, then, 2 * SOON).await?;
+        }
+        held.push(follow(&sandbox).await.context("after the resume")?);
+    }
+    let path = sandbox.path("/fork");
+    let children = sandbox.client.post(&path, &json!({ "count": 1 })).await?.expect(201)?.json();
+    let id = children[0]["id"].as_str().context("an id")?.to_owned();
+    let child = Sandbox { id, client: context.client() };
+    held.push(follow(&child).await.context("in the clone")?);
+    // The one that it is a clone of goes on where it was, for who listened then.
+    let last = held.len() - 2;
+    listen(&mut held[last]).await.context("beside the clone")?;
+    child.destroy().await?;
     sandbox.destroy().await
 }
 
