@@ -112,13 +112,24 @@ impl<'a> Identity<'a> {
             entropy: Self::fresh_entropy(),
             machine_id: None,
             access_token: None,
-            env_vars: record.environment.clone(),
+            env_vars: variables(record),
             default_user: &record.default_user,
             default_workdir: &record.default_workdir,
             dns_servers,
             disk_bytes: None,
         }
     }
+}
+
+/// The environment of every process of a sandbox: what says that it is one and which, under the names that programs of
+/// either kind look for, and over that what its owner gave.
+fn variables(record: &Record) -> BTreeMap<String, String> {
+    let known =
+        [("SANDBOX", "true"), ("SANDBOX_ID", record.id.as_str()), ("TEMPLATE_ID", record.template.as_str())];
+    let named = |prefix: &'static str| {
+        known.into_iter().map(move |(name, value)| (format!("{prefix}_{name}"), value.to_owned()))
+    };
+    named("E2B").chain(named("WRENN")).chain(record.environment.clone()).collect()
 }
 
 impl Identity<'_> {

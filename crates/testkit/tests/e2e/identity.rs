@@ -16,6 +16,7 @@ pub(crate) fn cases() -> Vec<Case> {
     vec![
         case("identity::clones_share_nothing_that_must_differ", clones_differ),
         case("identity::the_clock_is_the_hosts", clock),
+        case("identity::programs_know_where_they_are", variables),
     ]
 }
 
@@ -91,4 +92,18 @@ async fn clock(context: Arc<Context>) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// Programs find out that they are in a sandbox, and in which; what its owner says goes before.
+async fn variables(context: Arc<Context>) -> Result<()> {
+    let body = json!({ "template": "base", "envs": { "E2B_TEMPLATE_ID": "mine", "COLOUR": "green" } });
+    let mut sandbox = Sandbox::create_with(context.client(), &body).await?;
+    let id = sandbox.id.clone();
+    let said = sandbox.output("env | grep -E '^(E2B|WRENN)_|^COLOUR' | sort").await?;
+    let wanted = format!(
+        "COLOUR=green\nE2B_SANDBOX=true\nE2B_SANDBOX_ID={id}\nE2B_TEMPLATE_ID=mine\n\
+         WRENN_SANDBOX=true\nWRENN_SANDBOX_ID={id}\nWRENN_TEMPLATE_ID=base\n"
+    );
+    ensure!(said == wanted, "{said}");
+    sandbox.destroy().await
 }
