@@ -178,6 +178,7 @@ async fn a_terminal_survives_its_client() {
         seen.take(message.to_owned_message().event.into_option().unwrap().event.unwrap());
     }
     assert!(seen.screen().contains("got this"));
+    assert!(!seen.screen().contains("ready"), "what was said before is not said again");
     assert_eq!(seen.end().exit_code, 0);
 }
 

@@ -552,6 +552,30 @@ mod tests {
         assert_eq!(low, SpawnError { step: Step::Clone, errno: Errno::INVAL });
     }
 
+    /// A program never runs as somebody else than was asked for, also not with some groups too many.
+    #[test]
+    fn who_cannot_become_the_user_starts_nothing() {
+        use rustix::thread::{CapabilitySet, capabilities, set_capabilities};
+        let table = [
+            (CapabilitySet::empty(), None),
+            (CapabilitySet::SETGID, Some(Step::Groups)),
+            (CapabilitySet::SETUID, Some(Step::Uid)),
+        ];
+        for (missing, step) in table {
+            let attempt = move || {
+                let mut sets = capabilities(None).unwrap();
+                sets.effective -= missing;
+                set_capabilities(None, sets).unwrap();
+                let identity = Identity { uid: 1234, gid: 1235, groups: vec![1235, 27] };
+                run(&strings(["/bin/sh"]), "id -u", Some(&identity))
+            };
+            // What a thread gives up it gives up for itself.
+            let outcome = std::thread::spawn(attempt).join().unwrap();
+            let expected = step.map(|step| SpawnError { step, errno: Errno::PERM });
+            assert_eq!(outcome, expected.map_or_else(|| Ok("1234\n".to_owned()), Err));
+        }
+    }
+
     #[test]
     fn many_threads_at_once() {
         let candidates = strings(["/bin/sh"]);
