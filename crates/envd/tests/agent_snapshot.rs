@@ -198,6 +198,68 @@ async fn what_cannot_be_frozen_is_not_prepared_and_goes_on() {
     assert_eq!(harness::run(&agent.processes(), shell("echo hi")).await.text(), "hi\n");
 }
 
+/// A file system that does not answer, for this thread and what it starts: whoever asks it cannot be stopped.
+struct Silent {
+    directory: tempfile::TempDir,
+    _device: fs::File,
+}
+
+impl Silent {
+    fn new() -> Option<Self> {
+        let device = match fs::File::options().read(true).write(true).open("/dev/fuse") {
+            Ok(device) => device,
+            Err(error) => {
+                println!("skipped: no FUSE here: {error}");
+                return None;
+            }
+        };
+        let directory = tempfile::tempdir().unwrap();
+        harness::mounts::separate();
+        let number = std::os::fd::AsRawFd::as_raw_fd(&device);
+        let data = format!("fd={number},rootmode=40000,user_id=0,group_id=0,allow_other");
+        let flags = nix::mount::MsFlags::empty();
+        nix::mount::mount(Some("test"), directory.path(), Some("fuse"), flags, Some(&*data)).unwrap();
+        Some(Self { directory, _device: device })
+    }
+}
+
+impl Drop for Silent {
+    fn drop(&mut self) {
+        let _ = nix::mount::umount2(self.directory.path(), nix::mount::MntFlags::MNT_DETACH);
+    }
+}
+
+#[tokio::test]
+async fn what_does_not_stop_in_time_is_let_go_on_with_all_others() {
+    let (Some(cgroup), Some(silent)) = (Cgroup::new("late"), Silent::new()) else { return };
+    let agent = cgroup.agent();
+    let client = agent.processes();
+    let path = silent.directory.path().join("x");
+    let start = command(&["/bin/sh", "-c", "echo ready; exec stat \"$0\"", path.to_str().unwrap()]);
+    let mut stuck = Running::start(&client, start, CallOptions::default()).await.unwrap();
+    let pid = stuck.until(|seen| seen.text() == "ready\n").await.pid;
+    let place = || fs::read_to_string(format!("/proc/{pid}/wchan")).unwrap_or_default();
+    harness::observe::eventually(|| ["fuse", "request_wait"].iter().any(|word| place().contains(word))).await;
+    let mut cat = command(&["/bin/cat"]);
+    cat.stdin = Some(true);
+    let mut cat = Running::start(&client, cat, CallOptions::default()).await.unwrap();
+    for turn in 1..=3 {
+        let answer = agent.send(Request::post("/snapshot/prepare"), r#"{"limitMs":200}"#).await;
+        let message = "cannot freeze the processes: the processes did not stop in time";
+        assert_eq!((answer.status.as_u16(), answer.message().as_str()), (503, message));
+        assert_eq!(fs::read_to_string(cgroup.0.join("cgroup.freeze")).unwrap().trim(), "0");
+        let input = SendInputRequest {
+            process: by_pid(cat.seen.pid).into(),
+            input: stdin(b"line\n").into(),
+            ..Default::default()
+        };
+        client.send_input(input).await.unwrap();
+        cat.until(|seen| seen.text() == "line\n".repeat(turn)).await;
+    }
+    drop(silent);
+    assert_eq!(stuck.finish().await.unwrap().end().exit_code, 1);
+}
+
 #[tokio::test]
 async fn standing_still_needs_the_token() {
     let Some(cgroup) = Cgroup::new("token") else { return };

@@ -14,6 +14,7 @@
 
 use std::{
     collections::BTreeMap,
+    os::unix::fs::MetadataExt as _,
     process::ExitCode,
     sync::Arc,
     time::{Duration, Instant},
@@ -55,6 +56,9 @@ fn main() -> ExitCode {
     };
     let trials = vec![
         trial("guest::no_process_runs_between_restore_and_identity", || with_lab(standstill)),
+        trial("guest::what_is_prepared_is_written_and_what_is_free_is_trimmed", || {
+            with_lab(written_and_trimmed)
+        }),
         trial("guest::a_port_on_loopback_is_reached", || with_lab(loopback_port)),
         trial("guest::a_killed_agent_is_followed_by_one_that_knows_who_it_is", || with_lab(killed_agent)),
     ];
@@ -285,6 +289,26 @@ async fn standstill(lab: Arc<Lab>) -> Result<()> {
         }
     }
     Ok(())
+}
+
+async fn written_and_trimmed(lab: Arc<Lab>) -> Result<()> {
+    const SIZE: u64 = 64 << 20;
+    let machine = lab.boot("blocks").await?;
+    let allocated = || std::fs::metadata(&machine.disk.path).map(|disk| disk.blocks() * 512);
+    guest::prepare(&machine.connector, None, BOUND).await?;
+    let before = allocated()?;
+    initialise(&machine.connector, "blocks").await?;
+    // Left where writing leaves it, which is in memory.
+    run(&machine, "head -c 67108864 /dev/urandom > /var/tmp/large").await?;
+    guest::prepare(&machine.connector, None, BOUND).await?;
+    let with = allocated()?;
+    ensure!(with >= before + SIZE, "{before} bytes, and {with} with a file of {SIZE} that was to be written");
+    initialise(&machine.connector, "blocks").await?;
+    run(&machine, "rm /var/tmp/large").await?;
+    guest::prepare(&machine.connector, None, BOUND).await?;
+    let without = allocated()?;
+    ensure!(without < with - SIZE / 8 * 7, "{with} bytes, and {without} without a file of {SIZE}");
+    lab.stop(machine).await
 }
 
 async fn loopback_port(lab: Arc<Lab>) -> Result<()> {
