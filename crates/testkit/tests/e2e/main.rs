@@ -12,6 +12,7 @@ mod disk_only;
 mod exec;
 mod faults;
 mod files;
+mod guest;
 mod identity;
 mod isolation;
 mod kills;
@@ -38,6 +39,7 @@ fn main() -> ExitCode {
         exec::cases(),
         files::cases(),
         streams::cases(),
+        guest::cases(),
         identity::cases(),
         isolation::cases(),
         bad_input::cases(),
