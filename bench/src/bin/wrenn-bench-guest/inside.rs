@@ -26,7 +26,7 @@ use wrenn_host_agent::{
 use wrenn_testkit::{stack, uplink};
 use wrenn_types::{DiskMib, InstanceId, MemoryMib, Shape, Vcpus};
 use wrenn_vmm::{
-    MachineSpec, NetworkSpec, Vm, Vmm as _, VmmIdentity,
+    BootMemory, MachineSpec, NetworkSpec, Vm, Vmm as _, VmmIdentity,
     qemu::{Qemu, QemuOptions},
 };
 
@@ -111,7 +111,7 @@ impl Machine {
             keep_open: vec![slot.lock()?],
             control_group: None,
         };
-        let vm = vmm.boot(spec, Some(&memory)).await.context("boot")?;
+        let vm = vmm.boot(spec, BootMemory::Shared(&memory)).await.context("boot")?;
         let machine = Self { vm, slot, slots, outside, _directory: directory };
         if let Err(error) = become_itself(&machine.slot.connector()).await {
             machine.stop().await?;
