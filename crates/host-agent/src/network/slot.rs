@@ -106,7 +106,8 @@ impl Slot {
             return Ok(());
         }
         #[cfg(test)]
-        if prepared.played.is_some() {
+        if let Some(played) = &prepared.played {
+            played.put_in_force(prepared.lease.number(), policy);
             prepared.policy = Some(policy.clone());
             return Ok(());
         }

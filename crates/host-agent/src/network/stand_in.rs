@@ -4,7 +4,7 @@
 //! number is given out once, so that nobody who still knows an old one reaches the guest of another.
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
     fmt, io,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
@@ -25,17 +25,32 @@ use super::{
 
 type Connect = dyn Fn(SlotNumber) -> io::Result<TcpStream> + Send + Sync;
 
-/// Who plays the guests: a connection to the one behind a number.
+/// Who plays the guests: a connection to the one behind a number, and what that may reach.
 #[derive(Clone)]
-pub(crate) struct Guests(Arc<Connect>);
+pub(crate) struct Guests {
+    connect: Arc<Connect>,
+    policies: Policies,
+}
+
+/// What is in force, by number.
+pub(crate) type Policies = Arc<Mutex<BTreeMap<SlotNumber, Policy>>>;
 
 impl Guests {
     pub(crate) fn new(connect: impl Fn(SlotNumber) -> io::Result<TcpStream> + Send + Sync + 'static) -> Self {
-        Self(Arc::new(connect))
+        Self { connect: Arc::new(connect), policies: Policies::default() }
+    }
+
+    /// What is in force, now and later.
+    pub(crate) fn policies(&self) -> Policies {
+        Arc::clone(&self.policies)
+    }
+
+    pub(super) fn put_in_force(&self, number: SlotNumber, policy: &Policy) {
+        self.policies.lock().unwrap_or_else(PoisonError::into_inner).insert(number, policy.clone());
     }
 
     pub(super) fn connect(&self, number: SlotNumber) -> io::Result<TcpStream> {
-        (self.0)(number)
+        (self.connect)(number)
     }
 }
 
@@ -126,6 +141,7 @@ impl SlotPool {
                     let (lease, namespace) = (Lease::found(number, lock?), NetworkNamespace::current()?);
                     let mut prepared =
                         Prepared::new(lease, namespace, Some(policy.clone()), Arc::clone(&uplink));
+                    guests.put_in_force(number, policy);
                     prepared.played = Some(guests.clone());
                     Ok(Slot::new(prepared, pool.clone()))
                 };

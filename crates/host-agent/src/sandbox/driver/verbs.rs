@@ -322,9 +322,9 @@ impl Driver {
         mut residence: Residence,
         update: &Update,
     ) -> (Residence, Result<Outcome, OperationError>) {
-        let (mut settings, met) = {
+        let (former, mut settings, met) = {
             let status = self.status.borrow();
-            (status.settings.with(update), status.deadline_met)
+            (status.settings.network.clone(), status.settings.with(update), status.deadline_met)
         };
         let met = deadline::after_change(&mut settings, met);
         let changed = async {
@@ -347,6 +347,15 @@ impl Driver {
             recorded.await.map_err(OperationError::Record)
         };
         let outcome = changed.await.map(|()| Outcome::Done);
+        if let (Err(OperationError::Record(_)), Residence::Up(up)) = (&outcome, &mut residence) {
+            // What is in force is what is recorded.
+            let id = &self.handle.spec().id;
+            if let Ok(former) = Policy::resolve(&former, &self.host.dns_servers)
+                && let Err(error) = up.machine.slot.apply(&former).await
+            {
+                tracing::warn!(%id, error = &error as &dyn std::error::Error, "the former network policy is not in force again");
+            }
+        }
         if outcome.is_ok() {
             self.handle.activity().touch();
             self.publish(|status| {

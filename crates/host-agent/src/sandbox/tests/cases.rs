@@ -122,6 +122,8 @@ fn a_record_that_cannot_be_written_is_not_another_disk() {
     check(&[&[Plan::Create]], &[Plan::Pause(0)], records());
     check(&[&[Plan::Create], &[Plan::Snapshot(0)]], &[Plan::Rollback(0, 0)], records());
     check(&[&[Plan::Create], &[Plan::Pause(0)]], &[Plan::Resume(0)], records());
+    // What it may reach was changed then, and what it was said to be able to was not.
+    check(&[&[Plan::Create]], &[Plan::Snapshot(0), Plan::Network(0, 1)], records());
     let lost = (Some(Fault::Unanswered(Vm::PivotDisk)), End::GoOn);
     check(&[&[Plan::Create]], &[Plan::Snapshot(0)], [lost]);
 }

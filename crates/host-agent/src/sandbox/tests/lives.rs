@@ -16,7 +16,11 @@ use crate::{
 pub(super) fn live<T>(world: &World<'_>, life: impl AsyncFnOnce(Registry) -> T) -> T {
     let mut runtime = tokio::runtime::Builder::new_current_thread();
     let runtime = runtime.enable_all().start_paused(true).build().unwrap();
-    let outcome = runtime.block_on(async { life(world.agent().await).await });
+    let outcome = runtime.block_on(async {
+        let outcome = life(world.agent().await).await;
+        world.keep_time();
+        outcome
+    });
     world.fake.lose_owners();
     outcome
 }

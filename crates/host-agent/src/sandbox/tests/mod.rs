@@ -17,7 +17,9 @@ mod guest;
 mod lives;
 mod model;
 mod overtaking;
+mod plans;
 mod refusals;
+mod settings;
 mod world;
 
 use std::{
@@ -29,19 +31,21 @@ use std::{
 
 use camino::{Utf8Path, Utf8PathBuf};
 use futures::future::join_all;
-use proptest::{collection::vec, prelude::*, test_runner::TestRunner};
+use proptest::{prelude::*, test_runner::TestRunner};
 use tokio::time::timeout;
-use wrenn_types::{InactivityTimeout, SandboxId, SnapshotId};
+use wrenn_types::{SandboxId, SnapshotId};
 use wrenn_vmm::{ExitReason, fake::Step as Vm};
 
 use self::{
     guest::{Call, Manner},
     model::{Ask, Content, Model, State, Told, Trouble},
+    plans::{End, Fault, Plan, Step, steps},
+    settings::Known,
     world::{CONTENT, Control, Disks, Ground, World, spec},
 };
 use crate::{
     registry::Registry,
-    sandbox::{RequestError, Stage, Update, driver::chain, queue::Verb, record},
+    sandbox::{Handle, RequestError, Stage, driver::chain, queue::Verb, record},
     scrub::below_tops,
     snapshot_store::SnapshotStoreError,
     snapshots::{Extent, Look, Progress, SealProgress, Snapshots},
@@ -54,132 +58,8 @@ const BOUND: Duration = Duration::from_secs(3600);
 const DESTROY_BOUND: Duration = Duration::from_secs(30);
 /// How long a command of a machine may take before it is answered with an error.
 const COMMAND_BOUND: Duration = Duration::from_secs(10);
-/// A sandbox with a timeout may be idle for so long, which is more than all that hangs in a case.
+/// A sandbox with a timeout may be idle for so long, which is more than all that hangs in a case. Its deadline is as far.
 const IDLE_SECONDS: i64 = 86_400;
-
-/// Something that is asked at the same time as other things. Numbers choose one of what there is.
-#[derive(Debug, Clone, PartialEq, Eq)]
-enum Plan {
-    Create,
-    CreateFrom(u8),
-    Pause(u8),
-    PauseDisk(u8),
-    Resume(u8),
-    Snapshot(u8),
-    /// So many snapshots that the layers of its disk become too many.
-    Deepen(u8),
-    Rollback(u8, u8),
-    Timeout(u8),
-    Destroy(u8),
-    Delete(u8),
-}
-
-/// Something that goes wrong meanwhile.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Fault {
-    Fails(Vm),
-    /// It is done, and nobody is told so.
-    Unanswered(Vm),
-    Hangs(Vm),
-    /// It takes as long as it may.
-    Slow(Vm),
-    Crashes(Vm),
-    Guest(Call, Manner),
-    DiskFull(u8),
-    NoSlot,
-    /// The record of a sandbox cannot be written, from the so manyth thing on that happens.
-    Record(u8, u8),
-    Dies(u8),
-}
-
-/// How a step ends.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum End {
-    GoOn,
-    /// The agent is killed at the so manyth thing that happens.
-    Kill(u8),
-    /// It is stopped, and leaves the sandboxes as they are.
-    Stop,
-    /// Nobody asks for anything for a long time.
-    Idle,
-}
-
-#[derive(Debug, Clone, PartialEq, Eq)]
-struct Step {
-    plans: Vec<Plan>,
-    fault: Option<Fault>,
-    end: End,
-}
-
-fn plan() -> impl Strategy<Value = Plan> {
-    let which = any::<u8>;
-    prop_oneof![
-        2 => Just(Plan::Create),
-        2 => which().prop_map(Plan::CreateFrom),
-        4 => which().prop_map(Plan::Pause),
-        3 => which().prop_map(Plan::PauseDisk),
-        4 => which().prop_map(Plan::Resume),
-        4 => which().prop_map(Plan::Snapshot),
-        1 => which().prop_map(Plan::Deepen),
-        4 => (which(), which()).prop_map(|(one, to)| Plan::Rollback(one, to)),
-        1 => which().prop_map(Plan::Timeout),
-        2 => which().prop_map(Plan::Destroy),
-        1 => which().prop_map(Plan::Delete),
-    ]
-}
-
-fn fault() -> impl Strategy<Value = Fault> {
-    let fails = vec![
-        Vm::Boot,
-        Vm::Restore,
-        Vm::Pause,
-        Vm::Resume,
-        Vm::Snapshot,
-        Vm::PivotDisk,
-        Vm::StreamDisk,
-        Vm::Stop,
-    ];
-    let lost = vec![Vm::Pause, Vm::Resume, Vm::Snapshot, Vm::PivotDisk];
-    // What a machine itself bounds does not hang.
-    let hangs = vec![Vm::Boot, Vm::Restore, Vm::Snapshot, Vm::PivotDisk, Vm::StreamDisk];
-    let slow = vec![Vm::Pause, Vm::Resume, Vm::DiskChain, Vm::ResizeDisk, Vm::Stop];
-    let call = prop_oneof![Just(Call::Health), Just(Call::Init), Just(Call::Prepare)];
-    let manner = prop_oneof![Just(Manner::Refuse), Just(Manner::Break), Just(Manner::Hang)];
-    prop_oneof![
-        3 => prop::sample::select(fails.clone()).prop_map(Fault::Fails),
-        2 => prop::sample::select(lost).prop_map(Fault::Unanswered),
-        3 => prop::sample::select(hangs).prop_map(Fault::Hangs),
-        2 => prop::sample::select(slow).prop_map(Fault::Slow),
-        2 => prop::sample::select(fails[..6].to_vec()).prop_map(Fault::Crashes),
-        3 => (call, manner).prop_map(|(call, manner)| Fault::Guest(call, manner)),
-        3 => (0_u8..16).prop_map(Fault::DiskFull),
-        1 => Just(Fault::NoSlot),
-        3 => (any::<u8>(), 0_u8..12).prop_map(|(one, after)| Fault::Record(one, after)),
-        1 => any::<u8>().prop_map(Fault::Dies),
-    ]
-}
-
-fn step() -> impl Strategy<Value = Step> {
-    let end = prop_oneof![
-        10 => Just(End::GoOn),
-        4 => (0_u8..40).prop_map(End::Kill),
-        1 => Just(End::Stop),
-        1 => Just(End::Idle),
-    ];
-    (vec(plan(), 0..4), proptest::option::weighted(0.3, fault()), end).prop_map(|(plans, fault, end)| Step {
-        plans,
-        fault,
-        end,
-    })
-}
-
-fn steps() -> impl Strategy<Value = Vec<Step>> {
-    vec(step(), 1..10).prop_map(|mut steps| {
-        // Without a sandbox nothing can be asked.
-        steps.insert(0, Step { plans: vec![Plan::Create], fault: None, end: End::GoOn });
-        steps
-    })
-}
 
 /// What a case knows beside what the model does.
 #[derive(Default)]
@@ -190,7 +70,7 @@ struct Notes {
     unprepared: BTreeSet<SandboxId>,
     /// Whose records may be old.
     unrecorded: BTreeSet<SandboxId>,
-    with_timeout: BTreeSet<SandboxId>,
+    settings: Known,
 }
 
 type Answer = Pin<Box<dyn Future<Output = Told>>>;
@@ -231,7 +111,11 @@ impl Notes {
                 let to = choose(*to, own.map(|(snapshot, _)| snapshot.clone()));
                 to.map(|to| (id, Ask::Rollback(to)))
             }),
-            Plan::Timeout(one) => sandbox(*one).map(|id| (id, Ask::Update)),
+            Plan::Timeout(one, kill) => sandbox(*one).map(|id| (id, Ask::Update(settings::timeout(*kill)))),
+            Plan::Deadline(one, kill) => sandbox(*one).map(|id| (id, Ask::Update(settings::deadline(*kill)))),
+            Plan::Network(one, number) => {
+                sandbox(*one).map(|id| (id, Ask::Update(settings::network(*number))))
+            }
             Plan::Destroy(one) => sandbox(*one).map(|id| (id, Ask::Destroy)),
             Plan::Delete(one) => {
                 let Some(snapshot) = saved(*one) else { return Vec::new() };
@@ -304,9 +188,7 @@ impl Notes {
         for (id, asked) in by_sandbox {
             let trouble = Trouble { any: trouble.any || self.unprepared.contains(&id), ..trouble };
             self.model.answered(&id, &asked, trouble, &deleted)?;
-            if asked.contains(&(Ask::Update, Told::Done)) {
-                self.with_timeout.insert(id.clone());
-            }
+            self.settings.answered(&id, &asked);
         }
         for (_, deletes, told) in asked {
             let Some(id) = deletes else { continue };
@@ -329,6 +211,7 @@ impl Notes {
             let handle = registry.get(&id);
             let status = handle.as_ref().map(|handle| handle.status());
             let stage = status.as_ref().map_or(Stage::Stopped, |status| status.stage);
+            let seen_status = status.clone();
             let machines = world.machines(&id);
             let record = record::read(&registry.host().sandboxes_dir, &id);
             let seen = match (stage, &machines[..]) {
@@ -382,9 +265,16 @@ impl Notes {
                 (Stage::Stopped, []) if record.is_none() => State::Absent,
                 other => return Err(format!("{id} is {other:?}, and its record says {record:?}")),
             };
+            if let Some(status) = seen_status.filter(|_| seen != State::Absent) {
+                let record = record::read(&registry.host().sandboxes_dir, &id);
+                let record = record.filter(|_| !self.unrecorded.contains(&id));
+                let footing = handle.as_ref().and_then(Handle::footing);
+                let in_force = footing.and_then(|footing| world.in_force(footing.slot));
+                self.settings.seen(&id, &status, record.as_ref(), in_force)?;
+            }
             self.model.seen(&id, seen)?;
             if seen == State::Absent {
-                self.with_timeout.remove(&id);
+                self.settings.forget(&id);
             }
         }
         let store = registry.host().snapshots.clone();
@@ -443,10 +333,7 @@ fn ask_one(registry: &Registry, control: &Control, (id, ask): (SandboxId, Ask)) 
         Ask::Resume => Some(Verb::Resume { timeout: None }),
         Ask::Snapshot(into) => Some(Verb::Snapshot { into: into.clone() }),
         Ask::Rollback(to) => Some(Verb::Rollback { to: to.clone() }),
-        Ask::Update => {
-            let timeout = InactivityTimeout::new(IDLE_SECONDS).ok();
-            Some(Verb::Update(Box::new(Update { timeout, ..Update::default() })))
-        }
+        Ask::Update(update) => Some(Verb::Update(update.clone())),
     };
     let handle = match &ask {
         Ask::Create => registry.create(spec(id.clone(), None)).ok(),
@@ -548,7 +435,7 @@ async fn life(world: &World<'_>, notes: &mut Notes, steps: &mut &[Step]) -> Resu
             End::Idle => {
                 tokio::time::sleep(Duration::from_secs(90_000)).await;
                 quiet().await;
-                notes.model.slept(&notes.with_timeout);
+                notes.model.slept(|id, state| notes.settings.slept(id, state));
                 notes.look(world, &registry).await.map_err(|error| format!("after a long time: {error}"))?;
             }
             End::GoOn | End::Kill(_) => {}
@@ -577,7 +464,11 @@ fn run(ground: &Ground, disks: Disks, all: &[Step]) -> Result<(), String> {
     loop {
         let mut runtime = tokio::runtime::Builder::new_current_thread();
         let runtime = runtime.enable_all().start_paused(true).build().map_err(|error| error.to_string())?;
-        let ended = runtime.block_on(life(&world, &mut notes, &mut steps));
+        let ended = runtime.block_on(async {
+            let ended = life(&world, &mut notes, &mut steps).await;
+            world.keep_time();
+            ended
+        });
         let ended = ended.map_err(|error| format!("{error}; what was said: {:#?}", world.control.said()))?;
         if let Ended::Killed = ended {
             // Nothing that the agent's end drops reaches a machine.

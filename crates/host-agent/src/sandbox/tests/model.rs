@@ -8,7 +8,10 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use wrenn_types::{SandboxId, SnapshotId};
 
-use crate::{sandbox::queue::WAITING_LIMIT, snapshots::Extent};
+use crate::{
+    sandbox::{Update, queue::WAITING_LIMIT},
+    snapshots::Extent,
+};
 
 /// What was written last, as far as it is there.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default)]
@@ -51,7 +54,7 @@ pub(super) enum Ask {
     Resume,
     Snapshot(SnapshotId),
     Rollback(SnapshotId),
-    Update,
+    Update(Box<Update>),
     Destroy,
 }
 
@@ -168,7 +171,7 @@ impl Model {
             (Ask::Rollback(to), _) => content(Some(id), to).map(State::Up),
             // What starts from a snapshot goes on: there is none of a disk alone.
             (Ask::Snapshot(_), State::PausedDisk(_)) => None,
-            (Ask::Snapshot(_) | Ask::Update, state) => Some(state),
+            (Ask::Snapshot(_) | Ask::Update(_), state) => Some(state),
         }
     }
 
@@ -189,17 +192,10 @@ impl Model {
         if states.is_empty() { Err(format!("{id} is {seen:?} and may be one of {before:?}")) } else { Ok(()) }
     }
 
-    /// A pause of all that is idle.
-    pub(super) fn slept(&mut self, idle: &BTreeSet<SandboxId>) {
+    /// A long time in which nobody asks for anything: what each may be then.
+    pub(super) fn slept(&mut self, then: impl Fn(&SandboxId, State) -> Vec<State>) {
         for (id, states) in &mut self.sandboxes {
-            if idle.contains(id) {
-                *states = states
-                    .iter()
-                    .map(
-                        |state| if let State::Up(content) = state { State::Paused(*content) } else { *state },
-                    )
-                    .collect();
-            }
+            *states = states.iter().flat_map(|state| then(id, *state)).collect();
         }
     }
 }

@@ -258,6 +258,10 @@ pub(super) struct World<'a> {
     guard: tempfile::TempDir,
     instance: InstanceId,
     disks: Disks,
+    /// How far the clock of these tests has come: that of the next agent goes on from there.
+    time: Mutex<Option<std::time::Instant>>,
+    /// What the slots of the agent that there is now may reach.
+    policies: Mutex<stand_in::Policies>,
     pub(super) fake: Fake,
     pub(super) guests: Guests,
     pub(super) numbers: stand_in::Numbers,
@@ -280,7 +284,18 @@ impl<'a> World<'a> {
         let numbers = stand_in::Numbers::new(at.join("leases"));
         let observed = control.clone();
         fake.observe(move |_| observed.goes_on());
-        Self { ground, guard, instance: InstanceId::random(), disks, fake, guests, numbers, control }
+        Self {
+            ground,
+            guard,
+            instance: InstanceId::random(),
+            disks,
+            time: Mutex::default(),
+            policies: Mutex::default(),
+            fake,
+            guests,
+            numbers,
+            control,
+        }
     }
 
     pub(super) fn at(&self, name: &str) -> Utf8PathBuf {
@@ -289,6 +304,10 @@ impl<'a> World<'a> {
 
     /// Starts an agent: it takes over what the one before it left.
     pub(super) async fn agent(&self) -> Registry {
+        let time = *self.time.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(ahead) = time.and_then(|time| time.checked_duration_since(Instant::now().into_std())) {
+            tokio::time::advance(ahead).await;
+        }
         let snapshots = self.store();
         let stock = self.take_stock(&snapshots);
         let (sandboxes_dir, machines_dir) = (self.at("sandboxes"), self.at("machines"));
@@ -296,6 +315,7 @@ impl<'a> World<'a> {
         let policy = Policy::resolve(&NetworkPolicy::simple(true), &[]).unwrap();
         let (guests, control) = (self.guests.clone(), self.control.clone());
         let guests = stand_in::Guests::new(move |number| guests.connect(number));
+        *self.policies.lock().unwrap_or_else(PoisonError::into_inner) = guests.policies();
         let slots = SlotPool::stand_in(&self.instance, self.numbers.clone(), guests, policy, move || {
             control.goes_on()
         });
@@ -337,6 +357,17 @@ impl<'a> World<'a> {
         let registry = Registry::new(Arc::clone(&host));
         adopt::take_over(&host, &registry, stock).await.unwrap();
         registry
+    }
+
+    /// The clock of the next agent goes on from here.
+    pub(super) fn keep_time(&self) {
+        *self.time.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now().into_std());
+    }
+
+    /// What the machine in a slot may reach.
+    pub(super) fn in_force(&self, number: SlotNumber) -> Option<Policy> {
+        let policies = self.policies.lock().unwrap_or_else(PoisonError::into_inner);
+        policies.lock().unwrap_or_else(PoisonError::into_inner).get(&number).cloned()
     }
 
     /// What is left of earlier agents goes, but for sandboxes.
