@@ -7,8 +7,9 @@
 //! ```
 //!
 //! After each step every sandbox is settled, its record says so, its one machine runs on the layers that the
-//! record names and holds what was written last, its guest is itself and open, and no layer that has a digest has
-//! changed. At the end everything is deleted, and nothing is left.
+//! record names and holds what was written last, its guest is itself and open, what it may reach is what it is said to,
+//! and no layer that has a digest has changed. A destroy ends in half a minute whatever is under way. At the end
+//! everything is deleted, and nothing is left.
 
 mod cases;
 mod clocks;
