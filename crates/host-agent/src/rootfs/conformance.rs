@@ -219,7 +219,7 @@ fn a_flattened_disk_stands_alone(store: &dyn RootfsStore, at: &Utf8Path) {
         (0, 4096, 1),
         (4096, 4096, 4),
         (8192, 4096, 6),
-        (12_288, 600 * MIB - 4096 - 12_288, 0),
+        (12_288, 16 * MIB, 0),
         (600 * MIB - 4096, 4096, 2),
         (700 * MIB, MIB, 5),
         (701 * MIB, MIB, 0),
