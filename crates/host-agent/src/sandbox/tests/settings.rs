@@ -110,7 +110,7 @@ impl Known {
             (State::Up(content), Some(Pause), _) | (State::Up(content), None, Some(Pause)) => {
                 vec![State::Paused(content)]
             }
-            (State::Up(_), None, None) | (State::Paused(_), ..) => vec![state],
+            (State::Up(_), None, None) | (State::Paused(_) | State::PausedDisk(_), ..) => vec![state],
         }
     }
 }
