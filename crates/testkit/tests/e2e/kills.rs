@@ -255,6 +255,7 @@ async fn kill_once(
     for (place, resident, outcome) in answered {
         residents.push(resident);
         match outcome? {
+            (_, true) if place < STEADY => bail!("one that only ran was paused"),
             (took, true) => times.resumed.push(took),
             (took, false) if place < STEADY => times.steady.push(took),
             (took, false) => times.moving.push(took),

@@ -245,19 +245,23 @@ async fn fork(context: Arc<Context>) -> Result<()> {
     let answer = sandbox.client.post(&path, &json!({ "count": 3 })).await?.expect(201)?.json();
     let children = answer.as_array().context("an array")?.clone();
     ensure!(children.len() == 3, "{answer}");
-    let mut seen = Vec::new();
+    let identity = "head -c 16 /dev/urandom | od -An -tx1; cat /etc/machine-id; hostname";
+    let mut seen = vec![sandbox.output(identity).await?];
     for child in &children {
         let id = child["id"].as_str().context("an id")?.to_owned();
         let mut child = Sandbox { id, client: context.client() };
         let (pid, secret, _) = ask(&mut child).await?;
         ensure!((&pid, &secret) == (&before.0, &before.1), "what ran goes on in each");
-        seen.push(child.output("head -c 16 /dev/urandom | od -An -tx1; cat /etc/machine-id").await?);
+        seen.push(child.output(identity).await?);
         child.output("echo own > /home/user/own").await?;
         child.destroy().await?;
     }
-    seen.sort();
-    seen.dedup();
-    ensure!(seen.len() == 3, "no two are the same: {seen:?}");
+    for part in 0..3 {
+        let mut parts: Vec<_> = seen.iter().filter_map(|identity| identity.lines().nth(part)).collect();
+        parts.sort_unstable();
+        parts.dedup();
+        ensure!(parts.len() == 4, "line {part} is each one's own, the parent's too: {seen:?}");
+    }
     let missing = sandbox.shell("cat /home/user/own").await?;
     ensure!(missing["exit_code"] == 1, "what a child writes is its own: {missing}");
     ask(&mut sandbox).await?;

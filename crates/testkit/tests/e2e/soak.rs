@@ -97,14 +97,24 @@ pub(crate) async fn leaves_nothing(stack: Stack) -> Result<()> {
 
 /// Holds a pattern in its memory and files beside it, changes both when it is told to, and says what they are.
 const KEEPER: &str = r#"
-import hashlib, mmap, os, random, socketserver
+import hashlib, mmap, os, random, socketserver, tempfile
 PAGE, PAGES, FILES = 4096, 1024, 16
 HOME = "/home/user/kept"
 memory = mmap.mmap(-1, PAGE * PAGES)
 memory[:] = random.Random(0).randbytes(PAGE * PAGES)
 os.makedirs(HOME)
+# What is open: a file at some place in it, one without a name, and a pipe with something in it.
+held = open("/home/user/held", "w+b", buffering=0)
+nameless = tempfile.TemporaryFile(dir="/home/user", buffering=0)
+reader, writer = os.pipe()
+os.write(writer, bytes(32))
 def change(seed):
     numbers = random.Random(seed)
+    held.seek(numbers.randrange(65536))
+    held.write(numbers.randbytes(512))
+    os.pwrite(nameless.fileno(), numbers.randbytes(512), numbers.randrange(65536))
+    os.read(reader, 32)
+    os.write(writer, numbers.randbytes(32))
     for _ in range(96):
         at = numbers.randrange(PAGES) * PAGE
         kind = numbers.randrange(3)
@@ -124,6 +134,10 @@ def state():
     for name in sorted(os.listdir(HOME)):
         with open(f"{HOME}/{name}", "rb") as file:
             files.update(name.encode() + file.read())
+    waiting = os.read(reader, 32)
+    os.write(writer, waiting)
+    files.update(b"%d" % held.tell() + os.pread(nameless.fileno(), 1 << 20, 0) + waiting)
+    files.update(os.pread(held.fileno(), 1 << 20, 0))
     return f"{os.getpid()} {hashlib.sha256(memory).hexdigest()} {files.hexdigest()}"
 class Handler(socketserver.StreamRequestHandler):
     def handle(self):
