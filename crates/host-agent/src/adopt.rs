@@ -6,6 +6,7 @@
 //!     └─► each record ─► none yet                   : half-made, and removed
 //!                        one that cannot be read    : nothing of it is touched, its machine goes on
 //!                        paused                     : known again, as it is, also if what is saved cannot be read
+//!                        a delete of a paused one   : deleted
 //!                        a pause that was committed : the same; its machine was among the others
 //!                        a rollback under way       : the former machine is adopted; the new one was among the others
 //!                        a machine that was up      : adopted; let run and opened again if it stood still. One that lives
@@ -208,21 +209,27 @@ pub(crate) fn examine(
         if let Some(machine) = record.machine.as_ref().filter(|_| has_machine(&record)) {
             stock.machines.insert(Host::machine_name(instance, &record.id, &machine.name));
             stock.directories.insert(machine.name.to_string());
-            if let Some(obsolete) = &record.obsolete {
-                // It was brought back from this, and whoever was to delete it was killed.
-                match snapshots.delete(obsolete) {
-                    Ok(_) => record.obsolete = None,
-                    Err(error) => {
-                        tracing::warn!(%obsolete, error = &error as &dyn std::error::Error, "a snapshot that is not needed stays until the next start");
-                    }
-                }
-            }
+            forget_obsolete(&mut record, snapshots);
             stock.left.push((ledger_of(dir, found_record, record)?, Fate::Machine));
-        } else {
+        } else if forget_obsolete(&mut record, snapshots) {
             stock.remains.push(dir);
         }
     }
     Ok(stock)
+}
+
+/// Deletes what a sandbox was brought back from, or saved as until it was deleted, where whoever was to do so was killed;
+/// whether nothing of that is left.
+fn forget_obsolete(record: &mut Record, snapshots: &crate::snapshots::Snapshots) -> bool {
+    let Some(obsolete) = &record.obsolete else { return true };
+    let deleted = snapshots.delete(obsolete);
+    match &deleted {
+        Ok(_) => record.obsolete = None,
+        Err(error) => {
+            tracing::warn!(%obsolete, error = error as &dyn std::error::Error, "a snapshot that is not needed stays until the next start");
+        }
+    }
+    deleted.is_ok()
 }
 
 /// The ledger of a sandbox whose record was `found` and is to be `record`, which is written only where it differs.

@@ -495,11 +495,16 @@ impl Driver {
     /// Deletes what a sandbox was saved as; whether that is gone.
     async fn forget_snapshot(&self, snapshot: SnapshotId) -> bool {
         let (snapshots, id) = (self.host.snapshots.clone(), snapshot.clone());
-        let deleted = blocking(move || snapshots.delete(&id)).await;
-        if let Err(error) = &deleted {
+        let deleted = blocking(move || match snapshots.delete(&id) {
+            // What has no manifest any more is collected.
+            Err(error) if snapshots.find(&id).is_ok_and(|kept| kept.is_none()) => Err((true, error)),
+            deleted => deleted.map_err(|error| (false, error)),
+        })
+        .await;
+        if let Err((_, error)) = &deleted {
             tracing::warn!(%snapshot, error = error as &dyn std::error::Error, "a snapshot that is not needed stays until the next start");
         }
-        deleted.is_ok()
+        deleted.map_or_else(|(is_gone, _)| is_gone, |_| true)
     }
 
     /// Takes everything of a sandbox down: the machine, the way to it, what it was saved as, its layers, its record.
@@ -521,13 +526,25 @@ impl Driver {
                 let own: Vec<_> = next.into_iter().chain(record.layers.into_iter().next()).collect();
                 (ledger, own)
             }
-            Residence::Paused(paused) => {
-                self.forget_snapshot(paused.snapshot).await;
-                (paused.ledger, Vec::new())
+            Residence::Paused(Paused { ledger, .. }) => {
+                // From here on the next agent deletes it too, whatever of it is gone by then.
+                if let Err(error) = ledger.change(Record::give_up).await {
+                    let id = &self.handle.spec().id;
+                    tracing::warn!(%id, error = &error as &dyn std::error::Error, "the record tells of no end that is under way");
+                }
+                (ledger, Vec::new())
             }
         };
         let id = &self.handle.spec().id;
-        if let Err(error) = ledger.remove().await {
+        let record = ledger.record();
+        let saved = record.obsolete.or(record.paused.map(|paused| paused.snapshot));
+        let is_forgotten = match saved {
+            Some(saved) => self.forget_snapshot(saved).await,
+            None => true,
+        };
+        if !is_forgotten {
+            tracing::warn!(%id, "the record stays until what it names is deleted, at the next start");
+        } else if let Err(error) = ledger.remove().await {
             tracing::warn!(%id, error = &error as &dyn std::error::Error, "the record stays until the next start");
         }
         // What lies below may be somebody else's too; and a layer may be made a moment after it was given up.

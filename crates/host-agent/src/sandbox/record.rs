@@ -12,6 +12,7 @@
 //!  a resumed machine is answered for machine, obsolete: the snapshot    adopted; the snapshot goes
 //!  a rolled back machine is started  former, machine, new top layer     former, which goes on; the machine is ended
 //!  it is answered for                machine                            adopted
+//!  a saved sandbox is deleted        obsolete: the snapshot             the snapshot goes, and then the record
 //! ```
 
 use std::{
@@ -86,7 +87,7 @@ pub struct Record {
     /// The machine that another one is to take the place of. While this is here, it is the sandbox.
     #[serde(default)]
     pub former: Option<FormerRecord>,
-    /// What it was saved as before it was brought back, until that is deleted.
+    /// What it was saved as before it was brought back or given up, until that is deleted.
     #[serde(default)]
     pub obsolete: Option<SnapshotId>,
 }
@@ -165,8 +166,13 @@ impl Record {
 
     /// The machine that was made last is the sandbox. What it was made from is to be deleted.
     pub fn settle(&mut self) {
-        self.obsolete = self.paused.take().map(|paused| paused.snapshot);
+        self.give_up();
         self.former = None;
+    }
+
+    /// What it is saved as is the sandbox no more, and is to be deleted.
+    pub fn give_up(&mut self) {
+        self.obsolete = self.paused.take().map(|paused| paused.snapshot);
     }
 
     /// Makes the former machine, if there is one, that of the sandbox again.

@@ -107,6 +107,24 @@ fn what_a_sandbox_was_resumed_from_is_deleted_by_the_next_agent_at_the_latest() 
     assert_eq!(obsolete(), None);
 }
 
+/// What it was saved as was gone and its record was not: it was paused for ever as nothing.
+#[test]
+fn an_agent_killed_in_a_delete_leaves_the_sandbox_or_nothing() {
+    let ground = Ground::new();
+    for (fault, end) in kills().chain(records()) {
+        let steps = [
+            step(&[Plan::Create], None, End::GoOn),
+            step(&[Plan::Pause(0)], None, End::GoOn),
+            step(&[Plan::Destroy(0)], fault, end),
+        ];
+        for disks in [Disks::Layered, Disks::Plain] {
+            if let Err(error) = run(&ground, disks, &steps) {
+                panic!("{fault:?}, {end:?}, {disks:?}: {error}");
+            }
+        }
+    }
+}
+
 /// A guest that was closed before the record said so stayed closed.
 #[test]
 fn an_agent_killed_in_a_capture_leaves_no_guest_closed() {
