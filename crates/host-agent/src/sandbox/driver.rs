@@ -537,7 +537,7 @@ impl Driver {
         };
         let id = &self.handle.spec().id;
         let record = ledger.record();
-        let saved = record.obsolete.or(record.paused.map(|paused| paused.snapshot));
+        let saved = record.obsolete.or_else(|| record.paused.map(|paused| paused.snapshot));
         let is_forgotten = match saved {
             Some(saved) => self.forget_snapshot(saved).await,
             None => true,
