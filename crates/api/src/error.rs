@@ -48,7 +48,7 @@ pub enum ErrorCode {
     AgentError,
     /// 503: no host can take it now.
     HostUnavailable,
-    /// 503: the database does not answer; try again.
+    /// 503: the database does not answer, or the sandbox has too much to do at once; try again.
     Unavailable,
     /// 504: the command did not end within its time and was killed.
     Timeout,

@@ -37,7 +37,7 @@ use crate::{
         driver::{Beginning, chain},
         host::Host,
         record::{self, Ledger, Left, PausedRecord, Record, RecordError, SandboxDir},
-        regain::regain,
+        regain::{end_uncontrolled, regain},
     },
     snapshots::Kept,
     warm::blocking,
@@ -335,7 +335,9 @@ async fn go_on(host: &Arc<Host>, registry: &Registry, ledger: Arc<Ledger>, fate:
             Err(error) if error.is_gone() => {
                 tracing::warn!(%id, error = &error as &dyn std::error::Error, "a sandbox ended while nobody looked");
                 // Others go on meanwhile, so that no error of this one ends the start.
-                if let Err(error) = ledger.remove().await {
+                if let Err(error) = end_uncontrolled(host, &record).await {
+                    tracing::error!(%id, error = &error as &dyn std::error::Error, "its machine is left to be collected");
+                } else if let Err(error) = ledger.remove().await {
                     tracing::warn!(%id, error = &error as &dyn std::error::Error, "its record stays until the next start");
                 }
                 Way::Removed(id)

@@ -6,3 +6,7 @@
 #![allow(missing_debug_implementations, clippy::all, clippy::pedantic, clippy::restriction)]
 
 connectrpc::include_generated!();
+
+/// The type of the detail in a `resource_exhausted` of the guest agent that is about the guest's disk. Without it, the
+/// agent itself has too much to do.
+pub const NO_SPACE_DETAIL: &str = "wrenn.guest.NoSpace";

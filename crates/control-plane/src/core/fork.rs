@@ -22,7 +22,7 @@ use wrenn_api::{ForkRequest, Sandbox};
 use wrenn_types::{DiskMib, InactivityTimeout, MemoryMib, SandboxId, TeamId, TimeoutAction, Vcpus};
 
 use super::{
-    Caller, Core, CoreError, entry,
+    Caller, Core, CoreError,
     lifecycle::{Audience, Created, Origin, malformed, public},
     snapshots::Capture,
     spec::{self, Spec},
@@ -93,22 +93,20 @@ impl Core {
         id: &SandboxId,
         litter: Litter,
     ) -> Result<Forking, CoreError> {
-        let place = self.recorder.reserve()?;
+        let mut act = self.act(caller, id.as_str(), "fork", json!({ "count": litter.count }))?;
         let children: Arc<[Child]> = (0..litter.count).map(|_| Child::default()).collect();
         let mut task = {
             let (core, caller, id) = (Arc::clone(self), caller.clone(), id.clone());
             let children = Arc::clone(&children);
             self.tasks.spawn(async move {
                 let outcome = Box::pin(core.make_children(caller.team, &id, litter, &children)).await;
-                let status =
-                    outcome.as_ref().err().map_or_else(|| "success".to_owned(), crate::http::code_word);
                 let made: Vec<&str> = children
                     .iter()
                     .filter_map(|child| child.written.get())
                     .map(|row| row.id.as_str())
                     .collect();
-                let details = json!({ "count": children.len(), "children": made });
-                place.send(entry(&caller, id.as_str(), "fork", status, details));
+                act.note("children", json!(made));
+                act.done(&outcome);
                 outcome
             })
         };

@@ -29,7 +29,7 @@ use wrenn_types::{
     AccessToken, DiskMib, EndReason, HostId, MemoryMib, SandboxId, SandboxState, TeamId, Vcpus,
 };
 
-use super::{Caller, Core, CoreError, busy::Busy, entry, spec::Spec};
+use super::{Caller, Core, CoreError, busy::Busy, spec::Spec};
 use crate::{
     host::{self, CreateCommand, Phase, Source},
     store::{self, Cursor, ListFilter, NewSandbox, SandboxRow, Seen},
@@ -122,24 +122,22 @@ pub(super) struct Created {
 impl Core {
     /// A new sandbox, running or on its way.
     pub(crate) async fn create(self: &Arc<Self>, caller: &Caller, spec: Spec) -> Result<Creation, CoreError> {
-        let place = self.recorder.reserve()?;
+        let metadata = json!({
+            "template": spec.template, "vcpus": spec.vcpus, "memory_mb": spec.memory,
+        });
+        let mut act = self.act(caller, "", "create", metadata)?;
         let audience = Arc::new(Audience::default());
         let written = Arc::new(OnceLock::new());
         let task = {
             let (core, caller) = (Arc::clone(self), caller.clone());
             let (audience, written) = (Arc::clone(&audience), Arc::clone(&written));
             self.tasks.spawn(async move {
-                let metadata = json!({
-                    "template": spec.template, "vcpus": spec.vcpus, "memory_mb": spec.memory,
-                });
                 let outcome = match core.origin(caller.team, &spec).await {
                     Ok(origin) => core.bring_up(caller.team, spec, origin, &audience, &written).await,
                     Err(error) => Err(error),
                 };
-                let status =
-                    outcome.as_ref().err().map_or_else(|| "success".to_owned(), crate::http::code_word);
-                let id = written.get().map_or("", |row: &SandboxRow| row.id.as_str());
-                place.send(entry(&caller, id, "create", status, metadata));
+                act.to(written.get().map_or("", |row: &SandboxRow| row.id.as_str()));
+                act.done(&outcome);
                 outcome
             })
         };

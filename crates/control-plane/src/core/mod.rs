@@ -5,8 +5,9 @@
 //!   [`fork`]: copies. [`settings`]: what a sandbox may reach, and when its time is over.
 //! - [`metrics`]: what a sandbox has used. [`exec`]: commands and processes. [`files`]: files.
 //! - [`plan`] and [`watch`]: what hosts say, compared with the database. [`busy`]: what the watch leaves alone.
-//! - [`recorder`]: the audit log and the times of last use.
+//! - [`audit`]: what goes into the audit log. [`recorder`]: how that and the times of last use are written.
 
+mod audit;
 mod auth;
 mod busy;
 mod error;
@@ -31,8 +32,10 @@ use std::{
 };
 
 use jiff::Timestamp;
-use serde_json::Value;
-use tokio::sync::{Notify, watch as latest};
+use tokio::{
+    sync::{Notify, watch as latest},
+    time::timeout,
+};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use wrenn_types::{AccessToken, HostId, SandboxId, SandboxState, TeamId};
 
@@ -40,7 +43,7 @@ use crate::{
     config::Bounds,
     guest::{Guest, GuestError, Guests, Reach},
     host::{HostClient, Stage},
-    store::{AuditEntry, SandboxRow, Store},
+    store::{SandboxRow, Store},
 };
 
 pub(crate) use auth::Caller;
@@ -105,32 +108,16 @@ impl Core {
         })
     }
 
-    fn host_id(&self) -> Result<HostId, CoreError> {
-        self.host_id.borrow().clone().ok_or(CoreError::NoHost)
+    /// The host. One that was not heard of since the start is waited for: it tells of itself in a moment.
+    async fn host_id(&self) -> Result<HostId, CoreError> {
+        let mut told = self.host_id.subscribe();
+        let host = timeout(self.bounds.host, told.wait_for(Option::is_some)).await;
+        host.ok().and_then(Result::ok).and_then(|host| host.clone()).ok_or(CoreError::NoHost)
     }
 
     /// Whether a name is one of the host's templates.
     fn is_platform(&self, name: &str) -> bool {
         self.platform.read().unwrap_or_else(PoisonError::into_inner).contains(name)
-    }
-
-    /// Does something that belongs in the audit log, and puts it there with its outcome.
-    pub(crate) async fn audited<T>(
-        &self,
-        caller: &Caller,
-        id: &SandboxId,
-        action: &'static str,
-        metadata: Value,
-        operation: impl Future<Output = Result<T, CoreError>>,
-    ) -> Result<T, CoreError> {
-        let place = self.recorder.reserve()?;
-        let outcome = operation.await;
-        let status = match &outcome {
-            Ok(_) => "success".to_owned(),
-            Err(error) => crate::http::code_word(error),
-        };
-        place.send(entry(caller, id.as_str(), action, status, metadata));
-        outcome
     }
 
     /// The way to the guest of a sandbox that should be running. One that is paused and asks for it is resumed.
@@ -267,25 +254,6 @@ fn is_live(row: SandboxRow, id: &SandboxId) -> Result<SandboxRow, CoreError> {
         // A missing sandbox may well be there: the tunnel will tell.
         Running | Missing | Snapshotting => Ok(row),
         _ => Err(persist::wrong_state(id, &row)),
-    }
-}
-
-fn entry(
-    caller: &Caller,
-    resource: &str,
-    action: &'static str,
-    status: String,
-    metadata: Value,
-) -> AuditEntry {
-    AuditEntry {
-        team: caller.team.0,
-        actor_id: caller.key.to_string(),
-        actor_name: caller.key_name.clone(),
-        resource_id: resource.to_owned(),
-        action,
-        status,
-        metadata,
-        at: Timestamp::now(),
     }
 }
 

@@ -22,7 +22,6 @@ use wrenn_types::{
 use super::{
     Caller, Core, CoreError,
     busy::Busy,
-    entry,
     lifecycle::{Origin, malformed, public},
     persist::wrong_state,
     spec::Spec,
@@ -84,7 +83,7 @@ pub(super) struct Capture {
 impl Core {
     /// What a create is made from: a snapshot of the team, if one has that name, or a template of the host.
     pub(super) async fn origin(&self, team: TeamId, spec: &Spec) -> Result<Origin, CoreError> {
-        let host = self.host_id()?;
+        let host = self.host_id().await?;
         // No snapshot has the name of a template, so most creates need no look.
         if !self.is_platform(spec.template.as_str())
             && let Some(row) = self.store.snapshot(team, spec.template.as_str()).await?
@@ -321,7 +320,6 @@ impl Core {
         caller: &Caller,
         name: &TemplateName,
     ) -> Result<(), CoreError> {
-        let place = self.recorder.reserve()?;
         let Some(row) = self.store.snapshot(caller.team, name.as_str()).await? else {
             return Err(if self.is_platform(name.as_str()) {
                 CoreError::Platform(name.to_string())
@@ -330,9 +328,9 @@ impl Core {
             });
         };
         let id: SnapshotId = row.id.parse().map_err(malformed)?;
-        let doomed = self.store.doom_snapshot(caller.team, &id).await;
-        let status = if doomed.is_ok() { "success".to_owned() } else { "unavailable".to_owned() };
-        place.send(entry(caller, id.as_str(), "snapshot_delete", status, json!({ "name": name })));
+        let act = self.act(caller, id.as_str(), "snapshot_delete", json!({ "name": name }))?;
+        let doomed = self.store.doom_snapshot(caller.team, &id).await.map_err(CoreError::from);
+        act.done(&doomed);
         doomed?;
         let core = Arc::clone(self);
         let task = self.tasks.spawn(async move { core.carry_out_deletion(&id).await });

@@ -99,7 +99,7 @@ pub(crate) async fn follow_host(core: Arc<Core>) {
 }
 
 async fn call_missing(core: &Core) -> bool {
-    let Ok(host) = core.host_id() else { return false };
+    let Some(host) = core.host_id.borrow().clone() else { return false };
     match core.store.mark_missing(&host).await {
         Ok(number) => {
             if number > 0 {

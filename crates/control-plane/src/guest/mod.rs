@@ -20,6 +20,7 @@ use hyper_util::{
     client::legacy::{Client, Error as ClientError},
     rt::{TokioExecutor, TokioTimer},
 };
+use wrenn_proto::NO_SPACE_DETAIL;
 use wrenn_types::{AccessToken, InactivityTimeout, SandboxId};
 
 use crate::{
@@ -106,8 +107,10 @@ pub(crate) enum Refusal {
     Conflict,
     /// The user may not.
     Forbidden,
-    /// The disk is full, or another resource of the guest.
+    /// The disk is full.
     Full,
+    /// The guest's agent has too much to do now.
+    Busy,
     /// The guest's agent failed.
     Failed,
 }
@@ -131,7 +134,10 @@ impl From<ConnectError> for GuestError {
                 Refusal::Conflict
             }
             ErrorCode::PermissionDenied => Refusal::Forbidden,
-            ErrorCode::ResourceExhausted => Refusal::Full,
+            ErrorCode::ResourceExhausted => {
+                let is_full = error.details.iter().any(|detail| detail.type_url == NO_SPACE_DETAIL);
+                if is_full { Refusal::Full } else { Refusal::Busy }
+            }
             ErrorCode::DeadlineExceeded | ErrorCode::Canceled => return Self::TimedOut,
             // A stream that breaks in the middle is reported as one of these two.
             ErrorCode::Internal | ErrorCode::Unavailable if is_transport(&message) => {
@@ -244,6 +250,31 @@ fn refusal_of(status: StatusCode) -> Refusal {
         StatusCode::FORBIDDEN => Refusal::Forbidden,
         StatusCode::CONFLICT => Refusal::Conflict,
         StatusCode::INSUFFICIENT_STORAGE => Refusal::Full,
+        StatusCode::SERVICE_UNAVAILABLE => Refusal::Busy,
         _ => Refusal::Failed,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use connectrpc::ErrorDetail;
+
+    use super::*;
+
+    fn refusal(error: ConnectError) -> Refusal {
+        match GuestError::from(error) {
+            GuestError::Refused { refusal, .. } => refusal,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn a_guest_that_is_busy_is_not_full() {
+        let busy = || ConnectError::resource_exhausted("too many");
+        assert_eq!(refusal(busy()), Refusal::Busy);
+        let detail = ErrorDetail { type_url: NO_SPACE_DETAIL.to_owned(), value: None, debug: None };
+        assert_eq!(refusal(busy().with_detail(detail)), Refusal::Full);
+        assert_eq!(refusal_of(StatusCode::SERVICE_UNAVAILABLE), Refusal::Busy);
+        assert_eq!(refusal_of(StatusCode::INSUFFICIENT_STORAGE), Refusal::Full);
     }
 }

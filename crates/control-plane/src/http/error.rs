@@ -159,6 +159,7 @@ fn guest_parts(error: &guest::GuestError) -> (StatusCode, ErrorCode) {
             Refusal::Conflict => (StatusCode::CONFLICT, ErrorCode::Conflict),
             Refusal::Forbidden => (StatusCode::FORBIDDEN, ErrorCode::Forbidden),
             Refusal::Full => (StatusCode::INSUFFICIENT_STORAGE, ErrorCode::DiskFull),
+            Refusal::Busy => (StatusCode::SERVICE_UNAVAILABLE, ErrorCode::Unavailable),
             Refusal::Failed => (StatusCode::BAD_GATEWAY, ErrorCode::AgentError),
         },
     }

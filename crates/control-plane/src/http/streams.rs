@@ -2,7 +2,7 @@
 //!
 //! Two halves run side by side: one passes what the process writes to the client, the other what the client
 //! says to the process. When the first ends, the command has ended; when the second ends, the client has
-//! gone, and a command that was started here is killed.
+//! gone, or what it said could not be passed on, and a command that was started here is killed.
 
 use std::{sync::Arc, time::Duration};
 
@@ -26,13 +26,13 @@ use super::{
 };
 use crate::{
     core::{Caller, Control, Core, CoreError, Session, spec},
-    guest::{Input, ProcessEvent, Signal},
+    guest::{GuestError, Input, ProcessEvent, Signal},
 };
 
 /// How long a command has between SIGTERM and SIGKILL.
 const POLITE: Duration = Duration::from_secs(3);
-/// How long a command may take to read what it is sent.
-const INPUT: Duration = Duration::from_secs(30);
+/// How long a command may take to read what it is sent. Until then the client is not read from.
+const INPUT: Duration = Duration::from_secs(600);
 
 type Upgrade = Result<WebSocketUpgrade, WebSocketUpgradeRejection>;
 
@@ -144,7 +144,9 @@ async fn converse(
     };
     tokio::select! {
         () = show => {}
-        () = listen(control, receiver, owned) => {}
+        heard = listen(control, receiver, owned) => if let Err(error) = heard {
+            refuse(sender, error.into()).await;
+        }
     }
 }
 
@@ -203,7 +205,7 @@ impl Written {
                 Ok(Some(ProcessEvent::Started { .. })) => {}
                 Ok(None) => {
                     let lost = "the stream of a process ended before it did".into();
-                    return Ok(Err(crate::guest::GuestError::Lost(lost).into()));
+                    return Ok(Err(GuestError::Lost(lost).into()));
                 }
                 Err(error) => return Ok(Err(error)),
             }
@@ -220,21 +222,24 @@ fn text(encoding: Encoding, pieces: &mut Utf8Pieces, piece: &[u8]) -> Option<Str
 }
 
 /// What the client says, until it has gone.
-async fn listen(control: Control, mut receiver: Receiver, owned: bool) {
+///
+/// # Errors
+/// Some of the input may be lost: nothing after it may be read as if it were not.
+async fn listen(control: Control, mut receiver: Receiver, owned: bool) -> Result<(), CoreError> {
     while let Some(said) = receiver.next().await {
         // Who only watches a process has no say in it.
         let Said::Text(said) = said else { continue };
         let Ok(frame) = parse_json::<ExecClientFrame>(said.as_bytes()) else { continue };
-        // What fails here, fails because the process has ended; its end is on its way to the client.
         match frame {
             ExecClientFrame::Stdin { data, encoding } if owned => {
-                if let Ok(bytes) = encoding.unwrap_or_default().decode(&data) {
-                    let _ = control.send(Input::Stdin(bytes), INPUT).await;
-                }
+                let bytes = encoding
+                    .unwrap_or_default()
+                    .decode(&data)
+                    .map_err(|error| CoreError::Invalid(format!("input: {error}")))?;
+                taken(control.send(Input::Stdin(bytes), INPUT).await)?;
             }
-            ExecClientFrame::StdinClose if owned => {
-                let _ = control.close_stdin().await;
-            }
+            ExecClientFrame::StdinClose if owned => taken(control.close_stdin().await)?,
+            // What fails here, fails because the process has ended; its end is on its way to the client.
             ExecClientFrame::Stop if owned => {
                 let _ = control.signal(Signal::Terminate).await;
                 // Until then the process has ended, and this future with it, or it does not want to.
@@ -243,5 +248,28 @@ async fn listen(control: Control, mut receiver: Receiver, owned: bool) {
             }
             _ => {}
         }
+    }
+    Ok(())
+}
+
+/// What became of input. That a process takes none, because it has ended or has closed it, is no error.
+fn taken(outcome: Result<(), CoreError>) -> Result<(), CoreError> {
+    match outcome {
+        Err(CoreError::Guest(GuestError::Refused { .. })) => Ok(()),
+        outcome => outcome,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::guest::Refusal;
+
+    #[test]
+    fn input_that_may_be_lost_ends_the_session_and_input_that_nobody_reads_does_not() {
+        let refused = GuestError::Refused { refusal: Refusal::Failed, message: "closed".to_owned() };
+        assert!(taken(Err(refused.into())).is_ok());
+        assert!(taken(Err(GuestError::TimedOut.into())).is_err());
+        assert!(taken(Err(GuestError::Lost("cut".into()).into())).is_err());
     }
 }

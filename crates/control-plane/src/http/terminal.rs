@@ -38,11 +38,11 @@ use super::{
 };
 use crate::{
     core::{Caller, Control, Core, CoreError, Session, random_tag, spec},
-    guest::{Input, ProcessEvent, Selector, Signal},
+    guest::{GuestError, Input, ProcessEvent, Selector, Signal},
 };
 
 /// How long a program may take to read what was typed.
-const INPUT: Duration = Duration::from_secs(10);
+const INPUT: Duration = Duration::from_secs(60);
 
 /// How the bytes of a terminal are shown.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -143,7 +143,9 @@ async fn converse(
     tokio::select! {
         () = show_all => {}
         // The client has gone; the process stays, to be connected to again.
-        () = listen(control, receiver, notes) => {}
+        heard = listen(control, receiver, notes) => if let Err(error) = heard {
+            refuse(sender, error.into()).await;
+        }
     }
 }
 
@@ -185,7 +187,7 @@ async fn show(
             Ok(Some(ProcessEvent::Started { .. })) => {}
             Ok(None) => {
                 let lost = "the stream of a process ended before it did".into();
-                return Ok(Err(crate::guest::GuestError::Lost(lost).into()));
+                return Ok(Err(GuestError::Lost(lost).into()));
             }
             Err(error) => return Ok(Err(error)),
         }
@@ -194,11 +196,14 @@ async fn show(
 
 /// What the client says, in its order: while a program does not read, what comes after waits with it, and
 /// the client is not read from. Nothing is dropped in silence.
+///
+/// # Errors
+/// Some of the input may be lost: nothing after it may be read as if it were not.
 async fn listen(
     control: Control,
     mut receiver: Receiver,
     notes: tokio::sync::mpsc::Sender<TerminalServerFrame>,
-) {
+) -> Result<(), CoreError> {
     while let Some(said) = receiver.next().await {
         let done = match said {
             Said::Binary(bytes) => control.send(Input::Terminal(bytes.to_vec()), INPUT).await,
@@ -208,17 +213,26 @@ async fn listen(
             },
         };
         if let Err(error) = done {
+            if is_lost(&error) {
+                return Err(error);
+            }
             let parts = ApiError::from(error).parts();
             // A process that has ended takes nothing more, and its `exit` is on its way.
             if parts.code != ErrorCode::NotFound {
                 let (data, code) = (parts.message, Some(parts.code));
                 let note = TerminalServerFrame::Error { data, fatal: false, code };
                 if notes.send(note).await.is_err() {
-                    return;
+                    break;
                 }
             }
         }
     }
+    Ok(())
+}
+
+/// Whether a guest did not say what became of what it was sent.
+fn is_lost(error: &CoreError) -> bool {
+    matches!(error, CoreError::Guest(error) if !matches!(error, GuestError::Refused { .. }))
 }
 
 async fn obey(control: &Control, frame: TerminalClientFrame) -> Result<(), CoreError> {

@@ -14,7 +14,7 @@ pub(crate) struct AuditEntry {
     pub(crate) actor_name: String,
     pub(crate) resource_id: String,
     pub(crate) action: &'static str,
-    /// `success`, or the code of the error.
+    /// `success`, the code of the error, or `abandoned`.
     pub(crate) status: String,
     pub(crate) metadata: Value,
     pub(crate) at: Timestamp,

@@ -147,3 +147,27 @@ async fn background_commands_run_on_until_they_are_ended() {
     eventually("both have ended", async || processes().await.is_empty()).await;
     assert_eq!(world.client.delete(&format!("{base}/processes/{pid}")).await.status, 404);
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_its_caller_breaks_off_is_in_the_audit_log() {
+    let world = World::new().await;
+    let id = world.sandbox().await;
+    let scratch = tempfile::tempdir().unwrap();
+    let begun = scratch.path().join("begun");
+    let line = format!("touch {}; sleep 86100", begun.display());
+    let exec = format!("/v1/sandboxes/{id}/exec");
+    let asked = world.client.post(&exec, json!({"cmd": "/bin/sh", "args": ["-c", line]}));
+    tokio::select! {
+        answer = asked => panic!("{answer:?}"),
+        () = eventually("the command has begun", async || begun.exists()) => {}
+    }
+    let database = world.database().await;
+    eventually("it is recorded", async || {
+        let rows: Vec<String> = sqlx::query_scalar("SELECT status FROM audit_log WHERE action = 'exec'")
+            .fetch_all(&database)
+            .await
+            .unwrap();
+        rows == ["abandoned"]
+    })
+    .await;
+}

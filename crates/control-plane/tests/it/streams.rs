@@ -70,6 +70,16 @@ async fn input_and_stop() {
     assert_eq!(socket.json().await, json!({"type": "exit", "exit_code": 0}));
     assert_eq!(socket.next().await, Said::Closed(1000));
 
+    // Input that cannot be passed on is not left out: the command ends with what it was given before.
+    let mut socket = exec(&world, &id, json!({"type": "start", "cmd": "cat", "stdin": true})).await;
+    assert_eq!(socket.json().await["type"], "start");
+    socket.send(json!({"type": "stdin", "data": "%", "encoding": "base64"})).await;
+    let frames = socket.rest().await;
+    assert!(
+        matches!(&frames[..], [Said::Text(frame), Said::Closed(1000)] if frame["code"] == "invalid_request"),
+        "{frames:?}"
+    );
+
     // Without asking for it there is no input to wait for.
     let frames = exec(&world, &id, json!({"type": "start", "cmd": "cat"})).await.rest().await;
     assert!(matches!(&frames[1], Said::Text(frame) if frame["exit_code"] == 0), "{frames:?}");

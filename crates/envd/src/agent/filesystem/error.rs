@@ -2,8 +2,9 @@
 
 use std::io;
 
-use connectrpc::ConnectError;
+use connectrpc::{ConnectError, ErrorDetail};
 use rustix::io::Errno;
+use wrenn_proto::NO_SPACE_DETAIL;
 
 use super::{MAXIMUM_ENTRIES, watch::WatchError};
 use crate::{
@@ -100,7 +101,8 @@ fn from_io(error: &io::Error, message: String) -> ConnectError {
             ConnectError::failed_precondition(message)
         }
         io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
-            ConnectError::resource_exhausted(message)
+            let detail = ErrorDetail { type_url: NO_SPACE_DETAIL.to_owned(), value: None, debug: None };
+            ConnectError::resource_exhausted(message).with_detail(detail)
         }
         io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => {
             ConnectError::permission_denied(message)
