@@ -243,7 +243,7 @@ fn ledger_of(dir: SandboxDir, found: Record, record: Record) -> Result<Ledger, C
 }
 
 /// Whose machine this is, and the name of its directory, by the machine's name.
-fn owner<'a>(mark: &str, machine: &'a str) -> Option<(SandboxId, &'a str)> {
+pub(crate) fn owner<'a>(mark: &str, machine: &'a str) -> Option<(SandboxId, &'a str)> {
     let name = machine.strip_prefix(mark)?;
     // Both parts have a hyphen of their own.
     let (at, _) = name.match_indices('-').nth(1)?;

@@ -277,10 +277,13 @@ impl Vm for FakeMachine {
     }
 
     async fn resume(&mut self) -> VmmResult<()> {
+        let of = |faults: &mut super::Faults| faults.machines.get(&self.name).map(|it| it.namespace.clone());
+        let namespace = self.plan.change(of).flatten();
         self.step(Step::Resume, |inside| {
             if inside.saved.is_some() {
                 return Err(VmmError::WrongState { operation: Step::Resume.word(), state: "saved" });
             }
+            self.plan.tell(&self.name, namespace.as_deref());
             inside.guest.resume();
             Ok(())
         })

@@ -151,6 +151,12 @@ impl Fake {
         self.plan.change(|faults| faults.observer = Observer(Some(Arc::new(observer))));
     }
 
+    /// Tells `watcher` of every machine that is about to be booted, restored or let run: its name, and where its
+    /// network is.
+    pub fn watch(&self, watcher: impl Fn(&str, Option<&Utf8Path>) + Send + Sync + 'static) {
+        self.plan.change(|faults| faults.watcher = Watcher(Some(Arc::new(watcher))));
+    }
+
     /// The names of the machines that there are.
     #[must_use]
     pub fn machines(&self) -> Vec<String> {
@@ -243,6 +249,7 @@ struct Faults {
     machines: BTreeMap<String, Process>,
     last_owner: u64,
     observer: Observer,
+    watcher: Watcher,
 }
 
 /// Who is asked before each step; nobody unless a test says so.
@@ -255,7 +262,26 @@ impl fmt::Debug for Observer {
     }
 }
 
+type Watch = dyn Fn(&str, Option<&Utf8Path>) + Send + Sync;
+
+/// Who is told of machines; nobody unless a test says so.
+#[derive(Clone, Default)]
+struct Watcher(Option<Arc<Watch>>);
+
+impl fmt::Debug for Watcher {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(if self.0.is_some() { "Watcher(a test)" } else { "Watcher" })
+    }
+}
+
 impl Plan {
+    /// Tells of a machine, and holds nothing meanwhile.
+    fn tell(&self, name: &str, namespace: Option<&Utf8Path>) {
+        if let Some(watcher) = self.change(|faults| faults.watcher.clone()).0 {
+            watcher(name, namespace);
+        }
+    }
+
     fn change<T>(&self, work: impl FnOnce(&mut Faults) -> T) -> T {
         work(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner))
     }
@@ -337,6 +363,7 @@ impl Vmm for Fake {
     async fn boot(&self, spec: MachineSpec, memory: BootMemory<'_>) -> VmmResult<Box<dyn Vm>> {
         validate::machine(&spec)?;
         self.plan.enter(Step::Boot).await?;
+        self.plan.tell(&spec.name, spec.network.as_ref().map(|network| &*network.namespace));
         let (name, arguments) = (spec.name.clone(), spec.kernel_arguments.clone());
         let process = Process::boot(spec, memory)?;
         let machine = FakeMachine::start(self.plan.clone(), name.clone(), process, &arguments);
@@ -348,6 +375,7 @@ impl Vmm for Fake {
         validate::machine(&spec)?;
         validate::snapshot_memory(&from.memory, spec.shape)?;
         self.plan.enter(Step::Restore).await?;
+        self.plan.tell(&spec.name, spec.network.as_ref().map(|network| &*network.namespace));
         let name = spec.name.clone();
         let process = Process::restore(spec, from)?;
         let machine = FakeMachine::start(self.plan.clone(), name.clone(), process, &[]);

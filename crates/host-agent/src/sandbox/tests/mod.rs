@@ -42,9 +42,10 @@ use self::{
     model::{Ask, Content, Model, State, Told, Trouble},
     plans::{End, Fault, Plan, Step, steps},
     settings::Known,
-    world::{CONTENT, Control, Disks, Ground, World, spec},
+    world::{CONTENT, Control, Disks, Ground, Ran, World, spec},
 };
 use crate::{
+    network::Policy,
     registry::Registry,
     sandbox::{Handle, RequestError, Stage, driver::chain, queue::Verb, record},
     scrub::below_tops,
@@ -205,8 +206,24 @@ impl Notes {
         Ok(())
     }
 
+    /// Before each machine that was made or let run, its record was on disk and what that allows in force.
+    fn look_back(&self, world: &World<'_>) -> Result<(), String> {
+        for ran in world.take_ran() {
+            let Ran { id, in_force, recorded } = &ran;
+            let recorded = recorded.as_ref().ok_or_else(|| format!("{id} ran before it had a record"))?;
+            let wanted = Policy::resolve(recorded, &[]).map_err(|error| error.to_string())?;
+            // The record of one that could not be written is older than what was put in force.
+            let is_old = self.unrecorded.contains(id) && in_force.is_some();
+            if in_force.as_ref() != Some(&wanted) && !is_old {
+                return Err(format!("{id} ran before its policy was in force: {ran:?}"));
+            }
+        }
+        Ok(())
+    }
+
     /// Looks at everything, when nothing is under way.
     async fn look(&mut self, world: &World<'_>, registry: &Registry) -> Result<(), String> {
+        self.look_back(world)?;
         let mut paused = BTreeSet::new();
         for id in self.model.sandboxes.keys().cloned().collect::<Vec<_>>() {
             let handle = registry.get(&id);
@@ -422,6 +439,7 @@ async fn life(world: &World<'_>, notes: &mut Notes, steps: &mut &[Step]) -> Resu
             quiet().await;
         }
         notes.learn(&asked, trouble).map_err(|error| format!("{step:?}: {error}"))?;
+        notes.look_back(world).map_err(|error| format!("{step:?}: {error}"))?;
         world.calm();
         if kills {
             return Ok(Ended::Killed);

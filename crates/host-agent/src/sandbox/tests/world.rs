@@ -252,6 +252,16 @@ pub(super) enum Disks {
     Plain,
 }
 
+/// A machine that was about to be made or to run, and what held at that moment.
+#[derive(Debug, Clone)]
+pub(super) struct Ran {
+    pub(super) id: SandboxId,
+    /// What its slot let it reach; none if this agent had put nothing in force there.
+    pub(super) in_force: Option<Policy>,
+    /// What its record said that it may reach; none if there was no record.
+    pub(super) recorded: Option<NetworkPolicy>,
+}
+
 /// One host, which outlives its agents.
 pub(super) struct World<'a> {
     ground: &'a Ground,
@@ -261,7 +271,9 @@ pub(super) struct World<'a> {
     /// How far the clock of these tests has come: that of the next agent goes on from there.
     time: Mutex<Option<std::time::Instant>>,
     /// What the slots of the agent that there is now may reach.
-    policies: Mutex<stand_in::Policies>,
+    policies: Arc<Mutex<stand_in::Policies>>,
+    /// The machines that were made or let run since somebody looked.
+    ran: Arc<Mutex<Vec<Ran>>>,
     pub(super) fake: Fake,
     pub(super) guests: Guests,
     pub(super) numbers: stand_in::Numbers,
@@ -284,13 +296,31 @@ impl<'a> World<'a> {
         let numbers = stand_in::Numbers::new(at.join("leases"));
         let observed = control.clone();
         fake.observe(move |_| observed.goes_on());
+        let (instance, policies, ran) = (
+            InstanceId::random(),
+            Arc::<Mutex<stand_in::Policies>>::default(),
+            Arc::<Mutex<Vec<_>>>::default(),
+        );
+        let (mark, sandboxes) = (Host::machine_mark(&instance), at.join("sandboxes"));
+        let (known, seen) = (Arc::clone(&policies), Arc::clone(&ran));
+        fake.watch(move |machine, namespace| {
+            // Templates are no sandbox's.
+            let Some((id, _)) = adopt::owner(&mark, machine) else { return };
+            let known = known.lock().unwrap_or_else(PoisonError::into_inner);
+            let known = known.lock().unwrap_or_else(PoisonError::into_inner);
+            let in_force = known.iter().find(|(number, _)| Some(&*number.namespace()) == namespace);
+            let in_force = in_force.map(|(_, policy)| policy.clone());
+            let recorded = record::read(&sandboxes, &id).map(|record| record.settings.network);
+            seen.lock().unwrap_or_else(PoisonError::into_inner).push(Ran { id, in_force, recorded });
+        });
         Self {
             ground,
             guard,
-            instance: InstanceId::random(),
+            instance,
             disks,
             time: Mutex::default(),
-            policies: Mutex::default(),
+            policies,
+            ran,
             fake,
             guests,
             numbers,
@@ -368,6 +398,11 @@ impl<'a> World<'a> {
     pub(super) fn in_force(&self, number: SlotNumber) -> Option<Policy> {
         let policies = self.policies.lock().unwrap_or_else(PoisonError::into_inner);
         policies.lock().unwrap_or_else(PoisonError::into_inner).get(&number).cloned()
+    }
+
+    /// The machines that were made or let run since this was asked.
+    pub(super) fn take_ran(&self) -> Vec<Ran> {
+        std::mem::take(&mut *self.ran.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// What is left of earlier agents goes, but for sandboxes.
@@ -459,7 +494,11 @@ pub(super) fn spec(id: SandboxId, snapshot: Option<SnapshotId>) -> SandboxSpec {
             timeout: InactivityTimeout::new(0).unwrap(),
             on_timeout: TimeoutAction::Pause,
             deadline: None,
-            network: NetworkPolicy::simple(true),
+            // Another one than that with which slots are prepared, so that it shows when nobody puts it in force.
+            network: NetworkPolicy {
+                deny_cidrs: vec!["198.51.100.0/24".parse().unwrap()],
+                ..NetworkPolicy::simple(true)
+            },
         },
     }
 }
