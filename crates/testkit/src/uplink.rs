@@ -3,12 +3,15 @@
 //! A stack of a test reaches the outside through it, so nothing that a guest sends can leave the machine,
 //! and "unreachable" has a control: every address can be asked from the namespace itself.
 
+mod far_end;
+
 use std::{
+    collections::BTreeSet,
     io,
     net::{Ipv4Addr, SocketAddr},
     path::{Path, PathBuf},
     sync::{
-        Arc,
+        Arc, Mutex, PoisonError,
         atomic::{AtomicU32, AtomicUsize, Ordering},
     },
     time::Duration,
@@ -22,8 +25,12 @@ use tokio::{
 };
 use wrenn_host_linux::netns::{self, NetworkNamespace};
 
+pub use self::far_end::{PROBE, Packets};
+
 /// An address that a sandbox with internet access may reach.
 pub const INTERNET: Ipv4Addr = Ipv4Addr::new(93, 184, 215, 14);
+/// Another one.
+pub const ELSEWHERE: Ipv4Addr = Ipv4Addr::new(151, 101, 65, 69);
 /// An address of a private network.
 pub const PRIVATE: Ipv4Addr = Ipv4Addr::new(192, 168, 77, 1);
 /// Another.
@@ -45,8 +52,12 @@ pub struct Uplink {
     name: String,
     path: PathBuf,
     namespace: NetworkNamespace,
+    /// Where what is forwarded ends.
+    internet: Option<NetworkNamespace>,
     servers: Vec<tokio::task::JoinHandle<()>>,
     asked: Arc<AtomicUsize>,
+    /// The hosts that requests were for.
+    hosts: Arc<Mutex<BTreeSet<String>>>,
 }
 
 impl Uplink {
@@ -61,7 +72,15 @@ impl Uplink {
         let path = Path::new(netns::NAMES).join(&name);
         let (namespace, ()) =
             NetworkNamespace::create(&path, || io::Result::Ok(())).await.context("make a namespace")?;
-        let mut uplink = Self { name, path, namespace, servers: Vec::new(), asked: Arc::default() };
+        let mut uplink = Self {
+            name,
+            path,
+            namespace,
+            internet: None,
+            servers: Vec::new(),
+            asked: Arc::default(),
+            hosts: Arc::default(),
+        };
         uplink.address("lo", "127.0.0.1/8").await?;
         uplink.ip("link set lo up").await?;
         for address in [PRIVATE, PRIVATE_TEN, METADATA, HOST_PUBLIC] {
@@ -85,12 +104,18 @@ impl Uplink {
         self.ip("link set world0 up").await?;
         run_ip(&namespace, "link set lo up").await?;
         run_ip(&namespace, "addr add 100.127.255.2/30 dev world1").await?;
-        run_ip(&namespace, &format!("addr add {INTERNET}/32 dev world1")).await?;
+        for address in [INTERNET, ELSEWHERE] {
+            run_ip(&namespace, &format!("addr add {address}/32 dev world1")).await?;
+        }
         run_ip(&namespace, "link set world1 up").await?;
         run_ip(&namespace, "route add default via 100.127.255.1").await?;
         self.ip("route replace default via 100.127.255.2").await?;
-        self.serve_in(&namespace, SocketAddr::from((INTERNET, PORT))).await?;
-        self.serve_names(&namespace).await
+        for address in [INTERNET, ELSEWHERE] {
+            self.serve_in(&namespace, SocketAddr::from((address, PORT))).await?;
+        }
+        self.serve_names(&namespace).await?;
+        self.internet = Some(namespace);
+        Ok(())
     }
 
     /// A name server on [`INTERNET`], for which every name is that address.
@@ -140,6 +165,17 @@ impl Uplink {
         self.asked.load(Ordering::SeqCst)
     }
 
+    /// The hosts for which any of the addresses was asked over HTTP, by anyone.
+    #[must_use]
+    pub fn hosts(&self) -> BTreeSet<String> {
+        self.hosts.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Forgets for which hosts it was asked.
+    pub fn forget_hosts(&self) {
+        self.hosts.lock().unwrap_or_else(PoisonError::into_inner).clear();
+    }
+
     /// Answers on an address of this namespace.
     ///
     /// # Errors
@@ -158,14 +194,19 @@ impl Uplink {
             })
             .await??;
         let listener = TcpListener::from_std(listener)?;
-        let asked = Arc::clone(&self.asked);
+        let (asked, hosts) = (Arc::clone(&self.asked), Arc::clone(&self.hosts));
         self.servers.push(tokio::spawn(async move {
             while let Ok((mut stream, _)) = listener.accept().await {
                 asked.fetch_add(1, Ordering::SeqCst);
+                let hosts = Arc::clone(&hosts);
                 tokio::spawn(async move {
                     let mut request = [0; 1024];
                     // The request is read first, so that closing does not reset what was answered.
-                    let _ = timeout(Duration::from_secs(2), stream.read(&mut request)).await;
+                    let read = timeout(Duration::from_secs(2), stream.read(&mut request)).await;
+                    let head =
+                        String::from_utf8_lossy(&request[..read.ok().and_then(Result::ok).unwrap_or(0)]);
+                    let host = head.lines().find_map(|line| line.strip_prefix("Host: ")).map(str::to_owned);
+                    hosts.lock().unwrap_or_else(PoisonError::into_inner).extend(host);
                     let text = format!("{} {GREETING}\n", address.ip());
                     let answer = format!(
                         "HTTP/1.1 200 OK\r\nContent-Length: {}\r\nConnection: close\r\n\r\n{text}",

@@ -19,6 +19,7 @@ mod kills;
 mod lifecycle;
 mod metrics;
 mod persistence;
+mod policies;
 mod soak;
 mod streams;
 
@@ -48,10 +49,11 @@ fn main() -> ExitCode {
     .into_iter()
     .flatten()
     .collect();
-    let own: Vec<_> = [faults::cases(), disk_only::own_cases(), soak::cases(), kills::cases()]
-        .into_iter()
-        .flatten()
-        .collect();
+    let own: Vec<_> =
+        [faults::cases(), disk_only::own_cases(), policies::cases(), soak::cases(), kills::cases()]
+            .into_iter()
+            .flatten()
+            .collect();
 
     if let Some(reason) = stack::cannot_run() {
         println!("{reason}");
