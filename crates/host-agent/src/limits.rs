@@ -14,6 +14,9 @@
 //! I/O is limited on the one disk that the stack's directory is on. A guest writes as fast as it may, so that limit is
 //! one that a machine which behaves may meet; who runs the host sets it.
 //!
+//! What filters names for a guest has a group too, with limits of its own
+//! ([`crate::network::filter`]). It lives as long as its slot.
+//!
 //! Where the kernel has no control groups of version 2, or they cannot limit something, the agent says so at its
 //! start ([`Limits`] as a text), and whoever asks for the host is told.
 
@@ -26,7 +29,7 @@ use wrenn_host_linux::{
 };
 use wrenn_types::{InstanceId, LayerId, SandboxId, Shape};
 
-use crate::sandbox::driver::chain;
+use crate::{network::filter::confinement::is_group_of_filter, sandbox::driver::chain};
 
 /// The period over which time of the processors is counted, in microseconds: the kernel's default.
 const PERIOD_MICROS: u64 = 100_000;
@@ -178,7 +181,9 @@ impl Limits {
     pub fn keep_only(&self, is_known: impl Fn(&str) -> bool) {
         let Self::Groups(Groups { hierarchy, .. }) = self else { return };
         for name in hierarchy.names().unwrap_or_default() {
+            // Those of filters go with their slots.
             if !is_known(&name)
+                && !is_group_of_filter(&name)
                 && let Err(error) = hierarchy.group(&name).remove()
             {
                 tracing::warn!(

@@ -153,6 +153,15 @@ impl Hierarchy {
         Ok(Self { directory, controllers })
     }
 
+    /// The directory of an owner that has one.
+    #[must_use]
+    pub fn find(owner: &str) -> Option<Self> {
+        let mount = parse_mounts(&fs::read_to_string("/proc/self/mountinfo").ok()?)?;
+        let directory = mount.join("wrenn").join(owner);
+        let enabled = fs::read_to_string(directory.join("cgroup.subtree_control")).ok()?;
+        Some(Self { directory, controllers: parse_controllers(&enabled) })
+    }
+
     /// What can be limited in the groups.
     #[must_use]
     pub fn controllers(&self) -> &BTreeSet<Controller> {

@@ -9,6 +9,7 @@ pub mod lock;
 pub mod netns;
 pub mod privileges;
 pub mod process;
+pub mod syscalls;
 pub mod tap;
 pub mod tsc;
 pub mod usage;

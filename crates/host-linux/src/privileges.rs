@@ -1,9 +1,9 @@
-//! Giving up what a process of root may do.
+//! Giving up what a process of root may do and have.
 
 use std::io;
 
 use nix::unistd::{Gid, Uid, setgroups, setresgid, setresuid};
-use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use rustix::process::{Resource, Rlimit, setrlimit};
 
 /// Becomes a user and a group, with no other group, for ever: no program that is executed later gives anything
 /// back. What the process has open stays open. Every thread of it changes.
@@ -19,16 +19,30 @@ pub fn give_up(user: u32, group: u32) -> io::Result<()> {
     Ok(setresuid(user, user, user)?)
 }
 
-/// Lets this process have so many open descriptors, if it may not have more already.
+/// What a process may have at most.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Bounds {
+    /// Open descriptors.
+    pub descriptors: u64,
+    /// Bytes of memory that it can write and shares with nobody, stacks excepted.
+    pub memory: u64,
+}
+
+/// Bounds this process for ever: also in what no process that only serves needs. It writes no file, locks no memory and
+/// leaves no core dump; and once it has [given up](give_up) what root may do, it makes no process and no thread.
 ///
 /// # Errors
-/// Not permitted.
-pub fn allow_descriptors(count: u64) -> io::Result<()> {
-    // None is no limit.
-    let Rlimit { current, maximum } = getrlimit(Resource::Nofile);
-    if current.is_some_and(|current| current < count) {
-        let maximum = maximum.map(|maximum| maximum.max(count));
-        setrlimit(Resource::Nofile, Rlimit { current: Some(count), maximum })?;
+/// Not permitted: more descriptors than the process may have are for root alone.
+pub fn bound(bounds: Bounds) -> io::Result<()> {
+    for (resource, value) in [
+        (Resource::Nofile, bounds.descriptors),
+        (Resource::Data, bounds.memory),
+        (Resource::Nproc, 0),
+        (Resource::Fsize, 0),
+        (Resource::Memlock, 0),
+        (Resource::Core, 0),
+    ] {
+        setrlimit(resource, Rlimit { current: Some(value), maximum: Some(value) })?;
     }
     Ok(())
 }

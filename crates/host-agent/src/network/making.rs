@@ -63,6 +63,17 @@ impl Prepared {
         }
     }
 
+    /// Ends its domain filter and removes everything that its number stands for.
+    pub(super) async fn dismantle(self) -> Result<(), SlotError> {
+        let Self { lease, namespace, uplink, filter, .. } = self;
+        // Nothing of this process is to hold the namespace when its name goes.
+        drop(namespace);
+        if let Some(filter) = filter {
+            filter.end().await;
+        }
+        dismantle(&uplink, lease).await
+    }
+
     /// Tells the domain filter a policy, and starts it if the policy needs one. One that is there already stays
     /// when the policy needs none, for the streams that go through it.
     pub(super) async fn filter_with(&mut self, policy: &Policy) -> Result<(), SlotError> {
@@ -72,7 +83,10 @@ impl Prepared {
         match &self.filter {
             Some(filter) => filter.tell(rules).await.map_err(failed)?,
             None if policy.is_filtered() || filter::was_started(number).map_err(failed)? => {
-                let filter = Filter::open(number, self.namespace.clone(), rules).await.map_err(failed)?;
+                let filter =
+                    Filter::open(self.uplink.instance.clone(), number, self.namespace.clone(), rules)
+                        .await
+                        .map_err(failed)?;
                 self.filter = Some(filter);
             }
             None => {}
@@ -125,26 +139,21 @@ pub(super) async fn make(
             match whole.await {
                 Ok(()) => return Ok(prepared),
                 Err(error) => {
-                    let Prepared { lease: unused, uplink, filter, .. } = prepared;
-                    if let Some(filter) = filter {
-                        filter.end().await;
-                    }
-                    undo(&uplink, unused).await;
+                    tell_of_leftovers(number, prepared.dismantle().await);
                     error
                 }
             }
         }
         Err(error) => {
-            undo(&uplink, lease).await;
+            tell_of_leftovers(number, dismantle(&uplink, lease).await);
             error
         }
     };
     Err(error)
 }
 
-async fn undo(uplink: &OpenUplink, lease: Lease) {
-    let number = lease.number();
-    if let Err(left) = dismantle(uplink, lease).await {
+fn tell_of_leftovers(number: SlotNumber, dismantled: Result<(), SlotError>) {
+    if let Err(left) = dismantled {
         let left = &left as &dyn std::error::Error;
         tracing::warn!(slot = %number, error = left, "what was made of a slot stays until its number is used");
     }
@@ -241,8 +250,10 @@ pub(super) async fn dismantle(uplink: &OpenUplink, lease: Lease) -> Result<(), S
 async fn clear(uplink: &OpenUplink, number: SlotNumber) -> Result<(), SlotError> {
     uplink.netlink.delete(&number.outer()).await.map_err(|source| SlotError::Link { number, source })?;
     // Nothing passes any more. The kernel takes its time for each of the rest, so they go side by side.
-    let filters =
-        async { filter::end_leftovers(number).await.map_err(|source| SlotError::Filter { number, source }) };
+    let filters = async {
+        let ended = filter::end_leftovers(&uplink.instance, number).await;
+        ended.map_err(|source| SlotError::Filter { number, source })
+    };
     tokio::try_join!(clear_inside(number), forget_connections(uplink, number), filters)?;
     // An unmount waits for the kernel too, and has no other way to do it than on a thread.
     let name = number.namespace();

@@ -380,13 +380,8 @@ impl Keeper {
         self.dismantling.spawn(async move {
             // The semaphore is never closed.
             let _permit = permits.acquire().await;
-            let Prepared { lease, namespace, uplink, filter, .. } = prepared;
-            drop(namespace);
-            if let Some(filter) = filter {
-                filter.end().await;
-            }
-            let number = lease.number();
-            if let Err(error) = making::dismantle(&uplink, lease).await {
+            let number = prepared.lease.number();
+            if let Err(error) = prepared.dismantle().await {
                 let error = &error as &dyn std::error::Error;
                 tracing::warn!(slot = %number, error, "a slot could not be dismantled; it is cleared before its next use");
             }

@@ -37,7 +37,7 @@ use super::{
     addresses::{
         GATEWAY, GUEST, GUEST_MAC, INNER, OUTER_PREFIX, SlotNumber, TAP, VETH_NETWORK, VETH_NETWORK_PREFIX,
     },
-    filter::{NAMES_PORT, STREAMS_PORT, USER, WEB_PORTS},
+    filter::{NAMES_PORT, STREAMS_PORT, WEB_PORTS, confinement},
     policy::{DNS_PORTS, Policy, UNREACHABLE},
 };
 
@@ -122,6 +122,7 @@ fn slot_tables(instance: &InstanceId, slot: SlotNumber, policy: &Policy) -> Stri
     let sets = sets(policy);
     let unreachable = unreachable();
     let mac = mac(GUEST_MAC);
+    let user = confinement::user(slot);
     let [dns, dns_over_tls] = DNS_PORTS;
     let [http, https] = WEB_PORTS;
     format!(
@@ -195,7 +196,7 @@ table inet wrenn {{
 		ip daddr @unreachable drop
 		ct state established accept
 		ct state new ct count over {CONNECTIONS} drop
-		meta skuid {USER} meta l4proto {{ tcp, udp }} accept
+		meta skuid {user} meta l4proto {{ tcp, udp }} accept
 		drop
 	}}
 
@@ -424,7 +425,12 @@ mod tests {
 
     #[test]
     fn the_rules_of_a_slot() {
-        insta::assert_snapshot!(slot(&instance(), SlotNumber::new(7).unwrap(), &internet()));
+        let number = SlotNumber::new(7).unwrap();
+        let user = format!("skuid {} ", confinement::user(number));
+        let rules = slot(&instance(), number, &internet());
+        assert_eq!(rules.matches(&user).count(), 1);
+        // It is another one in a user namespace.
+        insta::assert_snapshot!(rules.replace(&user, "skuid USER "));
     }
 
     #[test]

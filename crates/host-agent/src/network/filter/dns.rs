@@ -166,6 +166,24 @@ pub(in super::super) fn ask(id: u16, name: &str) -> Option<Vec<u8>> {
     Some(message)
 }
 
+/// A name of which each letter is a capital or not, as one bit says: its server has to repeat what nobody else knows.
+#[must_use]
+pub(in super::super) fn in_letters(name: &str, bits: &[u8; 32]) -> String {
+    let capital = |at: usize| bits.get(at / 8).is_some_and(|byte| byte >> (at % 8) & 1 == 1);
+    let letter = |(at, letter): (usize, char)| match capital(at) {
+        true => letter.to_ascii_uppercase(),
+        false => letter.to_ascii_lowercase(),
+    };
+    name.chars().enumerate().map(letter).collect()
+}
+
+/// A message as it is sent over TCP: its length comes first.
+#[must_use]
+pub(in super::super) fn with_length(message: &[u8]) -> Vec<u8> {
+    let length = u16::try_from(message.len()).unwrap_or(u16::MAX);
+    [&length.to_be_bytes(), message].concat()
+}
+
 /// What a name server says of a name.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(in super::super) struct Answer {
@@ -173,6 +191,8 @@ pub(in super::super) struct Answer {
     pub(in super::super) code: Code,
     /// There is more than fits into a datagram.
     pub(in super::super) truncated: bool,
+    /// It repeats the question in the letters in which that was asked.
+    pub(in super::super) is_in_letters: bool,
     /// The aliases on the way to the addresses, in lower case.
     pub(in super::super) aliases: Vec<String>,
     /// The addresses, none twice.
@@ -184,6 +204,7 @@ pub(in super::super) struct Answer {
 /// Reads the answer to our question; none if it is not the answer to that one.
 #[must_use]
 pub(in super::super) fn read_answer(message: &[u8], id: u16, name: &str) -> Option<Answer> {
+    let asked_for = ask(id, name)?;
     let name = name.strip_suffix('.').unwrap_or(name).to_ascii_lowercase();
     let flags = number(message, 2)?;
     if number(message, 0)? != id || flags & 0x8000 == 0 || number(message, 4)? != 1 {
@@ -194,6 +215,7 @@ pub(in super::super) fn read_answer(message: &[u8], id: u16, name: &str) -> Opti
         return None;
     }
     at += 4;
+    let is_in_letters = message.get(HEADER..at) == asked_for.get(HEADER..);
     let mut records = Vec::new();
     for _ in 0..number(message, 6)?.min(RECORDS_LIMIT) {
         let Some((record, end)) = record(message, at) else { break };
@@ -204,6 +226,7 @@ pub(in super::super) fn read_answer(message: &[u8], id: u16, name: &str) -> Opti
     let mut answer = Answer {
         code,
         truncated: flags & 0x0200 != 0,
+        is_in_letters,
         aliases: Vec::new(),
         addresses: Vec::new(),
         time_to_live: u32::MAX,
@@ -435,6 +458,19 @@ mod tests {
             }
             let _ = read_answer(&message, 1, "a.example");
             let _ = question(&message);
+        }
+
+        #[test]
+        fn whatever_its_letters_a_question_is_for_the_same_name(name in "[a-zA-Z0-9_]{1,20}(\\.[a-z0-9-]{1,30}){0,6}", bits: [u8; 32], other: [u8; 32]) {
+            let (one, other) = (in_letters(&name, &bits), in_letters(&name, &other));
+            prop_assert!(one.eq_ignore_ascii_case(&name));
+            let asked = question(&ask(9, &one).unwrap()).unwrap();
+            prop_assert_eq!(asked.name.as_deref(), Some(&*name.to_ascii_lowercase()));
+            let message = answer(&asked, Code::Fine, &[Ipv4Addr::LOCALHOST], 1);
+            prop_assert!(read_answer(&message, 9, &one).unwrap().is_in_letters);
+            let seen = read_answer(&message, 9, &other).unwrap();
+            prop_assert_eq!(seen.is_in_letters, one == other);
+            prop_assert_eq!(seen.addresses, vec![Ipv4Addr::LOCALHOST]);
         }
 
         #[test]

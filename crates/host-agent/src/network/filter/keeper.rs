@@ -32,8 +32,10 @@ use wrenn_host_linux::{
     netns::NetworkNamespace,
     process::{Process, Spawn, SpawnError, find_by_argument},
 };
+use wrenn_types::InstanceId;
 
 use super::{
+    confinement,
     process::{CONTROL, DONE},
     rules::Rules,
 };
@@ -61,6 +63,9 @@ pub enum FilterError {
     /// A process could not be made.
     #[error("could not start a domain filter")]
     Start(#[source] SpawnError),
+    /// Its control group could not be made or removed.
+    #[error("could not use the control group of a domain filter")]
+    Group(#[source] io::Error),
     /// No socket could be made for it.
     #[error("could not make a socket for a domain filter")]
     Socket(#[source] io::Error),
@@ -94,11 +99,12 @@ impl Filter {
     /// # Errors
     /// There is none, and nothing that names open is open.
     pub(in super::super) async fn open(
+        instance: InstanceId,
         number: SlotNumber,
         namespace: NetworkNamespace,
         rules: Rules,
     ) -> Result<Self, FilterError> {
-        let mut keeper = Keeper { number, namespace, rules, running: None, started: None };
+        let mut keeper = Keeper { instance, number, namespace, rules, running: None, started: None };
         let found = if was_started(number)? { keeper.find().await } else { None };
         match found {
             Some(found) => keeper.running = Some(found),
@@ -162,6 +168,7 @@ impl Running {
 
 #[derive(Debug)]
 struct Keeper {
+    instance: InstanceId,
     number: SlotNumber,
     namespace: NetworkNamespace,
     /// Those that are in force, or shall be.
@@ -251,20 +258,25 @@ impl Keeper {
     async fn start(&mut self) -> Result<(), FilterError> {
         self.started = Some(Instant::now());
         // One that nobody keeps has the ports.
-        end_leftovers(self.number).await?;
+        end_leftovers(&self.instance, self.number).await?;
         let path = mark(self.number);
         fs::write(&path, "").map_err(|source| FilterError::Mark { path, source })?;
         let (ours, theirs) = StdUnixStream::pair().map_err(FilterError::Socket)?;
         ours.set_nonblocking(true).map_err(FilterError::Socket)?;
         let control = UnixStream::from_std(ours).map_err(FilterError::Socket)?;
-        let child = program()
+        let mut spawn = program()
             .arg(name(self.number))
+            .env(confinement::USER_VARIABLE, confinement::user(self.number).to_string())
             .network_namespace(self.number.namespace().into_std_path_buf())
             .new_session()
             .no_core_dump()
-            .stdin(theirs)
-            .start()
-            .map_err(FilterError::Start)?;
+            .stdin(theirs);
+        if let Some(group) =
+            confinement::enter_group(&self.instance, self.number).map_err(FilterError::Group)?
+        {
+            spawn = spawn.control_group(group);
+        }
+        let child = spawn.start().map_err(FilterError::Start)?;
         let process = child.process().clone();
         let mut running = Running { control, process };
         if let Err(source) = running.tell(&self.rules).await {
@@ -313,7 +325,10 @@ pub(in super::super) fn was_started(number: SlotNumber) -> Result<bool, FilterEr
 ///
 /// # Errors
 /// One could not be ended, or it is not known whether there is one.
-pub(in super::super) async fn end_leftovers(number: SlotNumber) -> Result<(), FilterError> {
+pub(in super::super) async fn end_leftovers(
+    instance: &InstanceId,
+    number: SlotNumber,
+) -> Result<(), FilterError> {
     if !was_started(number)? {
         return Ok(());
     }
@@ -321,6 +336,7 @@ pub(in super::super) async fn end_leftovers(number: SlotNumber) -> Result<(), Fi
         found.process.kill_and_wait().await.map_err(FilterError::End)?;
         found.process.reap_if_ours().map_err(FilterError::End)?;
     }
+    confinement::remove_group(instance, number).map_err(FilterError::Group)?;
     let path = mark(number);
     match fs::remove_file(&path) {
         Err(source) if source.kind() != io::ErrorKind::NotFound => Err(FilterError::Mark { path, source }),

@@ -24,16 +24,19 @@
 //! - **Denied names** are not resolved, and a connection to ports 80 and 443 must be TLS or HTTP and say a name that
 //!   is none of them; to a network on the allow list it may also say none. By other ports, a deny list of names alone
 //!   keeps nobody from an address that it knows already.
-//! - **A process of its own.** It parses what a guest sends, so it is not the agent: it runs as an unprivileged
-//!   user in the guest's namespace, with nothing but its sockets ([`process`]). And streams go through it, so it
+//! - **A process of its own.** It parses what a guest sends, so it is not the agent: it runs in the guest's namespace as
+//!   a user of its own, with nothing but its sockets and bounds on all that it uses ([`mod@process`], `confinement`). And streams go through it, so it
 //!   outlives the agent: the next one finds it again by a socket in the namespace ([`keeper`]).
 //! - **Changes** of the policy are told to it before they are told to the kernel. Streams that the new one still permits go on,
 //!   the others are reset. A filter stays with its slot when names do not matter any more, for the streams it has.
 //! - **Its end** closes the guest's streams. The agent notices, and starts another; pins are forgotten, so a guest
 //!   asks again.
+//! - **Questions** of ours are one for all who ask for the same name at the same time, and hard to answer for whoever
+//!   does not see them ([`questions`]).
 //!
 //! Everything is bounded: streams, questions under way, bytes before a decision, time for each step, pins.
 
+pub(crate) mod confinement;
 pub(super) mod dns;
 pub(super) mod hello;
 mod http;
@@ -41,6 +44,7 @@ mod keeper;
 mod names;
 mod pins;
 mod process;
+mod questions;
 mod rules;
 mod streams;
 
@@ -51,7 +55,6 @@ use std::{
 
 use tokio::sync::watch;
 
-use self::pins::Pins;
 pub use self::{
     keeper::FilterError,
     process::{ProcessError, WORD, main},
@@ -59,14 +62,16 @@ pub use self::{
 };
 pub(super) use self::{
     keeper::{Filter, MARK_SUFFIX, end_leftovers, was_started},
-    process::{NAMES_PORT, STREAMS_PORT, USER},
+    process::{NAMES_PORT, STREAMS_PORT},
 };
+use self::{pins::Pins, questions::Questions};
 
-/// What the parts of the process share. The rules are changed by [`process`], the pins by [`names`].
+/// What the parts of the process share. The rules are changed by [`mod@process`], the pins by [`names`].
 #[derive(Debug)]
 struct Shared {
     rules: watch::Receiver<Arc<Rules>>,
     pins: Mutex<Pins>,
+    questions: Arc<Questions>,
 }
 
 impl Shared {

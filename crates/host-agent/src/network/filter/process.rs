@@ -1,7 +1,7 @@
 //! The life of the filter's process.
 //!
 //! ```text
-//!  started as root, in the guest's namespace ─► rules from the agent ─► sockets ─► unprivileged ─► "ok" ─► serves
+//!  started as root, in the guest's namespace ─► rules from the agent ─► sockets ─► confined ─► "ok" ─► serves
 //!        │ the agent ends before it has said                                                          │
 //!        ▼ any rules: ends                                    rules from whichever agent there is ────┘
 //! ```
@@ -21,16 +21,14 @@ use std::{
     time::Duration,
 };
 
+use super::{Shared, confinement, names, rules::Rules, streams};
+use crate::network::addresses::GATEWAY;
 use tokio::{
     io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader},
     net::{TcpListener, UdpSocket, UnixListener, UnixStream},
     sync::watch,
     time::timeout,
 };
-use wrenn_host_linux::privileges;
-
-use super::{Shared, names, pins::Pins, rules::Rules, streams};
-use crate::network::addresses::GATEWAY;
 
 /// The first word of the command line that makes a process a filter.
 pub const WORD: &str = "domain-filter";
@@ -38,16 +36,12 @@ pub const WORD: &str = "domain-filter";
 pub(in super::super) const NAMES_PORT: u16 = 15_053;
 /// Where the guest's connections are redirected to.
 pub(in super::super) const STREAMS_PORT: u16 = 15_080;
-/// The user and group as which it runs, `nobody`: the rules of the kernel let out what this user sends.
-pub(in super::super) const USER: u32 = 65_534;
 /// The abstract address at which it can be told rules.
 pub(super) const CONTROL: &[u8] = b"wrenn-domain-filter";
 /// What says that rules are in force.
 pub(super) const DONE: &str = "ok\n";
 /// How long a set of rules may be: 1024 entries of 260 bytes are less.
 const RULES_LIMIT: u64 = 1024 * 1024;
-/// How many descriptors it may have: two for a stream, and some.
-const DESCRIPTORS: u64 = 2 * streams::STREAMS as u64 + 512;
 /// How long an agent may take to send a whole line, once it has begun.
 const LINE_BOUND: Duration = Duration::from_secs(10);
 
@@ -63,7 +57,7 @@ pub enum ProcessError {
     /// A socket could not be made.
     #[error("could not listen for {0}")]
     Listen(&'static str, #[source] io::Error),
-    /// It could not become unprivileged.
+    /// It could not be bounded, or become unprivileged.
     #[error("could not give up privileges")]
     Privileges(#[source] io::Error),
     /// A socket does not work any more.
@@ -77,7 +71,7 @@ pub enum ProcessError {
 /// # Errors
 /// Always: [`ProcessError`] says why it ended.
 pub fn main() -> Result<Infallible, ProcessError> {
-    privileges::allow_descriptors(DESCRIPTORS).map_err(ProcessError::Privileges)?;
+    confinement::bound().map_err(ProcessError::Privileges)?;
     let runtime =
         tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(ProcessError::Runtime)?;
     runtime.block_on(run())
@@ -92,10 +86,10 @@ async fn run() -> Result<Infallible, ProcessError> {
     let streams = TcpListener::bind((GATEWAY, STREAMS_PORT)).await.map_err(listen("connections"))?;
     let questions = TcpListener::bind((GATEWAY, NAMES_PORT)).await.map_err(listen("questions over TCP"))?;
     let datagrams = UdpSocket::bind((GATEWAY, NAMES_PORT)).await.map_err(listen("questions"))?;
-    privileges::give_up(USER, USER).map_err(ProcessError::Privileges)?;
+    confinement::give_up().map_err(ProcessError::Privileges)?;
 
     let (in_force, watched) = watch::channel(Arc::new(first));
-    let shared = Arc::new(Shared { rules: watched, pins: Mutex::new(Pins::default()) });
+    let shared = Arc::new(Shared { rules: watched, pins: Mutex::default(), questions: Arc::default() });
     let agent = Arc::new(Agent { in_force, shared: Arc::clone(&shared) });
     parent.write_all(DONE.as_bytes()).await.map_err(ProcessError::Rules)?;
     tokio::spawn(Arc::clone(&agent).listen(parent));

@@ -38,21 +38,38 @@ const KEEP_ALIVE: Duration = Duration::from_secs(120);
 
 /// Serves connections for ever.
 pub(super) async fn serve(shared: Arc<Shared>, listener: TcpListener) -> io::Error {
-    let permits = Arc::new(Semaphore::new(STREAMS));
+    accept_each(listener, STREAMS, |guest| {
+        let shared = Arc::clone(&shared);
+        async move {
+            // Whatever goes wrong with one stream is told to its guest by its end.
+            let _ = carry(&shared, guest).await;
+        }
+    })
+    .await
+}
+
+/// Does something with each connection, with so many at the same time; the next one waits. Comes back when none can be
+/// accepted any more.
+pub(super) async fn accept_each<W: Future<Output = ()> + Send + 'static>(
+    listener: TcpListener,
+    at_once: usize,
+    work: impl Fn(TcpStream) -> W,
+) -> io::Error {
+    let permits = Arc::new(Semaphore::new(at_once));
     loop {
         // It is never closed.
         let Ok(permit) = Arc::clone(&permits).acquire_owned().await else { continue };
-        let guest = match listener.accept().await {
-            Ok((stream, _)) => stream,
-            Err(error) if is_of_one_connection(&error) => continue,
+        match listener.accept().await {
+            Ok((stream, _)) => {
+                let work = work(stream);
+                tokio::spawn(async move {
+                    work.await;
+                    drop(permit);
+                });
+            }
+            Err(error) if is_of_one_connection(&error) => {}
             Err(error) => return error,
-        };
-        let shared = Arc::clone(&shared);
-        tokio::spawn(async move {
-            // Whatever goes wrong with one stream is told to its guest by its end.
-            let _ = carry(&shared, guest).await;
-            drop(permit);
-        });
+        }
     }
 }
 

@@ -1,6 +1,11 @@
 //! Policies about names, as packets see them.
 
-use std::io::{Read as _, Write as _};
+use std::{
+    collections::BTreeSet,
+    io::{Read as _, Write as _},
+    net::UdpSocket,
+    time::Duration,
+};
 
 use super::{
     internet_of_names::{Filtered, NAME_SERVER, OTHER_PORT, http, named, say, tls},
@@ -135,6 +140,38 @@ async fn questions_are_answered_over_tcp_too_and_only_for_addresses() {
         }
     }
     assert_eq!(guest.look_up("a.example").await, Ok(vec![address(INTERNET)]), "and goes on");
+    drop(slot);
+    pool.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn many_equal_questions_at_once_are_one_to_the_name_server() {
+    const MANY: u16 = 40;
+    let filtered = Filtered::new(&[("a.example", &[INTERNET])], &["allow a.example"]).await;
+    let Some(Filtered { names, pool, slot, guest, .. }) = filtered else { return };
+    let held = names.hold();
+    let socket = guest.space.namespace.run(|| UdpSocket::bind("0.0.0.0:0").unwrap()).await.unwrap();
+    socket.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+    for id in 0..MANY {
+        socket.send_to(&dns::ask(id, "a.example").unwrap(), (NAME_SERVER, 53)).unwrap();
+    }
+    // It is refused at once; then all that came before it is under way.
+    let mut answer = [0; 512];
+    socket.send_to(&dns::ask(MANY, "other.example").unwrap(), (NAME_SERVER, 53)).unwrap();
+    let length = socket.recv(&mut answer).unwrap();
+    assert_eq!((&answer[..2], answer[3] & 0xf), (&MANY.to_be_bytes()[..], REFUSED));
+    drop(held);
+    let mut answered = BTreeSet::new();
+    for _ in 0..MANY {
+        let length = socket.recv(&mut answer).unwrap();
+        let id = u16::from_be_bytes([answer[0], answer[1]]);
+        let read = dns::read_answer(&answer[..length], id, "a.example").unwrap();
+        assert_eq!(read.addresses, [address(INTERNET)]);
+        answered.insert(id);
+    }
+    assert_eq!((answered.len(), length > 0), (usize::from(MANY), true), "each has its own answer");
+    assert_eq!(names.times_asked("a.example"), 1);
+    assert!(guest.look_up("a.example").await.is_ok() && names.times_asked("a.example") == 2, "none is kept");
     drop(slot);
     pool.shutdown().await;
 }

@@ -2,7 +2,10 @@
 
 use std::time::Duration;
 
-use wrenn_host_linux::process::{Found, Spawn, find_by_argument};
+use wrenn_host_linux::{
+    cgroup::Hierarchy,
+    process::{Found, Spawn, find_by_argument},
+};
 use wrenn_types::InstanceId;
 
 use super::{
@@ -10,7 +13,7 @@ use super::{
     life::{COLLECTING, crash, far_number},
     world::{Guest, INTERNET, Outcome, World, address, answered, can_run, is_gone},
 };
-use crate::network::{Slot, SlotPool, addresses::SlotNumber, collect};
+use crate::network::{Slot, SlotPool, addresses::SlotNumber, collect, filter::confinement};
 
 /// The filters of a slot.
 fn filters(number: SlotNumber) -> Vec<Found> {
@@ -53,19 +56,105 @@ async fn there_is_one_when_it_is_needed_and_it_ends_with_its_slot() {
     slot.apply(&named(&["offline", "allow a.example"])).await.unwrap();
     assert!(filters(number).is_empty(), "there is nothing to filter");
     slot.apply(&named(&["allow a.example"])).await.unwrap();
-    let [filter] = &filters(number)[..] else { panic!() };
-    let status = std::fs::read_to_string(format!("/proc/{}/status", filter.process.pid())).unwrap();
-    for line in
-        ["Uid:\t65534\t65534\t65534\t65534", "Gid:\t65534\t65534\t65534\t65534", "CapEff:\t0000000000000000"]
-    {
-        assert!(status.contains(line), "{line} is not in {status}");
-    }
+    assert_eq!(filters(number).len(), 1);
     slot.apply(&named(&[])).await.unwrap();
     assert_eq!(filters(number).len(), 1, "it stays for its streams");
     pool.release(slot).await;
     assert!(filters(number).is_empty() && !has_mark(number));
     assert!(is_gone(&world, &instance, number).await);
     pool.shutdown().await;
+}
+
+/// What the kernel says of each thread of a process. In a test there are more of them than one.
+fn threads(pid: u32) -> Vec<String> {
+    let threads = std::fs::read_dir(format!("/proc/{pid}/task")).unwrap();
+    threads.map(|thread| std::fs::read_to_string(thread.unwrap().path().join("status")).unwrap()).collect()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn each_is_a_user_of_its_own_and_can_do_nothing_but_serve() {
+    let zone: &[(_, &[_])] = &[("a.example", &[INTERNET])];
+    let Some(Filtered { pool, slot, guest, .. }) = Filtered::new(zone, &["allow a.example"]).await else {
+        return;
+    };
+    let mut other = pool.take().await.unwrap();
+    other.apply(&named(&["allow a.example"])).await.unwrap();
+    let mut users = Vec::new();
+    for number in [slot.number(), other.number()] {
+        let [filter] = &filters(number)[..] else { panic!() };
+        let (pid, user) = (filter.process.pid(), confinement::user(number));
+        let threads = threads(pid);
+        for status in &threads {
+            let none = "0000000000000000";
+            for line in [
+                format!("Uid:\t{user}\t{user}\t{user}\t{user}\n"),
+                format!("Gid:\t{user}\t{user}\t{user}\t{user}\n"),
+                "Groups:\t \n".to_owned(),
+                format!("CapInh:\t{none}\nCapPrm:\t{none}\nCapEff:\t{none}\n"),
+            ] {
+                assert!(status.contains(&line), "{line} is not in {status}");
+            }
+        }
+        // The thread that reads what a guest sends: in a test it is not the only one.
+        let confined = |status: &&String| status.contains("NoNewPrivs:\t1") && status.contains("Seccomp:\t2");
+        assert_eq!(threads.iter().filter(confined).count(), 1, "{threads:?}");
+        let limits = std::fs::read_to_string(format!("/proc/{pid}/limits")).unwrap();
+        let limit = |name: &str| {
+            let line = limits.lines().find_map(|line| line.strip_prefix(name)).unwrap();
+            line.split_whitespace().take(2).map(|word| word.parse().unwrap()).collect::<Vec<u64>>()
+        };
+        for (name, value) in [
+            ("Max open files", 1024),
+            ("Max data size", 128 << 20),
+            ("Max processes", 0),
+            ("Max file size", 0),
+            ("Max core file size", 0),
+            ("Max locked memory", 0),
+        ] {
+            assert_eq!(limit(name), [value, value], "{name}");
+        }
+        users.push(user);
+    }
+    assert!(users[0] != users[1] || users[0] == 65_534, "{users:?}");
+
+    // And it works, with all of that.
+    assert_eq!(guest.look_up("a.example").await, Ok(vec![address(INTERNET)]));
+    let answers = (0..32).map(|_| guest.talk(INTERNET, 443, tls("a.example")));
+    assert!(futures::future::join_all(answers).await.iter().all(Outcome::is_answer));
+    drop((slot, other));
+    pool.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn where_there_are_control_groups_each_has_one_that_goes_with_it() {
+    if !can_run() {
+        return;
+    }
+    let world = World::new().await;
+    let config = world.config(0);
+    let hierarchy = match Hierarchy::open(config.instance.as_str()) {
+        Ok(hierarchy) => hierarchy,
+        Err(absent) => {
+            println!("skipped: {absent}");
+            return;
+        }
+    };
+    let pool = SlotPool::start(config).await.unwrap();
+    let mut slot = pool.take().await.unwrap();
+    slot.apply(&named(&["allow a.example"])).await.unwrap();
+    let name = format!("filter-{}", slot.number());
+    assert_eq!(hierarchy.names().unwrap(), std::slice::from_ref(&name));
+    let members = || hierarchy.group(&name).processes().unwrap();
+    let [first] = members()[..] else { panic!("{:?}", members()) };
+    assert_eq!(filters(slot.number())[0].process.pid(), first);
+    // The next one of the slot is in there too.
+    filters(slot.number())[0].process.kill().unwrap();
+    until(async || matches!(hierarchy.group(&name).processes().as_deref(), Ok([next]) if *next != first))
+        .await;
+    pool.release(slot).await;
+    assert!(hierarchy.names().unwrap().is_empty());
+    pool.shutdown().await;
+    hierarchy.close();
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -103,7 +103,17 @@ impl Names {
 
     /// Whether the name server was asked for a name.
     pub(super) fn was_asked(&self, name: &str) -> bool {
-        self.asked.lock().unwrap().iter().any(|asked| asked == name)
+        self.times_asked(name) > 0
+    }
+
+    /// How often it was.
+    pub(super) fn times_asked(&self, name: &str) -> usize {
+        self.asked.lock().unwrap().iter().filter(|asked| *asked == name).count()
+    }
+
+    /// It answers nothing for as long as this is held.
+    pub(super) fn hold(&self) -> impl Drop + use<'_> {
+        self.zone.lock().unwrap()
     }
 }
 
