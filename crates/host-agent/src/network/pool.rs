@@ -57,11 +57,6 @@ pub struct PoolConfig {
     pub policy: Policy,
 }
 
-impl PoolConfig {
-    /// How many slots are kept ready if nobody says.
-    pub const DEFAULT_READY: usize = 4;
-}
-
 /// The slots of one instance. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct SlotPool {

@@ -33,7 +33,7 @@ pub(crate) fn cases() -> Vec<OwnCase> {
     ]
 }
 
-/// What of an instance is on the machine: processes and directories.
+/// What of an instance is on the machine: processes, directories, namespaces, control groups.
 pub(crate) fn left_of(instance: &str) -> Result<Vec<String>> {
     let mut left = Vec::new();
     if process_exists(&format!("guest=wrenn-{instance}-"))? {
@@ -42,6 +42,7 @@ pub(crate) fn left_of(instance: &str) -> Result<Vec<String>> {
     if let Ok(entries) = std::fs::read_dir(format!("/run/wrenn/{instance}/vm")) {
         left.extend(entries.flatten().map(|entry| entry.path().display().to_string()));
     }
+    left.extend(crate::host::groups(instance).map(|groups| format!("control groups {groups:?}")));
     for entry in std::fs::read_dir("/run/wrenn/slots").into_iter().flatten().flatten() {
         if std::fs::read_to_string(entry.path()).is_ok_and(|owner| owner.contains(instance)) {
             let name = format!("/run/netns/wrenn-ns-{}", entry.file_name().to_string_lossy());

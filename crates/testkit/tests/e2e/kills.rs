@@ -8,7 +8,8 @@
 //!
 //! Some sandboxes only run, others are paused, resumed, snapshotted, rolled back and forked all the time, and some
 //! come and go. None that was there may be lost. The audit compares what the API lists with the processes and the
-//! records on the machine: what was half-made is gone.
+//! records on the machine, and with all that there is of its network, control groups and directories ([`crate::host`]):
+//! what was half-made is gone.
 
 use std::{
     collections::BTreeSet,
@@ -28,6 +29,7 @@ use wrenn_testkit::{Answer, Client, Stack, StackOptions};
 use crate::{
     context::{OwnCase, Sandbox, own_case},
     faults::{agent_of, eventually},
+    host,
     soak::{Numbers, entries, is_whole, leaves_nothing, seed, spread},
 };
 
@@ -60,8 +62,8 @@ struct Resident {
 }
 
 impl Resident {
-    async fn create(client: Client) -> Result<Self> {
-        let mut sandbox = Sandbox::create(client).await?;
+    async fn create(client: Client, body: &Value) -> Result<Self> {
+        let mut sandbox = Sandbox::create_with(client, body).await?;
         let id = sandbox.id.clone();
         sandbox
             .output(&format!(
@@ -210,7 +212,10 @@ async fn disagreement(stack: &Stack, instance: &str, client: &mut Client) -> Res
     let live = listed.as_array().map_or(0, Vec::len);
     let (machines, records) = (machines(instance)?, BTreeSet::from_iter(entries(stack, "sandboxes")?));
     let agree = live == there.len() && running == machines && there == records;
-    Ok((!agree).then(|| format!("{listed}\nmachines {machines:?}\nrecords {records:?}")))
+    if !agree {
+        return Ok(Some(format!("{listed}\nmachines {machines:?}\nrecords {records:?}")));
+    }
+    host::difference(stack).await
 }
 
 /// Waits until what is on the machine is what the API lists.
@@ -275,8 +280,10 @@ async fn killed_under_load() -> Result<()> {
     let instance = stack.instance()?;
     let mut numbers = Numbers::new(seed());
     let mut residents = Vec::new();
-    for _ in 0..STEADY + MOVING {
-        residents.push(Resident::create(stack.client()).await?);
+    for number in 0..STEADY + MOVING {
+        // Every other one has a domain filter.
+        let body = [json!({}), json!({ "network": { "allow_domains": ["*.allowed.example"] } })];
+        residents.push(Resident::create(stack.client(), &body[number % 2]).await?);
     }
     let load = Load { client: stack.client(), gate: Arc::default(), end: Arc::default() };
     let mut tasks = JoinSet::new();

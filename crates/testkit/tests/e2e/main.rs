@@ -13,6 +13,7 @@ mod exec;
 mod faults;
 mod files;
 mod guest;
+mod host;
 mod identity;
 mod isolation;
 mod kills;

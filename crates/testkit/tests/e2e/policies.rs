@@ -27,6 +27,7 @@ use wrenn_testkit::{
 use crate::{
     context::{OwnCase, Sandbox, own_case},
     faults::agent_of,
+    host::filters,
     persistence::verb,
 };
 
@@ -315,6 +316,32 @@ async fn controls(uplink: &Uplink) -> Result<()> {
     uplink.forget_packets().await
 }
 
+/// There are so many domain filters, each a user of its own, and none of them may do more than serve.
+fn check_filters(stack: &Stack, count: usize) -> Result<()> {
+    let mut users = BTreeSet::new();
+    let filters = filters(&stack.instance()?);
+    for (slot, pid) in &filters {
+        let status = std::fs::read_to_string(format!("/proc/{pid}/status"))?;
+        let of = |name: &str| {
+            let line = status.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
+            line.unwrap_or_default().split_whitespace().map(str::to_owned).collect::<Vec<_>>()
+        };
+        for (name, value) in [("NoNewPrivs", "1"), ("Seccomp", "2"), ("Threads", "1")] {
+            ensure!(of(name) == [value], "{name} of the filter of slot {slot}: {status}");
+        }
+        for set in ["CapInh", "CapPrm", "CapEff", "CapAmb"] {
+            ensure!(of(set) == ["0000000000000000"], "{set} of the filter of slot {slot}: {status}");
+        }
+        ensure!(of("Uid") == of("Gid") && of("Groups").is_empty(), "slot {slot}: {status}");
+        ensure!(of("Uid").iter().all(|id| *id == of("Uid")[0] && id != "0"), "slot {slot}: {status}");
+        users.extend(of("Uid"));
+    }
+    // In a user namespace without numbers for them, all are nobody.
+    ensure!(users.len() == filters.len() || users == BTreeSet::from(["65534".to_owned()]), "{users:?}");
+    ensure!(filters.len() == count, "filters {filters:?}");
+    Ok(())
+}
+
 async fn hold() -> Result<()> {
     let mut uplink = Uplink::create().await?;
     uplink.watch().await?;
@@ -335,6 +362,8 @@ async fn hold_one(stack: &Stack, row: &Row) -> Result<()> {
         guest.check_far_end(uplink, when).await
     };
     check(&mut guest, "at first").await?;
+    let has_names = row.policy.get("allow_domains").is_some();
+    check_filters(stack, usize::from(has_names)).context("at first")?;
     let targets: BTreeSet<_> = row.reached.iter().filter_map(Place::target).collect();
     let left = uplink.left_sandboxes().await?;
     ensure!(targets.iter().all(|target| left.contains_key(target)), "what leaves is counted: {left:?}");
@@ -355,6 +384,7 @@ async fn hold_one(stack: &Stack, row: &Row) -> Result<()> {
     for one in children.iter_mut().chain([&mut guest]) {
         check(one, "beside others").await?;
     }
+    check_filters(stack, if has_names { 3 } else { 0 }).context("after a fork")?;
     kill(agent_of(stack)?, Signal::SIGKILL)?;
     for one in children.iter_mut().chain([&mut guest]) {
         check(one, "after the agent was killed").await?;

@@ -9,7 +9,10 @@ use tokio::{io::AsyncReadExt as _, task::JoinSet};
 use wrenn_host_linux::netns::NetworkNamespace;
 use wrenn_types::InstanceId;
 
-use super::world::{Guest, INTERNET, PORT, World, answered, can_run, internet, is_gone, policy, rules};
+use super::world::{
+    Guest, INTERNET, OTHER_RESOLVER, Outcome, PORT, RESOLVER, World, answered, can_run, internet, is_gone,
+    policy, rules,
+};
 use crate::network::{
     Policy, Slot, SlotError, SlotPool, Uplink, UplinkError, addresses::SlotNumber, collect, lease::Lease,
     making, nft, ruleset, uplink::OpenUplink,
@@ -82,7 +85,8 @@ async fn fifty_at_once_get_fifty_different_ones() {
     let pool = SlotPool::start(config).await.unwrap();
     let begin = Instant::now();
     let mut takes = JoinSet::new();
-    for index in 0..50 {
+    // Three of them are allowed an address that there is, and each of those another one.
+    for index in 10..60 {
         let pool = pool.clone();
         takes.spawn(async move {
             let mut slot = pool.take().await.unwrap();
@@ -97,6 +101,20 @@ async fn fifty_at_once_get_fifty_different_ones() {
         let rules = rules(&namespace).await;
         assert!(rules.contains(&format!("elements = {{ 203.0.113.{index} }}")), "{rules}");
     }
+    let mut met = 0;
+    for (index, slot) in &slots {
+        let own = format!("203.0.113.{index}");
+        if ![INTERNET, RESOLVER, OTHER_RESOLVER].contains(&&*own) {
+            continue;
+        }
+        let guest = Guest::on(slot, "guest").await;
+        for address in [INTERNET, RESOLVER, OTHER_RESOLVER] {
+            let expected = if address == own { answered("outside") } else { Outcome::Refused };
+            assert_eq!(guest.space.ask(address, PORT).await, expected, "{own} {address}");
+        }
+        met += 1;
+    }
+    assert_eq!(met, 3);
     let slots = slots.into_iter().map(|(_, slot)| slot).collect::<Vec<_>>();
     let mut numbers = slots.iter().map(Slot::number).collect::<Vec<_>>();
     numbers.sort();
@@ -213,6 +231,59 @@ async fn a_number_whose_owner_died_is_cleared_before_its_use() {
     drop(lease);
     collect(&instance, &elsewhere.uplink()).await.unwrap();
     assert!(is_gone(&elsewhere, &instance, far_number(2)).await);
+}
+
+/// A slot with this number and no other, in nobody's pool.
+async fn make(
+    world: &World,
+    instance: &InstanceId,
+    number: SlotNumber,
+    pool: &SlotPool,
+    words: &[&str],
+) -> Slot {
+    let uplink = OpenUplink::open(instance, &world.uplink()).await.unwrap();
+    uplink.prepare().await.unwrap();
+    let made = making::make(Arc::new(uplink), Arc::default(), number, policy(words)).await.unwrap();
+    assert_eq!(made.lease.number(), number);
+    Slot::new(made, pool.requests.clone())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_number_that_is_used_again_knows_nothing_of_its_former_policy() {
+    if !can_run() {
+        return;
+    }
+    let _alone = COLLECTING.lock().await;
+    let (world, instance, number) = (World::new().await, InstanceId::random(), far_number(2));
+    let pool = world.pool(0).await;
+    for is_crash in [false, true, false] {
+        for (words, address, is_reached) in [
+            (&["deny 203.0.113.10", "egress 8000", "ingress 8000"][..], INTERNET, false),
+            (&["dns 203.0.113.53"], INTERNET, true),
+            (&["allow 203.0.113.53"], INTERNET, false),
+            (&["allow a.example"], RESOLVER, false),
+            (&["offline"], RESOLVER, false),
+            (&["dns 203.0.113.53"], RESOLVER, true),
+        ] {
+            let slot = make(&world, &instance, number, &pool, words).await;
+            let guest = Guest::on(&slot, "guest").await;
+            if is_reached {
+                assert_eq!(guest.space.ask(address, PORT).await, answered("outside"), "{words:?}");
+            } else {
+                assert!(!guest.space.probe(address, PORT).await.is_answer(), "{words:?}");
+            }
+            drop(guest);
+            let prepared = slot.into_prepared().unwrap();
+            // A crash leaves everything as it is, but for the lock.
+            if !is_crash {
+                prepared.dismantle().await.unwrap();
+                assert!(is_gone(&world, &instance, number).await);
+            }
+        }
+    }
+    collect(&instance, &world.uplink()).await.unwrap();
+    assert!(is_gone(&world, &instance, number).await);
+    pool.shutdown().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
