@@ -19,15 +19,37 @@ pub(crate) fn write_durably(path: &Utf8Path, bytes: &[u8], mode: u32) -> Snapsho
     let write = || {
         let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(mode).open(path)?;
         file.write_all(bytes)?;
-        file.sync_all()
+        make_durable(&file)
     };
     write().map_err(|source| SnapshotStoreError::file("write", path, source))
+}
+
+/// Waits until what was written to a file, or the names in a directory, are on disk.
+pub(crate) fn make_durable(file: &File) -> io::Result<()> {
+    file.sync_all()?;
+    #[cfg(test)]
+    DURABLE.with_borrow_mut(|told| {
+        if let Some(told) = told {
+            told(file);
+        }
+    });
+    Ok(())
+}
+
+#[cfg(test)]
+type Told = Box<dyn FnMut(&File)>;
+
+#[cfg(test)]
+thread_local! {
+    /// Who is told of each file that is durable now: a test that plays a crash of the host. It calls nothing of this
+    /// module meanwhile.
+    pub(crate) static DURABLE: std::cell::RefCell<Option<Told>> = const { std::cell::RefCell::new(None) };
 }
 
 /// Makes a file, or the names in a directory, durable.
 pub(crate) fn sync(path: &Utf8Path) -> SnapshotStoreResult<()> {
     File::open(path)
-        .and_then(|file| file.sync_all())
+        .and_then(|file| make_durable(&file))
         .map_err(|source| SnapshotStoreError::file("write to disk", path, source))
 }
 

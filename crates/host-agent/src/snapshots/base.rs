@@ -24,7 +24,7 @@ use crate::{
     snapshot_store::{
         Damage, Digest, FileRecord, Manifest as WarmManifest, SnapshotKey, SnapshotStoreError, Subject,
         WarmSnapshot, check_size, digest,
-        files::{remove_directory, rename, sync, write_durably},
+        files::{make_durable, remove_directory, rename, sync, write_durably},
         manifest,
         verified::{self, Content, Form},
     },
@@ -354,7 +354,7 @@ impl Snapshots {
         let make = || {
             let file = OpenOptions::new().write(true).create_new(true).mode(0o400).open(&memory)?;
             file.set_len(bytes)?;
-            file.sync_all()
+            make_durable(&file)
         };
         make().map_err(|source| SnapshotStoreError::file("make", &memory, source))?;
         let digest = digest::of_large_file(&memory)?;
@@ -432,7 +432,7 @@ fn give_name(from: &Utf8Path, to: &Utf8Path) -> SnapshotsResult<Named> {
         let target = OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(to)?;
         copy_content(&source, &target)?;
         target.set_permissions(Permissions::from_mode(0o400))?;
-        target.sync_all()
+        make_durable(&target)
     };
     copy().map_err(|source| SnapshotStoreError::file("copy to", to, source))?;
     Ok(Named::Copied)

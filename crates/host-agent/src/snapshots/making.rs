@@ -18,7 +18,7 @@ use super::{
 };
 use crate::snapshot_store::{
     Damage, FileRecord, LARGEST_STATE, SnapshotStoreError, digest,
-    files::{length, remove_directory, rename, sync, write_durably},
+    files::{length, make_durable, remove_directory, rename, sync, write_durably},
     manifest,
     verified::{self, Content, Form},
 };
@@ -216,7 +216,7 @@ fn finish(path: &Utf8Path) -> SnapshotsResult<u64> {
             },
         )
         .map_err(|source| SnapshotStoreError::file("make read-only", path, source))?;
-    file.sync_all().map_err(|source| SnapshotStoreError::file("write to disk", path, source))?;
+    make_durable(&file).map_err(|source| SnapshotStoreError::file("write to disk", path, source))?;
     length(path)
 }
 

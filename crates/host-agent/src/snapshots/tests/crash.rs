@@ -58,7 +58,7 @@ pub(super) fn prepare(place: &Place) -> BaseKey {
 }
 
 /// Snapshot 2 stands on the same base, and on layers 3 and 1.
-fn commit_second(store: &Snapshots, base: &BaseKey) -> SnapshotsResult<Kept> {
+pub(super) fn commit_second(store: &Snapshots, base: &BaseKey) -> SnapshotsResult<Kept> {
     let layers = [write_layer(store, 3), layer(1)];
     let making = store.begin(snapshot(2))?;
     fill(&making, 2);
@@ -109,7 +109,7 @@ pub(super) fn failing_after(place: &Place, number: usize) -> Snapshots {
 }
 
 /// The numbers of the snapshots, each of which is whole and can be used.
-fn whole(store: &Snapshots) -> Vec<SnapshotId> {
+pub(super) fn whole(store: &Snapshots) -> Vec<SnapshotId> {
     let all = store.all().unwrap();
     all.into_iter()
         .map(|(id, kept)| {
@@ -236,7 +236,7 @@ fn a_crash_at_any_step_of_a_hold_of_zeros_leaves_none_or_a_whole_base() {
 }
 
 /// What nothing reaches, beside what [`prepare`] made.
-fn litter(place: &Place) {
+pub(super) fn litter(place: &Place) {
     let store = place.store();
     store.hold(&place.warm(2)).unwrap();
     write_layer(&store, 7);

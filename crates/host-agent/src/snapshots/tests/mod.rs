@@ -3,6 +3,7 @@
 mod crash;
 pub(crate) mod damage;
 mod digests;
+mod lost;
 mod property;
 
 use std::{
