@@ -1,65 +1,57 @@
-//! The floor: the least that anyone needs to get a first byte out of a guest that is restored.
+//! The floor: the least that anyone needs, as a program that does nothing else, as careful as the product.
 //!
 //! ```text
 //!  made ahead, not timed        timed
-//!  network namespace, disk  ─►  restore the snapshot ─► let it run ─► GET /health, again a millisecond
-//!                                                                     after each refusal ─► first byte
+//!  network namespace, disk  ─►  restore the snapshot ─► let it run ─┬► GET /health ─► first byte
+//!                                                                   └► POST /init, `true` ─► first exec result
+//!
+//!  save      stop ─► devices and the pages of its own written
+//!  fork      stop ─► the same ─► next overlay on top ─► let it run ─► restore a copy ─► first exec result
+//!                                                           how long the machine stood still
+//!  rollback  end the machine ─► restore ─► first exec result
 //! ```
 //!
 //! It restores the same snapshot as the product, with the same VMM and arguments, because it uses the same
-//! driver. It does nothing else: no API, no database, no records, no identity for the guest, no command.
-//! What a create takes on top of it is the price of the product.
+//! driver. It does nothing else: no API, no database, no records. Nothing that it saves is made durable or digested, and no
+//! guest is asked to stand still before. What the product takes on top of it is the price of the product.
 //!
-//! The same program measures a second thing, the *bare command*: after the restore the guest is given its identity
-//! and runs `true`, told so directly by this program, on a connection for each of the two. It tells the price of the
-//! product apart from what the guest itself takes. It is no floor: a create may use one connection for both.
+//! There are two ends of a restore. The first byte of `/health` is what the VMM and the guest's agent take to be there at all,
+//! without an identity for the guest and without a command. The result of a first command is what a user waits for: the
+//! guest is given its identity and runs `true`, on one connection (`bare.rs`).
 //!
-//! What a sandbox was paused as can be restored in the same way ([`Origin::of_paused`]), and a machine that was restored
-//! can be saved as a pause does it ([`Floor::save`]): stopped, its devices and the pages of its own written. Neither is
-//! made durable, digested or recorded: that is the product's price too.
+//! What a sandbox was saved as can be restored in the same way ([`Origin::of_paused`], [`Origin::of_snapshot`]), by
+//! the very files that the product has written. A copy stands on the overlay that the machine had on top, which is why that
+//! machine goes on with another one: without it the disk of the copy would change under it.
 //!
 //! There is one question under way at a time. Asking anew every millisecond, whether or not the guest has
 //! had the time to answer, was tried: the guest then has dozens of connections to accept, and the first
 //! byte comes up to three times as late. That would not be the least that anyone needs.
 
 use std::{
-    collections::BTreeMap,
-    io,
     sync::Arc,
     time::{Duration, Instant},
 };
 
 use anyhow::{Context as _, Result, bail, ensure};
 use camino::{Utf8Path, Utf8PathBuf};
-use tokio::{
-    io::{AsyncReadExt as _, AsyncWriteExt as _},
-    time::timeout,
-};
+use tokio::time::timeout;
 use wrenn_host_agent::{
-    guest::{self, Identity},
     network::{GuestConnector, Policy, PoolConfig, Slot, SlotPool, Uplink},
     rootfs::{Qcow2Store, RootfsStore as _},
     sandbox::record,
     snapshot_store::Manifest,
+    snapshots::About,
 };
-use wrenn_types::{DiskMib, InstanceId, SandboxId, Shape};
+use wrenn_types::{AccessToken, DiskMib, InstanceId, SandboxId, Shape, SnapshotId};
 use wrenn_vmm::{
     DiskFormat, DiskSpec, GuestBundle, MachineSpec, NetworkSpec, SnapshotFiles, Vm, Vmm,
     qemu::{AcceleratorChoice, Qemu, QemuOptions},
 };
 
-/// The port of the guest agent.
-const ENVD_PORT: u16 = 49983;
-/// The user of the template `base`.
-const USER: &str = "user";
-/// How long one restore may take.
-const BOUND: Duration = Duration::from_secs(60);
-/// How long one attempt may take: the host sends a lost first packet again only after a second.
-const ATTEMPT: Duration = Duration::from_millis(250);
-/// How long after a refusal the next attempt is made.
-const PAUSE: Duration = Duration::from_millis(1);
+use crate::bare;
 
-const REQUEST: &[u8] = b"GET /health HTTP/1.1\r\nHost: guest\r\nConnection: close\r\n\r\n";
+/// How long one restore may take, until its guest has answered.
+const BOUND: Duration = Duration::from_secs(60);
 
 /// Everything that restores share.
 #[derive(Debug)]
@@ -84,6 +76,8 @@ pub struct Origin {
     disk: DiskMib,
     /// CPUs and memory.
     shape: Shape,
+    /// What the guest asks of every caller, if it was saved with an identity.
+    token: Option<AccessToken>,
 }
 
 impl Origin {
@@ -98,6 +92,7 @@ impl Origin {
             layer: DiskSpec { path: directory.join("disk"), format: manifest.subject.disk_format },
             disk: manifest.subject.disk,
             shape: manifest.subject.shape,
+            token: None,
         }
     }
 
@@ -108,17 +103,31 @@ impl Origin {
     pub fn of_paused(agent: &Utf8Path, id: &SandboxId) -> Result<Self> {
         let record = record::read(&agent.join("sandboxes"), id).context("the sandbox has no record")?;
         let paused = record.paused.context("the sandbox is not paused")?;
-        let saved = agent.join("snapshots").join(paused.snapshot.as_str());
-        let top = record.layers.first().context("the sandbox has no disk")?;
+        Self::of_snapshot(agent, &paused.snapshot)
+    }
+
+    /// A snapshot with memory, found in the directory of its agent. Its files are in use only by the restore itself.
+    ///
+    /// # Errors
+    /// There is no such snapshot.
+    pub fn of_snapshot(agent: &Utf8Path, id: &SnapshotId) -> Result<Self> {
+        let saved = agent.join("snapshots").join(id.as_str());
+        let text = std::fs::read(saved.join("manifest.json")).context("read the manifest of the snapshot")?;
+        let mut manifest: serde_json::Value =
+            serde_json::from_slice(&text).context("parse the manifest of the snapshot")?;
+        let about: About = serde_json::from_value(manifest["content"]["about"].take())
+            .context("parse what the snapshot is of")?;
+        let top = about.layers.first().context("the snapshot has no disk of its own")?;
         Ok(Self {
             files: SnapshotFiles {
-                memory: agent.join("bases").join(record.base.to_string()).join("memory"),
+                memory: agent.join("bases").join(about.base.as_str()).join("memory"),
                 state: saved.join("state"),
                 pages: Some(saved.join("pages")),
             },
             layer: DiskSpec { path: agent.join("disks").join(top.as_str()), format: DiskFormat::Qcow2 },
-            disk: record.disk,
-            shape: record.shape,
+            disk: about.disk,
+            shape: about.shape,
+            token: Some(about.access_token),
         })
     }
 }
@@ -131,7 +140,7 @@ pub struct Ready {
     connector: GuestConnector,
     spec: MachineSpec,
     /// The machine's directory; it goes when this is dropped.
-    _directory: tempfile::TempDir,
+    directory: tempfile::TempDir,
 }
 
 /// What a guest is asked once it runs.
@@ -139,7 +148,7 @@ pub struct Ready {
 pub enum Question {
     /// `GET /health`, until the first byte of the answer.
     FirstByte,
-    /// `POST /init` and then `true`, until the end of both answers.
+    /// `POST /init` and then `true`, until that has ended.
     Command,
 }
 
@@ -150,8 +159,27 @@ pub struct Answered {
     pub took: Duration,
     vm: Box<dyn Vm>,
     slot: Slot,
-    memory: Utf8PathBuf,
-    _directory: tempfile::TempDir,
+    origin: Origin,
+    /// The top of its disk.
+    disk: DiskSpec,
+    directory: tempfile::TempDir,
+}
+
+/// What there is to be before a machine is forked: the copy's namespace and disk, and the machine's next overlay.
+#[derive(Debug)]
+pub struct ForkReady {
+    copy: Ready,
+    next: DiskSpec,
+    into: SnapshotFiles,
+}
+
+/// A machine that was forked.
+#[derive(Debug)]
+pub struct Forked {
+    /// How long the machine stood still.
+    pub stopped: Duration,
+    /// The copy; it took as long as the whole fork.
+    pub copy: Result<Answered>,
 }
 
 impl Floor {
@@ -166,10 +194,7 @@ impl Floor {
         uplink: Uplink,
         at_once: usize,
     ) -> Result<Self> {
-        let manifest =
-            std::fs::read(directory.join("manifest.json")).context("read the snapshot's manifest")?;
-        let manifest: Manifest =
-            serde_json::from_slice(&manifest).context("parse the snapshot's manifest")?;
+        let manifest = read_manifest(directory)?;
         ensure!(manifest.subject.vmm == *vmm.identity(), "the snapshot is of {:?}", manifest.subject.vmm);
         ensure!(
             manifest.subject.guest == guest.id,
@@ -224,7 +249,7 @@ impl Floor {
             keep_open: vec![slot.lock().context("share the slot's lock")?],
             control_group: None,
         };
-        Ok(Ready { origin, connector: slot.connector(), slot, spec, _directory: directory })
+        Ok(Ready { origin, connector: slot.connector(), slot, spec, directory })
     }
 
     /// Restores and waits for the answer.
@@ -232,24 +257,28 @@ impl Floor {
     /// # Errors
     /// The machine cannot be restored or its guest does not answer within a minute. Nothing is left then.
     pub async fn restore(&self, ready: Ready, question: Question) -> Result<Answered> {
-        let Ready { origin, slot, connector, spec, _directory } = ready;
-        let begin = Instant::now();
+        self.restore_since(Instant::now(), ready, question).await
+    }
+
+    /// The same, with a clock that was started before.
+    async fn restore_since(&self, begin: Instant, ready: Ready, question: Question) -> Result<Answered> {
+        let Ready { origin, slot, connector, spec, directory } = ready;
+        let disk = spec.disk.clone().context("the machine has no disk")?;
         let outcome = timeout(BOUND, async {
             let mut vm = self.vmm.restore(spec, &origin.files).await.context("restore")?;
-            let answered = match vm.resume().await.context("let it run") {
-                Ok(()) => match question {
-                    Question::FirstByte => first_byte(&connector).await,
-                    Question::Command => command(&connector).await,
-                },
-                Err(error) => Err(error),
+            let answered = match (vm.resume().await.context("let it run"), question) {
+                (Ok(()), Question::FirstByte) => {
+                    bare::first_byte(&connector).await;
+                    Ok(())
+                }
+                (Ok(()), Question::Command) => bare::command(&connector, origin.token.as_ref(), BOUND).await,
+                (Err(error), _) => Err(error),
             };
             let took = begin.elapsed();
             anyhow::Ok((vm, answered.map(|()| took)))
         });
         match outcome.await {
-            Ok(Ok((vm, Ok(took)))) => {
-                Ok(Answered { took, vm, slot, memory: origin.files.memory, _directory })
-            }
+            Ok(Ok((vm, Ok(took)))) => Ok(Answered { took, vm, slot, origin, disk, directory }),
             Ok(Ok((mut vm, Err(error)))) => {
                 vm.stop().await.context("stop the machine")?;
                 self.slots.release(slot).await;
@@ -273,15 +302,68 @@ impl Floor {
     /// # Errors
     /// The VMM cannot do it, or the disk is full.
     pub async fn save(&self, answered: &mut Answered, directory: &Utf8Path) -> Result<Duration> {
-        let into = SnapshotFiles {
-            memory: answered.memory.clone(),
-            state: directory.join("state"),
-            pages: Some(directory.join("pages")),
-        };
+        let into = answered.saved_into(directory);
         let begin = Instant::now();
         answered.vm.pause().await.context("stop the CPUs")?;
         answered.vm.snapshot(&into).await.context("save devices and pages")?;
         Ok(begin.elapsed())
+    }
+
+    /// Makes what is to be there before the clock of a fork starts. The machine is going to be saved into `directory`,
+    /// which is to be empty.
+    ///
+    /// # Errors
+    /// The namespace or a disk cannot be made.
+    pub async fn prepare_fork(&self, parent: &Answered, directory: &Utf8Path) -> Result<ForkReady> {
+        let into = parent.saved_into(directory);
+        let Origin { disk, shape, token, .. } = parent.origin.clone();
+        let origin = Origin { files: into.clone(), layer: parent.disk.clone(), disk, shape, token };
+        let next = parent.directory_path()?.join("next");
+        let next = Qcow2Store.clone_disk(&parent.disk, &next, disk).context("make the next overlay")?;
+        Ok(ForkReady { copy: self.prepare_from(origin).await?, next, into })
+    }
+
+    /// Saves a machine, which goes on, and restores a copy of it until that has run a command. Once for each machine.
+    ///
+    /// # Errors
+    /// The VMM cannot save it or let it go on. What becomes of the copy is told apart, since the machine stood still
+    /// in any case.
+    pub async fn fork(&self, parent: &mut Answered, ready: ForkReady) -> Result<Forked> {
+        let ForkReady { copy, next, into } = ready;
+        let begin = Instant::now();
+        let saved = async {
+            parent.vm.pause().await.context("stop the CPUs")?;
+            parent.vm.snapshot(&into).await.context("save devices and pages")?;
+            parent.vm.pivot_disk(&next).await.context("put it on its next overlay")?;
+            parent.vm.resume().await.context("let it go on")
+        };
+        if let Err(error) = saved.await {
+            self.slots.release(copy.slot).await;
+            return Err(error);
+        }
+        let stopped = begin.elapsed();
+        parent.disk = next;
+        Ok(Forked { stopped, copy: self.restore_since(begin, copy, Question::Command).await })
+    }
+
+    /// Ends a machine and restores another one in its place, until that has run a command.
+    ///
+    /// # Errors
+    /// As [`Floor::finish`] and [`Floor::restore`].
+    pub async fn roll_back(&self, machine: Answered, ready: Ready) -> Result<Answered> {
+        let Answered { mut vm, slot, directory, .. } = machine;
+        let begin = Instant::now();
+        let ended = vm.stop().await.context("end the machine");
+        let restored = match ended {
+            Ok(_) => self.restore_since(begin, ready, Question::Command).await,
+            Err(error) => {
+                self.slots.release(ready.slot).await;
+                Err(error)
+            }
+        };
+        self.slots.release(slot).await;
+        drop(directory);
+        restored
     }
 
     /// Ends a machine and gives back what it had.
@@ -320,39 +402,16 @@ pub async fn driver_of(directory: &Utf8Path) -> Result<Arc<dyn Vmm>> {
     Ok(Arc::new(Qemu::detect(options).await.context("find QEMU")?))
 }
 
-/// Asks `GET /health` until the first byte of an answer is there.
-async fn first_byte(connector: &GuestConnector) -> Result<()> {
-    loop {
-        match timeout(ATTEMPT, ask(connector)).await {
-            Ok(Ok(())) => return Ok(()),
-            // Refused: nothing listens yet.
-            Ok(Err(_)) => tokio::time::sleep(PAUSE).await,
-            Err(_) => {}
+impl Answered {
+    fn saved_into(&self, directory: &Utf8Path) -> SnapshotFiles {
+        SnapshotFiles {
+            memory: self.origin.files.memory.clone(),
+            state: directory.join("state"),
+            pages: Some(directory.join("pages")),
         }
     }
-}
 
-/// Makes the guest itself and runs `true` in it.
-async fn command(connector: &GuestConnector) -> Result<()> {
-    let identity = Identity {
-        hostname: Some("bare"),
-        restored: true,
-        entropy: Identity::fresh_entropy(),
-        machine_id: Some(Identity::fresh_machine_id()),
-        access_token: None,
-        env_vars: BTreeMap::new(),
-        default_user: USER,
-        default_workdir: "/home/user",
-        dns_servers: &[],
-        disk_bytes: None,
-    };
-    guest::initialise(connector, &identity, None, BOUND).await.context("POST /init")?;
-    guest::exercise(connector, USER, &["true"], BOUND).await.context("run true")
-}
-
-async fn ask(connector: &GuestConnector) -> io::Result<()> {
-    let mut stream = connector.connect(ENVD_PORT).await?;
-    stream.write_all(REQUEST).await?;
-    let mut byte = [0];
-    stream.read_exact(&mut byte).await.map(drop)
+    fn directory_path(&self) -> Result<&Utf8Path> {
+        Utf8Path::from_path(self.directory.path()).context("the machine's directory is not UTF-8")
+    }
 }

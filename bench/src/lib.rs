@@ -5,6 +5,7 @@
 //! microVM and outside (`bench/GUEST.md`).
 
 pub mod agent;
+mod bare;
 pub mod floor;
 pub mod machine;
 pub mod memory;

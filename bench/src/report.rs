@@ -135,8 +135,8 @@ impl Results {
         let mut text = String::from(
             "# Results\n\n\
              Written by `make bench`; nothing is trimmed. The floor restores the same warm snapshot with the same driver and\n\
-             arguments, its namespace and disk ready, until the first byte of `GET /health`. The bare command does the same, then\n\
-             gives the guest its identity and runs `true` in it, each on a connection of its own, with no API, database or\n\
+             arguments, its namespace and disk ready, until the first byte of `GET /health`. The bare command restores it in the\n\
+             same way, gives the guest its identity and runs `true` in it, on one connection, with no API, database or\n\
              records. A create is measured from before `POST /v1/sandboxes` until the result of `exec true` is there. The three\n\
              take turns in one run. On our side nothing is restored ahead of a request; network namespaces come from the pool\n\
              that the agent keeps.\n\n",

@@ -266,7 +266,7 @@ mod tests {
     }
 
     fn weight(kib: u64) -> Weight {
-        let memory = Memory { processes: 1, pss_kib: kib, rss_kib: kib };
+        let memory = Memory { processes: 1, pss_kib: kib, rss_kib: kib, private_dirty_kib: kib };
         Weight { binary: kib << 10, started: memory, used: memory, last: memory }
     }
 

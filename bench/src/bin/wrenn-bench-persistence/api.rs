@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, ensure};
 use serde_json::{Value, json};
 use wrenn_testkit::{Answer, Client};
+use wrenn_types::SnapshotId;
 
 /// 2^20.
 pub(crate) const MEBIBYTE: u64 = 1 << 20;
@@ -34,6 +35,7 @@ pub(crate) struct Api {
 /// A snapshot of a sandbox that runs.
 #[derive(Debug)]
 pub(crate) struct Snapshotted {
+    pub(crate) id: SnapshotId,
     /// Until it was there.
     pub(crate) took: Duration,
     /// How long no process of the guest ran, as the server says.
@@ -87,7 +89,8 @@ impl Api {
         let body = json!({ "sandbox_id": id, "name": name });
         let answer = self.client.post("/v1/snapshots", &body).await?.expect(201)?;
         let took = begin.elapsed();
-        Ok(Snapshotted { took, stopped: stopped(&answer)? })
+        let id = answer.json()["id"].as_str().context("a snapshot has an id")?.parse()?;
+        Ok(Snapshotted { id, took, stopped: stopped(&answer)? })
     }
 
     /// Puts it back to a snapshot and runs a command.

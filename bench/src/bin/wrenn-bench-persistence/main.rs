@@ -4,27 +4,29 @@
 //! ```text
 //!  a stack of its own ─► for each size: template ─► idle clones: memory of each
 //!                             └─► for each dirty part: a sandbox that holds it
-//!                                   ─► pause ─► floor: restore to first byte, save ─► resume to first command, in turns
-//!                                   ─► snapshot ─► rollback, in turns ─► fork of 1 ─► fork of 20 ─► PERSISTENCE.md
+//!                                   ─► pause, resume ─► snapshot, rollback, fork of 1 ─► fork of 20 ─► PERSISTENCE.md
+//!                                         └ each takes turns with the floor ┘
 //! ```
 //!
-//! The floor restores what the product has just saved, with the same driver and arguments, and saves it again. Nothing
-//! is warmed up, trimmed or tried again: what fails is counted, and then the program fails too. What does not fit into
-//! the machine's memory is left out, and the report says so.
+//! The floor does with the files that the product has just saved what the product does, with the same driver and arguments
+//! and nothing else. Nothing is trimmed or tried again: what fails is counted, and then the program fails too. What does
+//! not fit into the machine's memory is left out, and the report says so.
 
 #![allow(clippy::print_stdout, clippy::print_stderr, reason = "a command line program talks to people")]
 
 mod api;
+mod idle;
 mod report;
+mod rounds;
 
-use std::{path::PathBuf, time::Duration};
+use std::path::PathBuf;
 
 use anyhow::{Context as _, Result, bail, ensure};
 use camino::{Utf8Path, Utf8PathBuf};
 use clap::Parser;
 use wrenn_bench::{
     agent,
-    floor::{self, Floor, Origin, Question},
+    floor::{self, Floor},
     machine::{self, Machine},
 };
 use wrenn_host_agent::{images::Images, network::Uplink};
@@ -33,6 +35,7 @@ use wrenn_types::{MemoryMib, Shape, Vcpus};
 
 use crate::{
     api::{Api, MEBIBYTE},
+    idle::available,
     report::{Case, Results, Size},
 };
 
@@ -40,12 +43,10 @@ use crate::{
 const MUCH: u64 = 256 * MEBIBYTE;
 /// How many rounds such a case has at most.
 const FEW: usize = 3;
-/// The part of the memory that is available which forks may take.
+/// The part of the memory that is available which clones may take.
 const SHARE: (u64, u64) = (2, 3);
 /// What a fork takes beside its dirty pages: the VMM, and what a guest dirties when it goes on.
 const CLONE: u64 = 160 * MEBIBYTE;
-/// How long idle clones are left alone before the memory is read.
-const IDLE: Duration = Duration::from_secs(3);
 
 #[derive(Debug, Parser)]
 #[command(name = "wrenn-bench-persistence", about = "Measure what persists, into bench/PERSISTENCE.md")]
@@ -62,9 +63,12 @@ struct Arguments {
     /// How many children the large fork has.
     #[arg(long, default_value_t = 20)]
     children: u32,
-    /// How many idle clones the memory of one is taken from.
-    #[arg(long, default_value_t = 10)]
+    /// How many idle clones the memory of one is taken from, where they fit.
+    #[arg(long, default_value_t = 16)]
     clones: u32,
+    /// How many times they are made for that.
+    #[arg(long, default_value_t = 3)]
+    clone_rounds: usize,
     /// Where the results go.
     #[arg(long, default_value = concat!(env!("CARGO_MANIFEST_DIR"), "/PERSISTENCE.md"))]
     output: PathBuf,
@@ -102,6 +106,8 @@ struct Bench<'a> {
     floor: &'a Floor,
     /// The directory of the stack's agent.
     agent: Utf8PathBuf,
+    /// What the stack marks everything with.
+    instance: String,
     /// For what the floor saves, on the same file system.
     saved: tempfile::TempDir,
 }
@@ -111,7 +117,8 @@ async fn measure(arguments: &Arguments, stack: &Stack) -> Result<Results> {
         Utf8PathBuf::from_path_buf(path).map_err(|path| anyhow::anyhow!("{} is not UTF-8", path.display()))
     };
     let before = machine::load();
-    let socket = Utf8Path::new("/run/wrenn").join(stack.instance()?).join("agent.sock");
+    let instance = stack.instance()?;
+    let socket = Utf8Path::new("/run/wrenn").join(&instance).join("agent.sock");
     eprintln!("making the warm snapshots that are not there");
     let mut directory = None;
     for memory in &arguments.memory {
@@ -130,7 +137,8 @@ async fn measure(arguments: &Arguments, stack: &Stack) -> Result<Results> {
     let uplink = Uplink::Named(stack.uplink().name().parse()?);
     let floor = Floor::new(vmm, images.guest().bundle.clone(), &directory, uplink, 1).await?;
     let saved = tempfile::tempdir_in(stack.dir())?;
-    let bench = Bench { arguments, api: Api::new(stack.client()), floor: &floor, agent, saved };
+    let api = Api::new(stack.client());
+    let bench = Bench { arguments, api, floor: &floor, agent, instance, saved };
     let sizes = bench.sizes().await;
     floor.close().await;
     Ok(Results {
@@ -139,7 +147,6 @@ async fn measure(arguments: &Arguments, stack: &Stack) -> Result<Results> {
         load: [before, machine::load()],
         sizes: sizes?,
         children: arguments.children,
-        clones: arguments.clones,
     })
 }
 
@@ -147,33 +154,14 @@ impl Bench<'_> {
     async fn sizes(mut self) -> Result<Vec<Size>> {
         let mut sizes = Vec::new();
         for memory in self.arguments.memory.clone() {
-            eprintln!("{memory} MiB: {} idle clones", self.arguments.clones);
-            let clone_bytes = self.idle_clones(memory).await?;
+            let idle = self.idle_clones(memory).await?;
             let mut cases = Vec::new();
             for percent in self.arguments.dirty.clone() {
                 cases.push(self.case(memory, percent).await?);
             }
-            sizes.push(Size { memory_mib: memory, clone_bytes, cases });
+            sizes.push(Size { memory_mib: memory, idle, cases });
         }
         Ok(sizes)
-    }
-
-    /// What the machine has less of for each clone that does nothing.
-    async fn idle_clones(&mut self, memory: u64) -> Result<i64> {
-        let mut ids = Vec::new();
-        // The first one maps the template, and the others share it.
-        ids.push(self.api.create(memory).await?);
-        tokio::time::sleep(IDLE).await;
-        let before = available()?;
-        for _ in 0..self.arguments.clones {
-            ids.push(self.api.create(memory).await?);
-        }
-        tokio::time::sleep(IDLE).await;
-        let taken = i64::try_from(before)? - i64::try_from(available()?)?;
-        for id in &ids {
-            self.api.delete(id).await?;
-        }
-        Ok(taken / i64::from(self.arguments.clones.max(1)))
     }
 
     async fn case(&mut self, memory: u64, percent: u64) -> Result<Case> {
@@ -183,14 +171,11 @@ impl Bench<'_> {
         let mut case = Case::new(percent);
         let id = self.api.create(memory).await?;
         self.api.dirty(&id, dirty).await?;
-        for _ in 0..count {
-            self.pause_and_resume(&id, &mut case).await?;
+        for round in 0..count {
+            self.pause_and_resume(&id, round, &mut case).await?;
         }
         for _ in 0..count {
-            self.snapshot_and_rollback(&id, &mut case).await?;
-        }
-        for _ in 0..count {
-            case.fork_one.add(self.api.fork(&id, 1).await);
+            self.snapshot_and_fork(&id, &mut case).await?;
         }
         let children = self.arguments.children;
         let needed = u64::from(children) * (dirty + CLONE);
@@ -203,49 +188,6 @@ impl Bench<'_> {
         self.api.delete(&id).await?;
         Ok(case)
     }
-
-    async fn pause_and_resume(&mut self, id: &str, case: &mut Case) -> Result<()> {
-        let paused = self.api.pause(id).await;
-        let is_paused = paused.is_ok();
-        case.pause.add(paused);
-        if !is_paused {
-            return Ok(());
-        }
-        case.paused_bytes = directory_bytes(&self.agent)?;
-        let origin = Origin::of_paused(&self.agent, &id.parse()?)?;
-        let ready = self.floor.prepare_from(origin).await?;
-        let answered = self.floor.restore(ready, Question::FirstByte).await;
-        case.floor_resume.add(answered.as_ref().map(|answered| answered.took));
-        if let Ok(mut answered) = answered {
-            let into = tempfile::tempdir_in(self.saved.path())?;
-            let directory = Utf8Path::from_path(into.path()).context("the directory is not UTF-8")?;
-            case.floor_pause.add(self.floor.save(&mut answered, directory).await);
-            self.floor.finish(answered).await?;
-        }
-        case.resume.add(self.api.resume_and_run(id).await);
-        Ok(())
-    }
-
-    async fn snapshot_and_rollback(&mut self, id: &str, case: &mut Case) -> Result<()> {
-        match self.api.snapshot(id, "bench").await {
-            Ok(made) => {
-                case.snapshot.add(Ok::<_, anyhow::Error>(made.took));
-                case.stopped.add(Ok::<_, anyhow::Error>(made.stopped));
-                case.rollback.add(self.api.rollback_and_run(id, "bench").await);
-                self.api.forget_snapshot("bench").await?;
-            }
-            Err(error) => case.snapshot.add(Err::<Duration, _>(error)),
-        }
-        Ok(())
-    }
-}
-
-/// What the host could give to a new program.
-fn available() -> Result<u64> {
-    let text = std::fs::read_to_string("/proc/meminfo").context("read /proc/meminfo")?;
-    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"));
-    let kib = line.and_then(|line| line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok());
-    Ok(kib.context("/proc/meminfo names no MemAvailable")? * 1024)
 }
 
 /// What the saved states and the layers in the directory of an agent take on the disk.
@@ -291,6 +233,5 @@ mod tests {
         std::fs::File::create(agent.join("disks/sparse")).unwrap().set_len(1 << 30).unwrap();
         let bytes = directory_bytes(agent).unwrap();
         assert!((65536..1 << 20).contains(&bytes), "{bytes}");
-        assert!(available().unwrap() > 0);
     }
 }
