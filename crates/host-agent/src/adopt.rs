@@ -33,14 +33,14 @@ use crate::{
     network::SlotError,
     registry::Registry,
     sandbox::{
-        SandboxSpec,
+        SandboxSpec, bounds,
         driver::{Beginning, chain},
         host::Host,
         record::{self, Ledger, Left, PausedRecord, Record, RecordError, SandboxDir},
         regain::{end_uncontrolled, regain},
+        within::{Overdue, within},
     },
     snapshots::Kept,
-    warm::blocking,
 };
 
 /// How long a killed process may take to be gone.
@@ -307,7 +307,12 @@ pub async fn take_over(host: &Arc<Host>, registry: &Registry, stock: Stock) -> R
     }
     for dir in stock.remains {
         taken.removed.extend(dir.path().file_name().and_then(|name| name.parse().ok()));
-        blocking(move || dir.remove()).await.map_err(CollectError::Record)?;
+        let path = dir.path().to_owned();
+        match within(bounds::REMOVE, move || dir.remove()).await {
+            Ok(removed) => removed.map_err(CollectError::Record)?,
+            // It is nobody's, and the next agent finds what is left of it.
+            Err(Overdue(bound)) => tracing::warn!(%path, ?bound, "what was half-made stays for now"),
+        }
     }
     Ok(taken)
 }

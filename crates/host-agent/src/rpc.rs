@@ -15,14 +15,15 @@ use crate::{
     control_plane_loss::Sessions,
     registry::{CreateError, Registry},
     sandbox::{
-        End, Handle, Outcome, RequestError, SandboxSpec, Settings, Stage, Status,
+        End, Handle, Outcome, RequestError, SandboxSpec, Settings, Stage, Status, bounds,
         bring_up::BringUpError,
         driver::{OperationError, chain},
         queue::{Denied, Verb},
         source::SourceError,
+        within::{Overdue, within},
     },
     snapshots::{Extent, Kept},
-    warm::{WarmRequest, blocking},
+    warm::WarmRequest,
 };
 
 mod metrics;
@@ -145,9 +146,16 @@ fn not_done(error: RequestError) -> ConnectError {
         | OperationError::BringUp(BringUpError::Source(
             SourceError::Unprepared(_) | SourceError::DiskOnly(_) | SourceError::Snapshot(_),
         )) => ConnectError::failed_precondition(message),
-        OperationError::BringUp(BringUpError::Timeout { .. }) => ConnectError::deadline_exceeded(message),
+        OperationError::Timeout { .. } | OperationError::BringUp(BringUpError::Timeout { .. }) => {
+            ConnectError::deadline_exceeded(message)
+        }
         _ => ConnectError::unavailable(message),
     }
+}
+
+/// Of a step that was waited for no longer.
+fn overdue(step: &str, Overdue(bound): Overdue) -> ConnectError {
+    ConnectError::deadline_exceeded(format!("{step} took longer than {bound:?}"))
 }
 
 /// The code by which a caller can tell what to do about a failed bring-up.
@@ -289,7 +297,8 @@ impl wire::HostAgentService for Service {
         if status.stage.has_guest() {
             let (host, id) = (Arc::clone(self.registry.host()), handle.spec().id.clone());
             // A layer may go between the look at the record and this one: then nothing is said of it.
-            message.disk_used_bytes = blocking(move || host.disk_used_bytes(&id)).await;
+            message.disk_used_bytes =
+                within(bounds::LOOK, move || host.disk_used_bytes(&id)).await.unwrap_or_default();
         }
         Response::ok(wire::GetSandboxResponse { sandbox: message.into(), ..Default::default() })
     }
@@ -400,7 +409,8 @@ impl wire::HostAgentService for Service {
         _request: ServiceRequest<'_, wire::ListSnapshotsRequest>,
     ) -> ServiceResult<wire::ListSnapshotsResponse> {
         let snapshots = self.registry.host().snapshots.clone();
-        let all = blocking(move || snapshots.all()).await;
+        let all = within(bounds::LOOK, move || snapshots.all()).await;
+        let all = all.map_err(|late| overdue("looking at the snapshots", late))?;
         let all = all.map_err(|error| ConnectError::unavailable(chain(&error)))?;
         let mut listed = Vec::with_capacity(all.len());
         for (id, kept) in all {
@@ -428,7 +438,9 @@ impl wire::HostAgentService for Service {
             return Err(ConnectError::failed_precondition("it is what a paused sandbox is saved as"));
         }
         let snapshots = host.snapshots.clone();
-        let deleted = blocking(move || snapshots.delete(&id)).await;
+        // Repeated, it goes on where it was.
+        let deleted = within(bounds::REMOVE, move || snapshots.delete(&id)).await;
+        let deleted = deleted.map_err(|late| overdue("deleting the snapshot", late))?;
         deleted.map_err(|error| ConnectError::unavailable(chain(&error)))?;
         host.collect_soon();
         Response::ok(wire::DeleteSnapshotResponse::default())
@@ -541,8 +553,21 @@ impl Service {
     }
 
     async fn find_snapshot(&self, id: SnapshotId) -> Result<Kept, ConnectError> {
-        let (snapshots, wanted) = (self.registry.host().snapshots.clone(), id.clone());
-        match blocking(move || snapshots.get(&wanted)).await {
+        let store = &self.registry.host().snapshots;
+        let (snapshots, wanted) = (store.clone(), id.clone());
+        let found = within(bounds::LOOK, move || snapshots.find(&wanted)).await;
+        let found = found.map_err(|late| overdue("finding the snapshot", late))?;
+        // How long its contents may take is known from its manifest.
+        let read = match found {
+            Ok(Some(kept)) => {
+                let (snapshots, wanted) = (store.clone(), id.clone());
+                let bound = bounds::find(kept.about.shape.memory);
+                let read = within(bound, move || snapshots.get(&wanted)).await;
+                read.map_err(|late| overdue("reading the snapshot", late))?
+            }
+            found => found,
+        };
+        match read {
             Ok(Some(kept)) => Ok(kept),
             Ok(None) => Err(ConnectError::not_found(format!("there is no snapshot {id} here"))),
             Err(error) => Err(ConnectError::failed_precondition(chain(&error))),

@@ -9,6 +9,8 @@
 //! | save | the memory, looked through and written; the copy of a disk that has no layers |
 //! | commit | pages and layers, made durable; pages, read for their digest |
 //!
+//! What moves next to nothing has a bound that does not depend on anything: [`RECORD`], [`LOOK`], [`REMOVE`].
+//!
 //! A bound that is too long costs patience on a disk that hangs, and a destroy waits for none of these steps. One that
 //! is too short makes a large sandbox that cannot be saved or brought back.
 
@@ -30,13 +32,20 @@ const SAVE: Duration = Duration::from_secs(60);
 /// To make a small snapshot durable on a disk that is busy.
 const COMMIT: Duration = Duration::from_secs(60);
 
+/// To write a record of a few KiB on a disk that is busy.
+pub(crate) const RECORD: Duration = Duration::from_secs(60);
+/// To look at small files: manifests, devices, and the sizes of the others.
+pub(crate) const LOOK: Duration = Duration::from_secs(60);
+/// To remove a snapshot, a layer or what there is of a sandbox. No content is read, and little is written.
+pub(crate) const REMOVE: Duration = Duration::from_secs(60);
+
 /// How long a slow disk takes for so many bytes.
 pub(crate) fn moving(bytes: u64) -> Duration {
     Duration::from_secs(bytes.div_ceil(SLOW_DISK))
 }
 
 /// For finding what a machine of so much memory is made from, if that is there.
-pub(super) fn find(memory: MemoryMib) -> Duration {
+pub(crate) fn find(memory: MemoryMib) -> Duration {
     FIND + moving(memory.bytes()) * 2
 }
 

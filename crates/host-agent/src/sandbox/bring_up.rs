@@ -42,8 +42,9 @@ use super::{
     Phase, SandboxSpec, bounds,
     host::Host,
     machine::{Machine, gone, remove_run_dir},
-    record::{FORMAT, Ledger, MachineRecord, Record, SandboxDir},
+    record::{FORMAT, Ledger, MachineRecord, Record},
     source::{Source, Start},
+    within::{Overdue, within},
 };
 use crate::{
     guest::{self, Identity, IdleConnection},
@@ -306,8 +307,14 @@ impl WithDisk {
     async fn undo(self, error: BringUpError) -> BringUpError {
         let host = Arc::clone(&self.course.host);
         let path = self.disk.path;
-        if let Err(error) = blocking(move || host.disks.remove(&path)).await {
-            tracing::warn!(layer = %self.layer, error = &error as &dyn std::error::Error, "the layer stays until the next collection");
+        match within(bounds::REMOVE, move || host.disks.remove(&path)).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => {
+                tracing::warn!(layer = %self.layer, error = &error as &dyn std::error::Error, "the layer stays until the next collection");
+            }
+            Err(Overdue(bound)) => {
+                tracing::warn!(layer = %self.layer, ?bound, "the layer stays for now: its removal takes long");
+            }
         }
         error
     }
@@ -355,11 +362,9 @@ impl WithSlot {
                     former: None,
                     obsolete: None,
                 };
-                let make = blocking(move || {
-                    SandboxDir::create(&host.sandboxes_dir, &record)
-                        .map(|dir| (Arc::new(Ledger::new(dir, record)), None))
-                });
-                self.before.course.timer.time("record", make).await
+                let make = Ledger::create(&host.sandboxes_dir, record);
+                let made = self.before.course.timer.time("record", make).await;
+                made.map(|ledger| (Arc::new(ledger), None))
             }
             Recording::Change(ledger) => {
                 let former = ledger.record();

@@ -27,6 +27,7 @@ use super::{
     host::Host,
     keeping::Keeping,
     record::{CaptureRecord, Record, RecordError},
+    within::{Overdue, within},
 };
 use crate::{
     guest::{self, GuestError, Identity},
@@ -214,7 +215,9 @@ pub(super) async fn capture(
 
 async fn begin(host: &Arc<Host>, into: &SnapshotId) -> Result<Making, CaptureError> {
     let (snapshots, into) = (host.snapshots.clone(), into.clone());
-    blocking(move || snapshots.begin(into)).await.map_err(CaptureError::Store)
+    let begun = within(bounds::LOOK, move || snapshots.begin(into)).await;
+    let late = |Overdue(bound)| CaptureError::Timeout { step: "beginning the snapshot", bound };
+    begun.map_err(late)?.map_err(CaptureError::Store)
 }
 
 /// What is to be said of what is saved.

@@ -34,6 +34,7 @@ use wrenn_vmm::{ExitReason, VmmError};
 use super::{
     Deadline, End, Footing, Guest, Handle, Outcome, PausedStatus, SandboxSpec, Shared, Stage, Status,
     activity::Activity,
+    bounds,
     bring_up::{self, BringUpError, Cancel, Persona, Recording, Up},
     deadline,
     host::Host,
@@ -42,11 +43,11 @@ use super::{
     record::{Ledger, PausedRecord, Record},
     regain::RegainError,
     source::From,
+    within::{Overdue, within},
 };
 use crate::{
     metrics::operations::Operation,
     snapshots::{Extent, Kept},
-    warm::blocking,
 };
 
 /// How long after a clock's action failed it is tried again.
@@ -495,16 +496,23 @@ impl Driver {
     /// Deletes what a sandbox was saved as; whether that is gone.
     async fn forget_snapshot(&self, snapshot: SnapshotId) -> bool {
         let (snapshots, id) = (self.host.snapshots.clone(), snapshot.clone());
-        let deleted = blocking(move || match snapshots.delete(&id) {
+        let deleted = within(bounds::REMOVE, move || match snapshots.delete(&id) {
             // What has no manifest any more is collected.
             Err(error) if snapshots.find(&id).is_ok_and(|kept| kept.is_none()) => Err((true, error)),
             deleted => deleted.map_err(|error| (false, error)),
-        })
-        .await;
-        if let Err((_, error)) = &deleted {
-            tracing::warn!(%snapshot, error = error as &dyn std::error::Error, "a snapshot that is not needed stays until the next start");
+        });
+        match deleted.await {
+            Ok(Ok(_)) => return true,
+            Ok(Err((is_gone, error))) => {
+                tracing::warn!(%snapshot, error = &error as &dyn std::error::Error, "a snapshot that is not needed stays until the next start");
+                return is_gone;
+            }
+            // It goes a moment later, or when the next agent starts.
+            Err(Overdue(bound)) => {
+                tracing::warn!(%snapshot, ?bound, "a snapshot that is not needed stays for now");
+            }
         }
-        deleted.map_or_else(|(is_gone, _)| is_gone, |_| true)
+        false
     }
 
     /// Takes everything of a sandbox down: the machine, the way to it, what it was saved as, its layers, its record.
@@ -551,8 +559,14 @@ impl Driver {
         let is_more = own.len() != 1 || ledger.record().layers.len() > 1;
         for layer in own {
             let (disks, path) = (Arc::clone(&self.host.disks), self.host.snapshots.layer_path(&layer));
-            if let Err(error) = blocking(move || disks.remove(&path)).await {
-                tracing::warn!(%id, error = &error as &dyn std::error::Error, "a layer stays until the next collection");
+            match within(bounds::REMOVE, move || disks.remove(&path)).await {
+                Ok(Ok(())) => {}
+                Ok(Err(error)) => {
+                    tracing::warn!(%id, error = &error as &dyn std::error::Error, "a layer stays until the next collection");
+                }
+                Err(Overdue(bound)) => {
+                    tracing::warn!(%id, ?bound, "a layer stays for now: its removal takes long")
+                }
             }
         }
         if is_more {

@@ -8,7 +8,7 @@ use tokio::sync::Notify;
 use wrenn_types::{DiskMib, InstanceId, LayerId, SandboxId};
 use wrenn_vmm::{DiskFormat, DiskSpec, Vmm};
 
-use super::{machine::Maker, record};
+use super::{bounds, machine::Maker, record, within::within};
 use crate::{
     images::Images,
     limits::Limits,
@@ -17,7 +17,7 @@ use crate::{
     rootfs::RootfsStore,
     scrub::Scrub,
     snapshots::{Kept, Snapshots},
-    warm::{Warm, blocking},
+    warm::Warm,
 };
 
 /// What every sandbox on this host is made with. Shared; what is in it does not change
@@ -116,7 +116,8 @@ impl Host {
     /// What a snapshot takes of the host's disk; nothing where that cannot be had.
     pub async fn snapshot_bytes(&self, kept: &Kept) -> u64 {
         let (snapshots, kept) = (self.snapshots.clone(), kept.clone());
-        blocking(move || snapshots.own_bytes(&kept)).await.unwrap_or_default()
+        let bytes = within(bounds::LOOK, move || snapshots.own_bytes(&kept)).await;
+        bytes.map(Result::unwrap_or_default).unwrap_or_default()
     }
 
     /// Has layers and bases that nothing stands on collected in a moment.

@@ -6,51 +6,31 @@
 //!  waiter:  … bound, or the end of the sandbox ──► given up? ─► the thread takes away what it has made
 //! ```
 //!
-//! Whichever asks first decides. So nobody is told that there is no snapshot who finds one later, and nothing waits
-//! for a disk that hangs.
+//! Whichever asks first decides ([`Fate`]). So nobody is told that there is no snapshot who finds one later, and nothing
+//! waits for a disk that hangs.
 
-use std::{
-    sync::{
-        Arc,
-        atomic::{AtomicU8, Ordering},
-    },
-    time::Duration,
-};
+use std::{sync::Arc, time::Duration};
 
-use tokio::time::timeout;
 use tokio_util::task::TaskTracker;
 
 use super::{
     capture::CaptureError,
     record::{Ledger, RecordError},
+    within::{Fate, Overdue, decided_within},
 };
-use crate::{
-    snapshots::{Kept, Snapshots, SnapshotsResult},
-    warm::blocking,
-};
-
-const OPEN: u8 = 0;
-const KEPT: u8 = 1;
-const GIVEN_UP: u8 = 2;
+use crate::snapshots::{Kept, Snapshots, SnapshotsResult};
 
 /// What becomes of one snapshot. Clones are the same one.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Keeping {
-    fate: Arc<AtomicU8>,
+    fate: Fate,
     writes: TaskTracker,
 }
 
 impl Keeping {
     /// Gives it up, unless it is kept; whether it is given up now.
     pub(super) fn give_up(&self) -> bool {
-        self.decide(GIVEN_UP)
-    }
-
-    fn decide(&self, fate: u8) -> bool {
-        match self.fate.compare_exchange(OPEN, fate, Ordering::SeqCst, Ordering::SeqCst) {
-            Ok(_) => true,
-            Err(decided) => decided == fate,
-        }
+        self.fate.give_up()
     }
 
     /// Writes the record as it is, durably.
@@ -81,40 +61,20 @@ impl Keeping {
         bound: Duration,
         make: impl FnOnce() -> SnapshotsResult<Kept> + Send + 'static,
     ) -> Result<Kept, CaptureError> {
-        let (keeping, snapshots) = (self.clone(), snapshots.clone());
-        let mut made = std::pin::pin!(blocking(move || {
+        let (fate, snapshots) = (self.fate.clone(), snapshots.clone());
+        let made = decided_within(bound, &self.fate, move || {
             let kept = make()?;
-            if !keeping.decide(KEPT)
+            if !fate.keep()
                 && let Err(error) = snapshots.delete(&kept.id)
             {
                 let id = &kept.id;
                 tracing::warn!(%id, error = &error as &dyn std::error::Error, "a snapshot that was given up stays");
             }
             Ok(kept)
-        }));
-        match timeout(bound, &mut made).await {
+        });
+        match made.await {
             Ok(made) => made.map_err(CaptureError::Store),
-            Err(_) if self.give_up() => {
-                Err(CaptureError::Timeout { step: "making the snapshot durable", bound })
-            }
-            Err(_) => made.await.map_err(CaptureError::Store),
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use proptest::prelude::*;
-
-    proptest! {
-        /// Whoever asks first decides, and everybody is told the same.
-        #[test]
-        fn one_decides(asks in prop::collection::vec(prop::sample::select(vec![KEPT, GIVEN_UP]), 1..6)) {
-            let keeping = Keeping::default();
-            for ask in &asks {
-                prop_assert_eq!(keeping.clone().decide(*ask), *ask == asks[0]);
-            }
+            Err(Overdue(bound)) => Err(CaptureError::Timeout { step: "making the snapshot durable", bound }),
         }
     }
 }

@@ -34,6 +34,7 @@ pub mod regain;
 pub mod source;
 #[cfg(test)]
 mod tests;
+pub(crate) mod within;
 
 use std::{
     collections::BTreeMap,

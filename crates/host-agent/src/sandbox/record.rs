@@ -20,7 +20,8 @@ use std::{
     fs::{self, OpenOptions},
     io::{self, Write as _},
     os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _},
-    sync::{Arc, Mutex, PoisonError},
+    sync::atomic::{AtomicU64, Ordering},
+    time::Duration,
 };
 
 use camino::{Utf8Path, Utf8PathBuf};
@@ -29,7 +30,11 @@ use serde::{Deserialize, Serialize};
 use wrenn_types::{AccessToken, DiskMib, InstanceId, LayerId, SandboxId, Shape, SnapshotId, TemplateName};
 
 use super::{Settings, deadline, machine::Maker};
-use crate::{snapshots::BaseKey, warm::blocking};
+use crate::snapshots::BaseKey;
+
+mod ledger;
+
+pub use ledger::Ledger;
 
 /// The name of the file in the sandbox's directory.
 const FILE: &str = "record.json";
@@ -185,31 +190,63 @@ impl Record {
 
 /// A record could not be kept.
 #[derive(Debug, thiserror::Error)]
-#[error("could not {operation} {path}")]
-pub struct RecordError {
-    operation: &'static str,
-    path: Utf8PathBuf,
-    #[source]
-    source: io::Error,
+pub enum RecordError {
+    /// A step of the file system.
+    #[error("could not {operation} {path}")]
+    File {
+        /// The step.
+        operation: &'static str,
+        /// The file.
+        path: Utf8PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// The disk took too long.
+    #[error("could not {operation} {path} within {bound:?}")]
+    Timeout {
+        /// What was to be done.
+        operation: &'static str,
+        /// With which file.
+        path: Utf8PathBuf,
+        /// How long it may take.
+        bound: Duration,
+    },
 }
 
 impl RecordError {
     /// Whether the disk was full.
     #[must_use]
     pub fn is_no_space(&self) -> bool {
-        matches!(self.source.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
+        let Self::File { source, .. } = self else { return false };
+        matches!(source.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
     }
 }
 
 fn failed(operation: &'static str, path: &Utf8Path) -> impl FnOnce(io::Error) -> RecordError {
     let path = path.to_owned();
-    move |source| RecordError { operation, path, source }
+    move |source| RecordError::File { operation, path, source }
 }
 
 /// The directory of one sandbox, named by its id and readable by its owner only. Its record is in it.
 #[derive(Debug)]
 pub struct SandboxDir {
     path: Utf8PathBuf,
+    /// How many writes were given up. Each may still be at work on its new file, so the next has another name for it.
+    given_up: AtomicU64,
+}
+
+/// A record that was written, durably or not, and has not its name yet.
+#[derive(Debug)]
+struct Fresh {
+    path: Utf8PathBuf,
+    place: Utf8PathBuf,
+}
+
+impl Fresh {
+    fn put_in_place(self) -> Result<(), RecordError> {
+        fs::rename(&self.path, &self.place).map_err(failed("put into place", &self.place))
+    }
 }
 
 impl SandboxDir {
@@ -220,7 +257,7 @@ impl SandboxDir {
     pub fn create(parent: &Utf8Path, record: &Record) -> Result<Self, RecordError> {
         let path = parent.join(record.id.as_str());
         fs::DirBuilder::new().mode(0o700).create(&path).map_err(failed("make", &path))?;
-        let dir = Self { path };
+        let dir = Self::at(path);
         if let Err(error) = dir.write(record) {
             // The first error is the one to tell; what is left is collected at the next start.
             let _ = fs::remove_dir_all(&dir.path);
@@ -237,9 +274,21 @@ impl SandboxDir {
         self.replace(record, true)
     }
 
+    fn at(path: Utf8PathBuf) -> Self {
+        Self { path, given_up: AtomicU64::new(0) }
+    }
+
     fn replace(&self, record: &Record, durably: bool) -> Result<(), RecordError> {
-        let (path, fresh) = (self.path.join(FILE), self.path.join(FRESH));
-        let text = serde_json::to_vec(record).map_err(io::Error::other).map_err(failed("write", &path))?;
+        self.write_fresh(record, durably)?.put_in_place()
+    }
+
+    fn write_fresh(&self, record: &Record, durably: bool) -> Result<Fresh, RecordError> {
+        let fresh = match self.given_up.load(Ordering::SeqCst) {
+            0 => self.path.join(FRESH),
+            number => self.path.join(format!("{FRESH}.{number}")),
+        };
+        let place = self.path.join(FILE);
+        let text = serde_json::to_vec(record).map_err(io::Error::other).map_err(failed("write", &place))?;
         let mut options = OpenOptions::new();
         options.write(true).create(true).truncate(true).mode(0o600);
         let mut file = options.open(&fresh).map_err(failed("make", &fresh))?;
@@ -249,12 +298,12 @@ impl SandboxDir {
         if durably {
             file.sync_data().map_err(failed("sync", &fresh))?;
         }
-        fs::rename(&fresh, &path).map_err(failed("put into place", &path))
+        Ok(Fresh { path: fresh, place })
     }
 
     /// The directory of a sandbox that an earlier agent made.
     fn found(path: Utf8PathBuf) -> Left {
-        let dir = Self { path };
+        let dir = Self::at(path);
         Left { record: dir.read(), dir }
     }
 
@@ -299,86 +348,6 @@ impl SandboxDir {
     }
 }
 
-/// The record of a sandbox that is there, on disk and in memory. Changed by its driver only, one change at a time.
-#[derive(Debug)]
-pub struct Ledger {
-    dir: SandboxDir,
-    record: Mutex<Record>,
-}
-
-impl Ledger {
-    /// The record that is on disk in `dir`.
-    #[must_use]
-    pub fn new(dir: SandboxDir, record: Record) -> Self {
-        Self { dir, record: Mutex::new(record) }
-    }
-
-    /// What it says now.
-    #[must_use]
-    pub fn record(&self) -> Record {
-        self.record.lock().unwrap_or_else(PoisonError::into_inner).clone()
-    }
-
-    /// The layers of its disk, top first.
-    #[must_use]
-    pub fn layers(&self) -> Vec<LayerId> {
-        self.record.lock().unwrap_or_else(PoisonError::into_inner).layers.clone()
-    }
-
-    /// Puts another record in the place of the present one, durably. Blocks on the disk.
-    ///
-    /// # Errors
-    /// The former one is there then.
-    pub fn put(&self, record: Record) -> Result<(), RecordError> {
-        self.dir.write(&record)?;
-        *self.record.lock().unwrap_or_else(PoisonError::into_inner) = record;
-        Ok(())
-    }
-
-    /// Changes the record, durably. It is not broken off by a drop of the future: the thread goes on.
-    ///
-    /// # Errors
-    /// The former one is there then.
-    pub async fn change(self: &Arc<Self>, change: impl FnOnce(&mut Record)) -> Result<(), RecordError> {
-        let mut record = self.record();
-        change(&mut record);
-        let ledger = Arc::clone(self);
-        blocking(move || ledger.put(record)).await
-    }
-
-    /// Makes the record what it was, whether or not that can be written: what is done next follows from it. Where it
-    /// cannot, the next agent finds the one before this, and puts it right.
-    pub async fn put_back(self: &Arc<Self>, former: Record) {
-        let id = former.id.clone();
-        *self.record.lock().unwrap_or_else(PoisonError::into_inner) = former.clone();
-        let ledger = Arc::clone(self);
-        if let Err(error) = blocking(move || ledger.put(former)).await {
-            tracing::warn!(%id, error = &error as &dyn std::error::Error, "the record is put right at the next start");
-        }
-    }
-
-    /// Notes what has happened, for an agent that is started after this one. Of a paused sandbox it is durable; of a
-    /// machine it is not, because machines do not survive their host, and it waits for no disk.
-    ///
-    /// # Errors
-    /// On disk is the former one; it has happened all the same, and what this agent does next follows from it.
-    pub fn note(&self, change: impl FnOnce(&mut Record)) -> Result<(), RecordError> {
-        let mut record = self.record();
-        change(&mut record);
-        *self.record.lock().unwrap_or_else(PoisonError::into_inner) = record.clone();
-        self.dir.replace(&record, record.paused.is_some())
-    }
-
-    /// Removes the directory with the record, and all that is in it.
-    ///
-    /// # Errors
-    /// Why something is still there.
-    pub async fn remove(self: &Arc<Self>) -> Result<(), RecordError> {
-        let ledger = Arc::clone(self);
-        blocking(move || ledger.dir.remove()).await
-    }
-}
-
 /// What was found of a sandbox at the start of an agent.
 #[derive(Debug)]
 pub struct Left {
@@ -414,7 +383,7 @@ pub fn left_behind(parent: &Utf8Path) -> Result<Vec<Left>, RecordError> {
 mod tests {
     use super::*;
 
-    fn record() -> Record {
+    pub(super) fn record() -> Record {
         Record {
             format: FORMAT,
             id: SandboxId::random(),

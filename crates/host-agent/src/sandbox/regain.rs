@@ -9,16 +9,17 @@ use wrenn_host_linux::process::find_by_argument;
 use wrenn_vmm::{AdoptedMachine, VmmError};
 
 use super::{
+    bounds,
     bring_up::Up,
     capture,
     host::Host,
     machine::{Machine, Maker, remove_run_dir},
     record::{Ledger, Record},
+    within::{Overdue, within},
 };
 use crate::{
     network::{Policy, PolicyError, SlotError, addresses::SlotNumber},
     snapshot_store::SnapshotStoreError,
-    warm::blocking,
 };
 
 /// How long a killed process may take to be gone.
@@ -48,6 +49,12 @@ pub enum RegainError {
     /// There is no such base.
     #[error("what its memory stands on is not here")]
     NoBase,
+    /// The base was not read in time.
+    #[error("what its memory stands on was not found within {bound:?}")]
+    Timeout {
+        /// How long it may take.
+        bound: Duration,
+    },
 }
 
 impl RegainError {
@@ -68,7 +75,9 @@ pub async fn regain(host: &Arc<Host>, ledger: &Arc<Ledger>) -> Result<Up, Regain
     let number = SlotNumber::new(machine.slot).map_err(|_| RegainError::Nameless)?;
     let policy = Policy::resolve(&record.settings.network, &host.dns_servers).map_err(RegainError::Policy)?;
     let (snapshots, key) = (host.snapshots.clone(), record.base.clone());
-    let base = blocking(move || snapshots.base(&key)).await.map_err(RegainError::Base)?;
+    let bound = bounds::find(record.shape.memory);
+    let base = within(bound, move || snapshots.base(&key)).await;
+    let base = base.map_err(|Overdue(bound)| RegainError::Timeout { bound })?.map_err(RegainError::Base)?;
     let base = base.ok_or(RegainError::NoBase)?;
     let run_dir = host.run_dir(&machine.name);
     let wanted = AdoptedMachine {

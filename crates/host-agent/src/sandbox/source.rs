@@ -6,7 +6,7 @@
 //!  snapshot of a disk alone ─► manifest ─► the base of zeros beside its ─┘
 //! ```
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, time::Duration};
 
 use wrenn_types::{AccessToken, DiskMib, LayerId, ResourceError, SnapshotId, TemplateName};
 use wrenn_vmm::{DiskSpec, SnapshotFiles};
@@ -18,7 +18,7 @@ use super::{
 use crate::{
     images::ImagesError,
     snapshot_store::SnapshotStoreError,
-    snapshots::{Base, Extent, Kept, KeptMemory},
+    snapshots::{Base, Extent, Kept, KeptMemory, SnapshotsResult},
     warm::{WarmError, WarmRequest, blocking, build_bound},
 };
 
@@ -210,17 +210,15 @@ impl Source {
     async fn of_snapshot(course: &mut Course, kept: Kept, disk: DiskMib) -> Result<Self, BringUpError> {
         let host = std::sync::Arc::clone(&course.host);
         let (snapshots, key) = (host.snapshots.clone(), kept.about.base.clone());
+        let bound = bounds::find(kept.about.shape.memory);
         let (base, start) = match kept.memory() {
             Some(KeptMemory { state, pages }) => {
-                let base = blocking(move || snapshots.base(&key)).await.map_err(SourceError::Snapshot)?;
+                let base = found_base(course, bound, move || snapshots.base(&key)).await?;
                 let base = base.ok_or_else(|| SourceError::NoBase(kept.id.clone()))?;
                 let (memory, state) = (base.memory.clone(), state.to_owned());
                 (base, Start::Restore(SnapshotFiles { memory, state, pages: Some(pages.to_owned()) }))
             }
-            None => {
-                let base = blocking(move || snapshots.hold_zeros(&key)).await;
-                (base.map_err(SourceError::Snapshot)?, Start::Boot)
-            }
+            None => (found_base(course, bound, move || snapshots.hold_zeros(&key)).await?, Start::Boot),
         };
         let about = kept.about;
         let bottom = match about.layers.first() {
@@ -242,4 +240,14 @@ impl Source {
             base,
         })
     }
+}
+
+/// What a snapshot stands on, looked for on a thread that may wait for the disk.
+async fn found_base<T: Send + 'static>(
+    course: &mut Course,
+    bound: Duration,
+    look: impl FnOnce() -> SnapshotsResult<T> + Send + 'static,
+) -> Result<T, BringUpError> {
+    let look = async { blocking(look).await.map_err(|error| SourceError::Snapshot(error).into()) };
+    course.step("base", bound, look).await
 }

@@ -1,6 +1,6 @@
 //! Why something that was asked of a sandbox was not done.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use wrenn_types::SnapshotId;
 use wrenn_vmm::VmmError;
@@ -44,6 +44,14 @@ pub enum OperationError {
     /// It could not be recorded.
     #[error("the change could not be recorded")]
     Record(#[source] RecordError),
+    /// A step took too long. What it was for goes on in vain.
+    #[error("{step} took longer than {bound:?}")]
+    Timeout {
+        /// The step.
+        step: &'static str,
+        /// How long it may take.
+        bound: Duration,
+    },
     /// The policy cannot be.
     #[error("the network policy cannot be put in force")]
     Policy(#[source] PolicyError),

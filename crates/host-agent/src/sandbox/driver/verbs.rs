@@ -20,10 +20,10 @@ use crate::{
         queue::Verb,
         record::{Ledger, PausedRecord, Record},
         source::{From, SourceError},
+        within::{Overdue, within},
     },
     snapshot_store::SnapshotStoreError,
     snapshots::{About, Extent, Kept, KeptMemory},
-    warm::blocking,
 };
 
 /// How many layers a disk may have before the next capture waits until they are one.
@@ -255,7 +255,10 @@ impl Driver {
     /// A snapshot that is there, verified.
     async fn find_snapshot(&self, id: &SnapshotId) -> Result<Kept, OperationError> {
         let (snapshots, wanted) = (self.host.snapshots.clone(), id.clone());
-        let found = blocking(move || snapshots.get(&wanted)).await.map_err(OperationError::Snapshot)?;
+        let bound = bounds::find(self.handle.spec().shape.memory);
+        let found = within(bound, move || snapshots.get(&wanted)).await;
+        let late = |Overdue(bound)| OperationError::Timeout { step: "finding the snapshot", bound };
+        let found = found.map_err(late)?.map_err(OperationError::Snapshot)?;
         found.ok_or_else(|| OperationError::NoSuchSnapshot(id.clone()))
     }
 

@@ -2,15 +2,20 @@
 
 use std::time::Duration;
 
+use rustix::fs::{CWD, FileType, Mode};
 use tokio::time::Instant;
 use wrenn_types::SnapshotId;
 
 use super::{
-    Call, DESTROY_BOUND, Extent, Ground, Manner, Stage, Verb, Vm, World,
-    lives::{RESUME, ask, created, live},
+    Call, DESTROY_BOUND, Extent, Ground, Manner, RequestError, Stage, Verb, Vm, World,
+    lives::{RESUME, ask, created, end, live},
     quiet, record,
 };
-use crate::{config::OnStop, registry::Registry, sandbox::Handle};
+use crate::{
+    config::OnStop,
+    registry::Registry,
+    sandbox::{Handle, bounds, driver::OperationError},
+};
 
 /// Longer than everything may take.
 const FOR_EVER: Duration = Duration::from_secs(1_000_000);
@@ -145,6 +150,46 @@ fn a_destroy_overtakes_a_disk_that_hangs() {
             }
         }
     }
+}
+
+/// The look for what a sandbox is put back to had no bound. The disk hangs here at the manifest: it is a pipe to which
+/// nobody writes.
+#[test]
+fn a_snapshot_that_the_disk_keeps_is_not_waited_for_for_ever() {
+    let ground = Ground::new();
+    let world = World::new(&ground);
+    live(&world, async |registry| {
+        let handle = created(&registry).await;
+        let into = SnapshotId::random();
+        ask(&handle, Verb::Snapshot { into: into.clone() }).await.unwrap();
+        let manifest = world.at("agent/snapshots").join(into.as_str()).join("manifest.json");
+        let text = std::fs::read(&manifest).unwrap();
+        std::fs::remove_file(&manifest).unwrap();
+        rustix::fs::mknodat(CWD, manifest.as_str(), FileType::Fifo, Mode::RUSR | Mode::WUSR, 0).unwrap();
+
+        let bound = bounds::find(handle.spec().shape.memory);
+        let rollback = Verb::Rollback { to: into.clone() };
+        let (told, ()) = tokio::join!(ask(&handle, rollback.clone()), async {
+            // The clock stands still while a thread is waited for.
+            for _ in 0..1000 {
+                tokio::task::yield_now().await;
+            }
+            tokio::time::advance(bound + Duration::from_secs(1)).await;
+        });
+        let Err(RequestError::Failed(error)) = told else { panic!("{told:?}") };
+        let OperationError::Timeout { step: "finding the snapshot", bound: told } = *error else {
+            panic!("{error:?}")
+        };
+        assert_eq!((told, handle.stage()), (bound, Stage::Running));
+
+        // Who reads the pipe gets to its end, and then there is a file again.
+        std::fs::write(&manifest, &text).unwrap();
+        std::fs::remove_file(&manifest).unwrap();
+        std::fs::write(&manifest, &text).unwrap();
+        ask(&handle, rollback).await.unwrap();
+        registry.host().snapshots.delete(&into).unwrap();
+        end(&world, &registry).await;
+    });
 }
 
 /// What is saved outlives its agent, so one that stops waits for what it has begun to save.
