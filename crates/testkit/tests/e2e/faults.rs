@@ -73,7 +73,7 @@ async fn interrupt() -> Result<()> {
 }
 
 /// Every process below this one, itself last.
-fn descendants(pid: u32) -> Vec<u32> {
+pub(crate) fn descendants(pid: u32) -> Vec<u32> {
     let mut found = Vec::new();
     let children = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap_or_default();
     let mut tasks: Vec<u32> = children.split_whitespace().filter_map(|word| word.parse().ok()).collect();

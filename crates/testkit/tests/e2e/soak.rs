@@ -13,7 +13,7 @@ use wrenn_testkit::{Stack, StackOptions};
 
 use crate::{
     context::{OwnCase, Sandbox, own_case},
-    faults::{eventually, left_of},
+    faults::{agent_of, descendants, eventually, left_of},
 };
 
 /// The cases of this file.
@@ -149,6 +149,40 @@ socketserver.TCPServer.allow_reuse_address = True
 socketserver.TCPServer(("127.0.0.1", 8124), Handler).serve_forever()
 "#;
 
+/// How many cycles the agent has made pools, threads and connections after, that stay.
+const WARM: usize = 2;
+/// How long what ends by itself may take: connections that nobody needs, threads that wait for work.
+const SETTLED: Duration = Duration::from_secs(120);
+/// How many threads more there may be: those that wait for the disk come and go with what is under way at once.
+const MORE_THREADS: usize = 8;
+
+/// What an agent holds of its host.
+#[derive(Debug)]
+struct Held {
+    files: usize,
+    threads: usize,
+    /// Machines and filters, and what nobody has waited for.
+    children: usize,
+}
+
+impl Held {
+    fn by(agent: i32) -> Result<Self> {
+        let count = |what: &str| {
+            let path = format!("/proc/{agent}/{what}");
+            Ok::<_, anyhow::Error>(std::fs::read_dir(&path).with_context(|| format!("list {path}"))?.count())
+        };
+        let agent = u32::try_from(agent)?;
+        let children = descendants(agent).len().saturating_sub(1);
+        Ok(Self { files: count("fd")?, threads: count("task")?, children })
+    }
+
+    fn is_within(&self, before: &Self) -> bool {
+        self.files <= before.files
+            && self.threads <= before.threads + MORE_THREADS
+            && self.children <= before.children
+    }
+}
+
 /// Starts a program of Python in the background and waits until it listens.
 async fn start_keeper(sandbox: &mut Sandbox) -> Result<()> {
     let path = sandbox.path("/files?path=/home/user/keeper.py");
@@ -186,7 +220,12 @@ async fn cycles() -> Result<()> {
     start_keeper(&mut sandbox).await?;
     let (mut pauses, mut resumes) = (Vec::new(), Vec::new());
     let first = tell(&mut sandbox, "state").await?;
+    let agent = agent_of(&stack)?.as_raw();
+    let mut held = None;
     for cycle in 0..count {
+        if cycle == WARM {
+            held = Some(Held::by(agent)?);
+        }
         let before = tell(&mut sandbox, &format!("change {}", numbers.below(1 << 32))).await?;
         pauses.push(verb(&mut sandbox, "pause").await?);
         let begin = Instant::now();
@@ -201,10 +240,16 @@ async fn cycles() -> Result<()> {
         ensure!(after == before, "cycle {cycle}: {before} became {after}");
         ensure!(after.split(' ').next() == first.split(' ').next(), "another process: {first} {after}");
     }
+    let before = held.context("there are more cycles than that")?;
+    let settled =
+        eventually(SETTLED, async || Held::by(agent).is_ok_and(|after| after.is_within(&before))).await;
+    let after = Held::by(agent)?;
+    ensure!(settled, "the agent held {before:?} after {WARM} cycles, and {after:?} after {count}");
     sandbox.destroy().await?;
     leaves_nothing(stack).await?;
     println!(
         "soak: pause and resume of a sandbox, {count}, seed {}, memory, files and process the same each time; \
+         the agent held {before:?} and then {after:?}; \
          pause {}; resume to exec {}",
         seed(),
         spread(&mut pauses),

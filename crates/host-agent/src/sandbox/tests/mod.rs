@@ -15,6 +15,7 @@ mod cases;
 mod clocks;
 mod ends;
 mod guest;
+mod held;
 mod lives;
 mod model;
 mod overtaking;
