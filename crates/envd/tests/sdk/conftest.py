@@ -6,7 +6,7 @@
 The SDK's debug mode takes a guest agent without a control plane: `E2B_DEBUG=true`, and `E2B_SANDBOX_URL` for where it is.
 The agent needs the user that E2B's templates have, `user` with the home /home/user. The machine that runs the tests has no
 such user, so the agent gets its own view of /etc/passwd, /etc/group and /home; nothing outside of that view changes.
-It has its own processes too, so that none outlives the tests.
+It has its own processes too, so that none outlives the tests (`agent.sh`).
 
 Every test that takes `sandbox` runs twice: with the SDK's synchronous half and with its asynchronous one (see `clients.py`).
 
@@ -30,18 +30,7 @@ from clients import Async, Sync  # noqa: E402
 USER_ID = 54321
 TOKEN = "a-token-for-the-tests-of-the-sdk"
 
-# Runs inside the new namespaces: makes the view and starts the agent, which must not become process 1, because then it
-# would take itself for the init of a guest. Whatever the tests leave behind ends with the process namespace.
-VIEW = """
-set -eu
-mount --bind "$STATE/passwd" /etc/passwd
-mount --bind "$STATE/group" /etc/group
-mount --bind "$STATE/home" /home
-"$ENVD" agent --listen 127.0.0.1:0 --user user &
-wait
-"""
 NAMESPACES = ["--mount", "--propagation", "private", "--pid", "--fork", "--kill-child", "--mount-proc"]
-
 
 
 class Agent:
@@ -55,7 +44,7 @@ class Agent:
         (state / "passwd").write_text(Path("/etc/passwd").read_text() + user)
         (state / "group").write_text(Path("/etc/group").read_text() + f"user:x:{USER_ID}:\n")
         self._process = subprocess.Popen(
-            ["unshare", *NAMESPACES, "sh", "-c", VIEW],
+            ["unshare", *NAMESPACES, "sh", Path(__file__).with_name("agent.sh")],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             env={**os.environ, "STATE": str(state), "ENVD": os.environ["ENVD"]},
