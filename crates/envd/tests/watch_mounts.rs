@@ -143,14 +143,20 @@ fn waiting_threads(pid: u32) -> usize {
 #[tokio::test]
 async fn threads_that_wait_for_files_are_not_those_on_which_programs_start() {
     let Some(mount) = Mount::new() else { return };
-    let agent = Agent::start();
+    // The mount goes first, also where this fails: until then not even the end of the agent is seen.
+    let (agent, mount) = (Agent::start(), mount);
     let stats = (0..30).map(|index| {
         let (client, path) = (agent.filesystem(), format!("{}/{index}", mount.path()));
         tokio::spawn(async move { drop(client.stat(StatRequest { path, ..Default::default() }).await) })
     });
-    let starts = (0..80).map(|_| {
+    let starts = (0..120).map(|index| {
         let (client, mut start) = (agent.processes(), command(&["true"]));
-        start.process.get_or_insert_default().cwd = Some(format!("{}/directory", mount.path()));
+        let (process, there) = (start.process.get_or_insert_default(), format!("{}/{index}", mount.path()));
+        match index % 3 {
+            0 => process.cwd = Some(there),
+            1 => process.cmd = there,
+            _ => drop(process.envs.insert("PATH".to_owned(), format!("{there}:/usr/bin:/bin"))),
+        }
         tokio::spawn(async move { drop(harness::run_as(&client, start, CallOptions::default()).await) })
     });
     let asked: Vec<_> = stats.chain(starts).collect();

@@ -62,7 +62,8 @@ use crate::{
 };
 
 /// How many threads may block at once: more than `/files`, the filesystem service, its watches, and starts in a directory
-/// that was asked for may have in all, so that whatever does not answer, other programs start.
+/// that was asked for or of a program in an unusual place may have in all, so that whatever does not answer, other programs
+/// start.
 const BLOCKING_THREADS: usize = 72;
 /// How long an idle one is kept. Long, because a restored snapshot should find one ready.
 const THREAD_KEPT_FOR: Duration = Duration::from_secs(3600);

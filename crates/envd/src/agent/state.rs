@@ -110,7 +110,7 @@ pub(crate) struct Agent {
     pub(crate) changing: tokio::sync::Mutex<()>,
     /// Held by the one thread that puts the file systems in order.
     pub(crate) settling: Arc<Semaphore>,
-    /// Held by each start that looks for its directory.
+    /// Held by each start that looks for its directory, or for a program in an unusual place.
     pub(crate) directories: Arc<Semaphore>,
     pub(crate) meter: Meter,
     pub(crate) streams: Streams,

@@ -40,7 +40,7 @@ use wrenn_proto::process as wire;
 pub(crate) use self::{events::keepalive, registry::Registry};
 use self::{
     events::{KILL_LIMIT, Limit, events},
-    launch::{LaunchError, Order, Standard, launch},
+    launch::{LaunchError, Order, Standard, launch, may_wait},
     message::Event,
     registry::Selector,
     running::{Description, InputError, InputKind, Process, Subscription},
@@ -49,8 +49,9 @@ use super::{auth::basic_user, state::Agent, users::UserError};
 use crate::console::chain;
 
 const LIMIT_HEADER: &str = "connect-timeout-ms";
-/// How many starts may look for the directory that they were given, and how long others wait for them. A path can lead to
-/// a file system that does not answer, and then only these wait for it.
+/// How many starts may look for the directory that they were given, or for a program elsewhere than where programs usually
+/// are, and how long others wait for them. A path can lead to a file system that does not answer, and then only these wait
+/// for it: until the kernel has found the program, the thread that starts it waits.
 pub(crate) const DIRECTORY_THREADS: usize = 8;
 const DIRECTORY_PATIENCE: Duration = Duration::from_secs(30);
 /// The longest tag.
@@ -85,8 +86,7 @@ async fn start(
         return Err(ConnectError::resource_exhausted("too many processes are running"));
     }
     let work = async move {
-        let elsewhere = order.config.cwd.as_deref().is_some_and(|path| !path.is_empty());
-        let turn = if elsewhere { Some(turn(&agent).await?) } else { None };
+        let turn = if may_wait(&order) { Some(turn(&agent).await?) } else { None };
         let (order, launched) = tokio::task::spawn_blocking(move || {
             let launched = launch(&order);
             drop(turn);
@@ -101,13 +101,13 @@ async fn start(
     tokio::spawn(work).await.map_err(|_| ConnectError::internal("the start was interrupted"))?
 }
 
-/// Waits until a start may look for its directory.
+/// Waits until a start may look for its directory and its program.
 async fn turn(agent: &Agent) -> Result<OwnedSemaphorePermit, ConnectError> {
     let free = Arc::clone(&agent.directories).acquire_owned();
     match timeout(DIRECTORY_PATIENCE, free).await {
         Ok(Ok(permit)) => Ok(permit),
         Ok(Err(_)) | Err(_) => {
-            Err(ConnectError::resource_exhausted("too many starts wait for their directories"))
+            Err(ConnectError::resource_exhausted("too many starts wait for their directories or programs"))
         }
     }
 }
