@@ -12,6 +12,9 @@
 
 #![allow(clippy::unwrap_used, clippy::print_stdout, reason = "these are tests")]
 
+#[path = "guest/foreign.rs"]
+mod foreign;
+
 use std::{
     collections::BTreeMap,
     os::unix::fs::MetadataExt as _,
@@ -54,7 +57,7 @@ fn main() -> ExitCode {
         Trial::test(name, move || run().map_err(|error| format!("{error:?}").into()))
             .with_ignored_flag(skip.is_some())
     };
-    let trials = vec![
+    let mut trials = vec![
         trial("guest::no_process_runs_between_restore_and_identity", || with_lab(standstill)),
         trial("guest::what_is_prepared_is_written_and_what_is_free_is_trimmed", || {
             with_lab(written_and_trimmed)
@@ -62,6 +65,16 @@ fn main() -> ExitCode {
         trial("guest::a_port_on_loopback_is_reached", || with_lab(loopback_port)),
         trial("guest::a_killed_agent_is_followed_by_one_that_knows_who_it_is", || with_lab(killed_agent)),
     ];
+    let without = foreign::cannot_run();
+    if let Some(reason) = &without {
+        println!("skipped: {reason}");
+    }
+    let foreign = vec![
+        trial("guest::a_root_of_somebody_else_is_served", || with_lab(foreign::root_of_somebody_else)),
+        trial("guest::a_root_with_nothing_but_a_program_is_served", || with_lab(foreign::root_with_nothing)),
+    ];
+    let ignored = skip.is_some() || without.is_some();
+    trials.extend(foreign.into_iter().map(|trial| trial.with_ignored_flag(ignored)));
     libtest_mimic::run(&arguments, trials).exit_code()
 }
 
@@ -182,21 +195,35 @@ impl Lab {
     }
 }
 
-async fn initialise(connector: &GuestConnector, name: &str) -> Result<()> {
-    let entropy = Identity::fresh_entropy();
-    become_itself(connector, name, entropy).await
+/// Who a guest is told that it is, and as whom programs run in it.
+struct Who<'a> {
+    name: &'a str,
+    user: &'a str,
+    directory: &'a str,
 }
 
-async fn become_itself(connector: &GuestConnector, name: &str, entropy: String) -> Result<()> {
+impl<'a> Who<'a> {
+    /// On the template, which has a user.
+    fn named(name: &'a str) -> Self {
+        Self { name, user: "user", directory: "/home/user" }
+    }
+}
+
+async fn initialise(connector: &GuestConnector, name: &str) -> Result<()> {
+    let entropy = Identity::fresh_entropy();
+    become_itself(connector, &Who::named(name), entropy).await
+}
+
+async fn become_itself(connector: &GuestConnector, who: &Who<'_>, entropy: String) -> Result<()> {
     let identity = Identity {
-        hostname: Some(name),
+        hostname: Some(who.name),
         restored: true,
         entropy,
         machine_id: Some(Identity::fresh_machine_id()),
         access_token: None,
         env_vars: BTreeMap::new(),
-        default_user: "user",
-        default_workdir: "/home/user",
+        default_user: who.user,
+        default_workdir: who.directory,
         dns_servers: &[],
         disk_bytes: None,
     };
@@ -240,7 +267,7 @@ async fn standstill(lab: Arc<Lab>) -> Result<()> {
             guest::wait_until_healthy(&clone.connector, BOUND).await?;
         }
         // One that is not given enough to be reseeded with stays closed.
-        let refused = become_itself(&clone.connector, name, "c2hvcnQ=".to_owned()).await;
+        let refused = become_itself(&clone.connector, &Who::named(name), "c2hvcnQ=".to_owned()).await;
         ensure!(refused.is_err(), "an /init with too little entropy");
         ensure!(run(&clone, "true").await.is_err(), "a guest that is not itself runs a program");
         let console = clone.vm.console().await;
