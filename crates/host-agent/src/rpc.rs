@@ -437,6 +437,10 @@ impl wire::HostAgentService for Service {
         if self.registry.all().iter().any(is_pause) {
             return Err(ConnectError::failed_precondition("it is what a paused sandbox is saved as"));
         }
+        // Whoever asked for it may have stopped waiting; to answer that there is none would be to leave it for ever.
+        if self.registry.all().iter().any(|handle| handle.makes(&id)) {
+            return Err(ConnectError::failed_precondition("it is being made"));
+        }
         let snapshots = host.snapshots.clone();
         // Repeated, it goes on where it was.
         let deleted = within(bounds::REMOVE, move || snapshots.delete(&id)).await;

@@ -376,6 +376,12 @@ impl Handle {
         self.inner.requests().generation()
     }
 
+    /// Whether a snapshot of this id is being made of it, or is to be made.
+    #[must_use]
+    pub fn makes(&self, snapshot: &SnapshotId) -> bool {
+        self.inner.requests().makes(snapshot)
+    }
+
     /// How connections to its guest are made, while it has one.
     #[must_use]
     pub fn connector(&self) -> Option<GuestConnector> {

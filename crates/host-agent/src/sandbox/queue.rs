@@ -205,6 +205,15 @@ impl<R> RequestQueue<R> {
         Some(Next::Do(verb))
     }
 
+    /// Whether a snapshot of this id is being made, or is to be made.
+    #[must_use]
+    pub fn makes(&self, id: &SnapshotId) -> bool {
+        self.under_way
+            .iter()
+            .chain(&self.waiting)
+            .any(|operation| matches!(&operation.verb, Verb::Snapshot { into } if into == id))
+    }
+
     /// What was under way is over: those who wait for its outcome.
     pub fn done(&mut self) -> Vec<R> {
         self.under_way.take().map(|operation| operation.replies).unwrap_or_default()
@@ -300,6 +309,18 @@ mod tests {
         assert_eq!(queue.destroy(EndReason::Requested, Some(4)), Err(stale));
         assert_eq!(queue.put(Verb::Pause(Extent::Machine), Some(7), ()), Ok(Queued::Enqueued));
         assert_eq!(queue.generation(), 7);
+    }
+
+    #[test]
+    fn what_is_to_be_made_is_known_until_it_is() {
+        let mut queue = RequestQueue::new(1);
+        let id = SnapshotId::random();
+        assert!(!queue.makes(&id));
+        assert_eq!(queue.put(Verb::Snapshot { into: id.clone() }, None, ()), Ok(Queued::Enqueued));
+        assert!(queue.makes(&id) && !queue.makes(&SnapshotId::random()));
+        assert!(queue.take().is_some() && queue.makes(&id));
+        queue.done();
+        assert!(!queue.makes(&id));
     }
 
     #[test]
