@@ -15,34 +15,34 @@ use camino::Utf8PathBuf;
 use wrenn_host_linux::netns;
 
 /// Where the leases of slots are, for all stacks of the machine.
-pub const SLOTS_DIR: &str = "/run/wrenn/slots";
+pub(super) const SLOTS_DIR: &str = "/run/wrenn/slots";
 
 /// The name of the TAP device in every namespace.
-pub const TAP: &str = "tap0";
+pub(super) const TAP: &str = "tap0";
 /// The name of the namespace's end of the veth pair.
-pub const INNER: &str = "eth0";
+pub(super) const INNER: &str = "eth0";
 /// How the host's ends of all veth pairs begin, of whichever stack.
-pub const OUTER_PREFIX: &str = "wrenn-v-";
+pub(crate) const OUTER_PREFIX: &str = "wrenn-v-";
 /// How the names of all namespaces begin, of whichever stack.
-pub const NAMESPACE_PREFIX: &str = "wrenn-ns-";
+pub(super) const NAMESPACE_PREFIX: &str = "wrenn-ns-";
 
 /// The guest.
-pub const GUEST: Ipv4Addr = Ipv4Addr::new(169, 254, 0, 21);
+pub(super) const GUEST: Ipv4Addr = Ipv4Addr::new(169, 254, 0, 21);
 /// What the guest sends everything to: the address of the TAP device.
-pub const GATEWAY: Ipv4Addr = Ipv4Addr::new(169, 254, 0, 22);
+pub(super) const GATEWAY: Ipv4Addr = Ipv4Addr::new(169, 254, 0, 22);
 /// How many bits of the two name the network.
-pub const GUEST_PREFIX: u8 = 30;
+pub(super) const GUEST_PREFIX: u8 = 30;
 /// The guest's Ethernet address.
-pub const GUEST_MAC: [u8; 6] = [0x02, 0xfc, 0, 0, 0, 0x05];
+pub(super) const GUEST_MAC: [u8; 6] = [0x02, 0xfc, 0, 0, 0, 0x05];
 /// The TAP device's: a restored guest remembers it.
-pub const TAP_MAC: [u8; 6] = [0x02, 0xfc, 0, 0, 0, 0x06];
+pub(super) const TAP_MAC: [u8; 6] = [0x02, 0xfc, 0, 0, 0, 0x06];
 
 /// The network of all veth pairs.
-pub const VETH_NETWORK: Ipv4Addr = Ipv4Addr::new(10, 12, 0, 0);
+pub(super) const VETH_NETWORK: Ipv4Addr = Ipv4Addr::new(10, 12, 0, 0);
 /// How many bits name it.
-pub const VETH_NETWORK_PREFIX: u8 = 16;
+pub(super) const VETH_NETWORK_PREFIX: u8 = 16;
 /// How many bits name one pair.
-pub const VETH_PREFIX: u8 = 31;
+pub(super) const VETH_PREFIX: u8 = 31;
 
 /// A slot, from 1 to 32767. The number is the machine's: whoever holds its lease uses it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]

@@ -24,11 +24,11 @@ const AT_ONCE: usize = 8;
 
 /// What a collection found.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub struct Collected {
+pub(crate) struct Collected {
     /// Slots that nobody held any more. Nothing of them is left.
-    pub removed: Vec<SlotNumber>,
+    pub(crate) removed: Vec<SlotNumber>,
     /// Slots of this instance that are still held: by a VMM of it that lives. They are as they were.
-    pub held: Vec<SlotNumber>,
+    pub(crate) held: Vec<SlotNumber>,
 }
 
 enum Found {
@@ -42,7 +42,7 @@ enum Found {
 ///
 /// # Errors
 /// Something could not be listed, or something of `instance` not be removed. What could be removed is.
-pub async fn collect(instance: &InstanceId, uplink: &Uplink) -> Result<Collected, SlotError> {
+pub(crate) async fn collect(instance: &InstanceId, uplink: &Uplink) -> Result<Collected, SlotError> {
     let uplink = Arc::new(OpenUplink::open(instance, uplink).await.map_err(SlotError::Uplink)?);
     let collected = collect_from(&uplink).await?;
     if collected.held.is_empty() {
@@ -56,7 +56,7 @@ pub async fn collect(instance: &InstanceId, uplink: &Uplink) -> Result<Collected
 ///
 /// # Errors
 /// As [`collect`].
-pub async fn collect_slots(instance: &InstanceId, uplink: &Uplink) -> Result<Collected, SlotError> {
+pub(crate) async fn collect_slots(instance: &InstanceId, uplink: &Uplink) -> Result<Collected, SlotError> {
     let uplink = Arc::new(OpenUplink::open(instance, uplink).await.map_err(SlotError::Uplink)?);
     collect_from(&uplink).await
 }

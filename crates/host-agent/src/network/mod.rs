@@ -34,7 +34,7 @@
 //! if it was off, and stays on. Rules of others that forbid forwarding (a default of Docker's, for one) are
 //! not overruled: where they drop what sandboxes send, an exception for `wrenn-v-*` has to be made there.
 
-pub mod addresses;
+pub(crate) mod addresses;
 mod collect;
 mod error;
 pub mod filter;
@@ -43,9 +43,9 @@ mod making;
 mod netlink;
 mod networks;
 mod nft;
-pub mod policy;
+mod policy;
 mod pool;
-pub mod ruleset;
+mod ruleset;
 mod shaping;
 mod slot;
 #[cfg(test)]
@@ -55,10 +55,10 @@ mod stock;
 mod tests;
 mod uplink;
 
-pub use collect::{Collected, collect, collect_slots};
+pub use addresses::{NotASlot, SlotNumber};
+pub(crate) use collect::{collect, collect_slots};
 pub use error::SlotError;
 pub use netlink::NetlinkError;
-pub use networks::Networks;
 pub use nft::NftError;
 pub use policy::{Bandwidth, Policy, PolicyError};
 pub use pool::{PoolConfig, SlotCounts, SlotPool};

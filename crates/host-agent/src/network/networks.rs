@@ -19,7 +19,7 @@ impl fmt::Display for Range {
 
 /// A set of addresses. Two that hold the same addresses are equal, however they were said.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub struct Networks {
+pub(super) struct Networks {
     /// In order, and between any two of them there is an address that is in neither.
     ranges: Vec<Range>,
 }
@@ -27,7 +27,7 @@ pub struct Networks {
 impl Networks {
     /// All addresses of all of these networks, which may overlap and repeat each other.
     #[must_use]
-    pub fn merged(networks: impl IntoIterator<Item = Cidr>) -> Self {
+    pub(super) fn merged(networks: impl IntoIterator<Item = Cidr>) -> Self {
         let mut parts = networks
             .into_iter()
             .map(|network| Range { first: network.first(), last: network.last() })
@@ -48,13 +48,13 @@ impl Networks {
 
     /// Every address there is.
     #[must_use]
-    pub fn everything() -> Self {
+    pub(super) fn everything() -> Self {
         Self { ranges: vec![Range { first: Ipv4Addr::UNSPECIFIED, last: Ipv4Addr::BROADCAST }] }
     }
 
     /// What is in it and not in the other.
     #[must_use]
-    pub fn without(&self, other: &Self) -> Self {
+    pub(super) fn without(&self, other: &Self) -> Self {
         let mut ranges = Vec::with_capacity(self.ranges.len() + other.ranges.len());
         for range in &self.ranges {
             // None: nothing comes after the last address of all.
@@ -78,13 +78,13 @@ impl Networks {
 
     /// Whether an address is in it.
     #[must_use]
-    pub fn contains(&self, address: Ipv4Addr) -> bool {
+    pub(super) fn contains(&self, address: Ipv4Addr) -> bool {
         self.range_of(address).is_some()
     }
 
     /// Whether every address of a network is in it.
     #[must_use]
-    pub fn covers(&self, network: Cidr) -> bool {
+    pub(super) fn covers(&self, network: Cidr) -> bool {
         self.range_of(network.first()).is_some_and(|range| range.last >= network.last())
     }
 
@@ -96,7 +96,7 @@ impl Networks {
 
     /// As elements of a set of `nft` with the flag `interval`.
     #[must_use]
-    pub fn elements(&self) -> Vec<String> {
+    pub(super) fn elements(&self) -> Vec<String> {
         self.ranges.iter().map(ToString::to_string).collect()
     }
 }

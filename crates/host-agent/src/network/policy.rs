@@ -10,10 +10,7 @@ use std::{net::Ipv4Addr, num::NonZeroU64};
 
 use wrenn_types::{Cidr, NetworkPolicy};
 
-use super::{
-    filter::{Rules, WEB_PORTS},
-    networks::Networks,
-};
+use super::{filter::Rules, networks::Networks};
 
 const fn network(a: u8, b: u8, c: u8, d: u8, prefix: u8) -> Cidr {
     match Cidr::new(Ipv4Addr::new(a, b, c, d), prefix) {
@@ -23,7 +20,7 @@ const fn network(a: u8, b: u8, c: u8, d: u8, prefix: u8) -> Cidr {
 }
 
 /// What no sandbox ever reaches, whatever its policy says. No two of them overlap.
-pub const UNREACHABLE: [Cidr; 13] = [
+pub(super) const UNREACHABLE: [Cidr; 13] = [
     network(0, 0, 0, 0, 8),        // "this host"
     network(10, 0, 0, 0, 8),       // private; our own veth pairs too
     network(100, 64, 0, 0, 10),    // carrier NAT; the metadata of one cloud
@@ -40,7 +37,7 @@ pub const UNREACHABLE: [Cidr; 13] = [
 ];
 
 /// The ports at which names are asked for: in the clear, and over TLS.
-pub const DNS_PORTS: [u16; 2] = [53, 853];
+pub(super) const DNS_PORTS: [u16; 2] = [53, 853];
 
 /// What one sandbox may reach: checked, with the host's choices filled in, and ready to become rules.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -136,14 +133,14 @@ impl Policy {
 
     /// Whether it may reach the internet. Without it, it reaches nothing at all, name servers included.
     #[must_use]
-    pub fn internet(&self) -> bool {
+    pub(super) fn internet(&self) -> bool {
         self.rules.internet
     }
 
     /// What its lists of networks leave: what is allowed and not denied. Without lists it is everything, and what no
     /// sandbox may reach is still to be taken away from it. What names open is not in it.
     #[must_use]
-    pub fn reachable(&self) -> &Networks {
+    pub(super) fn reachable(&self) -> &Networks {
         &self.reachable
     }
 
@@ -156,19 +153,19 @@ impl Policy {
 
     /// Whether it needs a domain filter.
     #[must_use]
-    pub fn is_filtered(&self) -> bool {
+    pub(super) fn is_filtered(&self) -> bool {
         self.rules.internet && self.rules.are_about_names()
     }
 
     /// Whether the domain filter has to look into every connection to a web port.
     #[must_use]
-    pub fn looks_for_names(&self) -> bool {
+    pub(super) fn looks_for_names(&self) -> bool {
         self.rules.internet && self.rules.names_are_denied()
     }
 
     /// What a domain filter has to know.
     #[must_use]
-    pub fn rules(&self) -> &Rules {
+    pub(super) fn rules(&self) -> &Rules {
         &self.rules
     }
 
@@ -181,11 +178,12 @@ impl Policy {
     /// Whether it reaches a TCP or UDP port of an address by itself, and not through a domain filter. The rules
     /// are made to say the same.
     #[must_use]
-    pub fn reaches(&self, address: Ipv4Addr, port: u16) -> bool {
+    #[cfg(test)]
+    pub(super) fn reaches(&self, address: Ipv4Addr, port: u16) -> bool {
         self.internet()
             && !UNREACHABLE.iter().any(|network| network.contains(address))
             && self.reachable.contains(address)
-            && !(self.looks_for_names() && WEB_PORTS.contains(&port))
+            && !(self.looks_for_names() && super::filter::WEB_PORTS.contains(&port))
             && (!DNS_PORTS.contains(&port) || (!self.is_filtered() && self.name_servers().contains(&address)))
     }
 }

@@ -78,13 +78,13 @@ type Contents = fn(&Policy) -> Vec<String>;
 ///
 /// None for the one id that is the number of the group in which every other link is.
 #[must_use]
-pub fn link_group(instance: &InstanceId) -> Option<u32> {
+pub(super) fn link_group(instance: &InstanceId) -> Option<u32> {
     u32::from_str_radix(instance.as_str(), 16).ok().filter(|group| *group != 0)
 }
 
 /// The name of the table in the uplink.
 #[must_use]
-pub fn uplink_table(instance: &InstanceId) -> String {
+pub(super) fn uplink_table(instance: &InstanceId) -> String {
     format!("wrenn_{instance}")
 }
 
@@ -93,14 +93,14 @@ pub fn uplink_table(instance: &InstanceId) -> String {
 /// The namespace is new: rules that were there already would make this fail. The text names `tap0`, which
 /// must be there.
 #[must_use]
-pub fn slot(instance: &InstanceId, number: SlotNumber, policy: &Policy) -> String {
+pub(super) fn slot(instance: &InstanceId, number: SlotNumber, policy: &Policy) -> String {
     format!("create table netdev wrenn\ncreate table inet wrenn\n\n{}", slot_tables(instance, number, policy))
 }
 
 /// The same for a namespace in use, instead of the rules and the policy that are there. It is one
 /// transaction, and there is no moment without rules. Sets that are there have to be of the same type.
 #[must_use]
-pub fn slot_again(instance: &InstanceId, number: SlotNumber, policy: &Policy) -> String {
+pub(super) fn slot_again(instance: &InstanceId, number: SlotNumber, policy: &Policy) -> String {
     let sets =
         [("unreachable", UNREACHABLE_KIND)].into_iter().chain(SETS.map(|(name, kind, _)| (name, kind)));
     emptied("netdev wrenn", []) + &emptied("inet wrenn", sets) + &slot_tables(instance, number, policy)
@@ -251,7 +251,7 @@ table inet wrenn {{
 /// freed what a transaction removed, which takes 5 to 30 ms; one that only adds takes none of that. So to
 /// take the internet away from a prepared slot is quick.
 #[must_use]
-pub fn change(former: Option<&Policy>, policy: &Policy) -> Vec<String> {
+pub(super) fn change(former: Option<&Policy>, policy: &Policy) -> Vec<String> {
     let [offline, named, filtered, reachable, name_servers] =
         SETS.map(|set| Difference::of(set, former, policy));
     // These go together: whoever is a name server is also reachable, so that no mixture of the former and
@@ -314,7 +314,7 @@ fn sets(policy: &Policy) -> String {
 
 /// The rules at the uplink's ends of all of an instance's slots. They replace those that were there.
 #[must_use]
-pub fn uplink(instance: &InstanceId, group: u32) -> String {
+pub(super) fn uplink(instance: &InstanceId, group: u32) -> String {
     let table = uplink_table(instance);
     let emptied = emptied(&format!("inet {table}"), [("unreachable", UNREACHABLE_KIND)]);
     let unreachable = unreachable();
@@ -377,7 +377,7 @@ pub fn uplink(instance: &InstanceId, group: u32) -> String {
 
 /// Removes an instance's table from the uplink, and says nothing where there is none.
 #[must_use]
-pub fn without_uplink(instance: &InstanceId) -> String {
+pub(super) fn without_uplink(instance: &InstanceId) -> String {
     let table = uplink_table(instance);
     format!("table inet {table} {{}}\ndelete table inet {table}\n")
 }

@@ -55,10 +55,10 @@ use std::{
 
 use tokio::sync::watch;
 
+pub(super) use self::rules::{Rules, WEB_PORTS};
 pub use self::{
     keeper::FilterError,
     process::{ProcessError, WORD, main},
-    rules::{Rules, WEB_PORTS},
 };
 pub(super) use self::{
     keeper::{Filter, MARK_SUFFIX, end_leftovers, was_started},

@@ -8,11 +8,11 @@ use wrenn_types::{Cidr, DomainPattern, network::is_domain_name};
 use super::super::policy::{DNS_PORTS, UNREACHABLE};
 
 /// The ports on which a connection has to say the name that it is for.
-pub const WEB_PORTS: [u16; 2] = [80, 443];
+pub(crate) const WEB_PORTS: [u16; 2] = [80, 443];
 
 /// What a connection says about whom it is for.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Said {
+pub(crate) enum Said {
     /// A name, or what stands in the place of one.
     Name(String),
     /// It could be read, and there is no name in it.
@@ -24,7 +24,7 @@ pub enum Said {
 /// The owner's words about one sandbox, with the name servers that were chosen.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Rules {
+pub(crate) struct Rules {
     /// Whether anything at all is reached.
     pub internet: bool,
     /// Networks that may be reached.
@@ -42,31 +42,31 @@ pub struct Rules {
 impl Rules {
     /// Whether names matter at all. Where they do not, there is nothing to filter.
     #[must_use]
-    pub fn are_about_names(&self) -> bool {
+    pub(crate) fn are_about_names(&self) -> bool {
         !self.allow_domains.is_empty() || self.names_are_denied()
     }
 
     /// Whether every connection to a [web port](WEB_PORTS) has to be looked into, wherever it leads.
     #[must_use]
-    pub fn names_are_denied(&self) -> bool {
+    pub(crate) fn names_are_denied(&self) -> bool {
         !self.deny_domains.is_empty()
     }
 
     /// Whether a name is on the deny list.
     #[must_use]
-    pub fn denies(&self, name: &str) -> bool {
+    pub(crate) fn denies(&self, name: &str) -> bool {
         self.deny_domains.iter().any(|pattern| pattern.matches(name))
     }
 
     /// Whether a name is on the allow list and not on the deny list: its addresses may be reached because of it.
     #[must_use]
-    pub fn allows(&self, name: &str) -> bool {
+    pub(crate) fn allows(&self, name: &str) -> bool {
         is_name(name) && !self.denies(name) && self.allow_domains.iter().any(|pattern| pattern.matches(name))
     }
 
     /// Whether a name server is asked for a name.
     #[must_use]
-    pub fn may_resolve(&self, name: &str) -> bool {
+    pub(crate) fn may_resolve(&self, name: &str) -> bool {
         self.internet
             && is_name(name)
             && !self.denies(name)
@@ -76,7 +76,7 @@ impl Rules {
     /// Whether an address may be reached because of a name: it is neither denied nor where no sandbox may go,
     /// whoever says that it is the name's.
     #[must_use]
-    pub fn may_pin(&self, address: Ipv4Addr) -> bool {
+    pub(crate) fn may_pin(&self, address: Ipv4Addr) -> bool {
         self.internet && !within(&UNREACHABLE, address) && !within(&self.deny_cidrs, address)
     }
 
@@ -93,7 +93,7 @@ impl Rules {
 
     /// Whether what is decided of a connection depends on the name that it says.
     #[must_use]
-    pub fn depend_on_name(&self, target: SocketAddrV4) -> bool {
+    pub(crate) fn depend_on_name(&self, target: SocketAddrV4) -> bool {
         self.are_about_names()
             && WEB_PORTS.contains(&target.port())
             && self.may_pin(*target.ip())
@@ -103,7 +103,7 @@ impl Rules {
     /// Whether a TCP connection to `target` may be, by what it has said, and whose address is (or is not) `pinned`:
     /// the answer to a question for a name that is allowed.
     #[must_use]
-    pub fn permit(&self, target: SocketAddrV4, said: &Said, pinned: bool) -> bool {
+    pub(crate) fn permit(&self, target: SocketAddrV4, said: &Said, pinned: bool) -> bool {
         let (address, port) = (*target.ip(), target.port());
         if !self.may_pin(address) {
             return false;
