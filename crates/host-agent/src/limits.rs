@@ -181,10 +181,13 @@ impl Limits {
     pub fn keep_only(&self, is_known: impl Fn(&str) -> bool) {
         let Self::Groups(Groups { hierarchy, .. }) = self else { return };
         for name in hierarchy.names().unwrap_or_default() {
-            // Those of filters go with their slots.
-            if !is_known(&name)
+            if is_known(&name) {
+                continue;
+            }
+            let removed = hierarchy.group(&name).remove();
+            // That of a filter which lives goes with its slot.
+            if let Err(error) = removed
                 && !is_group_of_filter(&name)
-                && let Err(error) = hierarchy.group(&name).remove()
             {
                 tracing::warn!(
                     name,

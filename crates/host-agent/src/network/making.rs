@@ -250,10 +250,8 @@ pub(super) async fn dismantle(uplink: &OpenUplink, lease: Lease) -> Result<(), S
 async fn clear(uplink: &OpenUplink, number: SlotNumber) -> Result<(), SlotError> {
     uplink.netlink.delete(&number.outer()).await.map_err(|source| SlotError::Link { number, source })?;
     // Nothing passes any more. The kernel takes its time for each of the rest, so they go side by side.
-    let filters = async {
-        let ended = filter::end_leftovers(&uplink.instance, number).await;
-        ended.map_err(|source| SlotError::Filter { number, source })
-    };
+    let filters =
+        async { filter::end_leftovers(number).await.map_err(|source| SlotError::Filter { number, source }) };
     tokio::try_join!(clear_inside(number), forget_connections(uplink, number), filters)?;
     // An unmount waits for the kernel too, and has no other way to do it than on a thread.
     let name = number.namespace();

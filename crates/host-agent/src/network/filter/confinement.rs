@@ -80,6 +80,8 @@ pub(crate) fn is_group_of_filter(name: &str) -> bool {
 /// Makes the control group of a slot's filter and opens its entrance; none where the instance has no groups.
 pub(super) fn enter_group(instance: &InstanceId, number: SlotNumber) -> io::Result<Option<OwnedFd>> {
     let Some(hierarchy) = Hierarchy::find(instance.as_str()) else { return Ok(None) };
+    // One that somebody could not remove is no reason for a slot to have no filter.
+    hierarchy.group(&group_name(number)).remove()?;
     let limits = [
         (Controller::Memory, "memory.max", GROUP_MEMORY.to_string()),
         (Controller::Memory, "memory.swap.max", "0".to_owned()),

@@ -9,7 +9,8 @@
 //!
 //! Before a filter is started there is a file beside the lease of its slot, and it is there until every process with
 //! the slot's name in its command line has ended. So whoever clears a slot, of which nobody knows anything any
-//! more, knows whether there are processes to look for.
+//! more, knows whether there are processes to look for; and as it says whose they were, also where their control group
+//! is, whichever stack clears the slot.
 
 use std::{
     fs, io,
@@ -258,9 +259,9 @@ impl Keeper {
     async fn start(&mut self) -> Result<(), FilterError> {
         self.started = Some(Instant::now());
         // One that nobody keeps has the ports.
-        end_leftovers(&self.instance, self.number).await?;
+        end_leftovers(self.number).await?;
         let path = mark(self.number);
-        fs::write(&path, "").map_err(|source| FilterError::Mark { path, source })?;
+        fs::write(&path, self.instance.as_str()).map_err(|source| FilterError::Mark { path, source })?;
         let (ours, theirs) = StdUnixStream::pair().map_err(FilterError::Socket)?;
         ours.set_nonblocking(true).map_err(FilterError::Socket)?;
         let control = UnixStream::from_std(ours).map_err(FilterError::Socket)?;
@@ -325,10 +326,7 @@ pub(in super::super) fn was_started(number: SlotNumber) -> Result<bool, FilterEr
 ///
 /// # Errors
 /// One could not be ended, or it is not known whether there is one.
-pub(in super::super) async fn end_leftovers(
-    instance: &InstanceId,
-    number: SlotNumber,
-) -> Result<(), FilterError> {
+pub(in super::super) async fn end_leftovers(number: SlotNumber) -> Result<(), FilterError> {
     if !was_started(number)? {
         return Ok(());
     }
@@ -336,8 +334,11 @@ pub(in super::super) async fn end_leftovers(
         found.process.kill_and_wait().await.map_err(FilterError::End)?;
         found.process.reap_if_ours().map_err(FilterError::End)?;
     }
-    confinement::remove_group(instance, number).map_err(FilterError::Group)?;
     let path = mark(number);
+    let owner = fs::read_to_string(&path).ok().and_then(|text| text.parse::<InstanceId>().ok());
+    if let Some(owner) = owner {
+        confinement::remove_group(&owner, number).map_err(FilterError::Group)?;
+    }
     match fs::remove_file(&path) {
         Err(source) if source.kind() != io::ErrorKind::NotFound => Err(FilterError::Mark { path, source }),
         _ => Ok(()),

@@ -132,7 +132,8 @@ async fn where_there_are_control_groups_each_has_one_that_goes_with_it() {
     }
     let world = World::new().await;
     let config = world.config(0);
-    let hierarchy = match Hierarchy::open(config.instance.as_str()) {
+    let instance = config.instance.clone();
+    let hierarchy = match Hierarchy::open(instance.as_str()) {
         Ok(hierarchy) => hierarchy,
         Err(absent) => {
             println!("skipped: {absent}");
@@ -141,18 +142,39 @@ async fn where_there_are_control_groups_each_has_one_that_goes_with_it() {
     };
     let pool = SlotPool::start(config).await.unwrap();
     let mut slot = pool.take().await.unwrap();
-    slot.apply(&named(&["allow a.example"])).await.unwrap();
     let name = format!("filter-{}", slot.number());
+    // What somebody left does not stand in the way.
+    hierarchy.create(&name, &[]).unwrap();
+    slot.apply(&named(&["allow a.example"])).await.unwrap();
     assert_eq!(hierarchy.names().unwrap(), std::slice::from_ref(&name));
     let members = || hierarchy.group(&name).processes().unwrap();
     let [first] = members()[..] else { panic!("{:?}", members()) };
     assert_eq!(filters(slot.number())[0].process.pid(), first);
-    // The next one of the slot is in there too.
+    // The next one of the slot is in one of that name too.
     filters(slot.number())[0].process.kill().unwrap();
     until(async || matches!(hierarchy.group(&name).processes().as_deref(), Ok([next]) if *next != first))
         .await;
     pool.release(slot).await;
     assert!(hierarchy.names().unwrap().is_empty());
+
+    // Whoever clears a slot that nobody holds removes the group of its owner.
+    let _alone = COLLECTING.lock().await;
+    let number = far_number(2);
+    let lease = crash(&world, &instance, number).await;
+    let mut vmm =
+        Spawn::new("sleep").arg("600").keep_open(lease.share().unwrap()).die_with_parent().start().unwrap();
+    drop(lease);
+    pool.adopt(number, &named(&["allow a.example"])).await.unwrap().leave();
+    assert_eq!(hierarchy.names().unwrap(), [format!("filter-{number}")]);
+    vmm.kill().unwrap();
+    vmm.wait().await.unwrap();
+    let another = InstanceId::random();
+    until(async || {
+        collect(&another, &world.uplink()).await.unwrap();
+        hierarchy.names().unwrap().is_empty()
+    })
+    .await;
+    assert!(!has_mark(number));
     pool.shutdown().await;
     hierarchy.close();
 }
