@@ -126,8 +126,12 @@ pub(crate) fn filters(instance: &str) -> Vec<(String, String)> {
 
 /// The slots that are an instance's.
 fn leases(instance: &str) -> BTreeSet<String> {
-    let is_ours =
-        |name: &String| fs::read_to_string(Path::new(SLOTS).join(name)).is_ok_and(|it| it == instance);
+    // The mark of a filter says whose it is too, and has no number for a name.
+    let is_ours = |name: &String| {
+        let owner =
+            name.parse::<u32>().ok().and_then(|_| fs::read_to_string(Path::new(SLOTS).join(name)).ok());
+        owner.is_some_and(|owner| owner == instance)
+    };
     names(SLOTS).into_iter().filter(is_ours).collect()
 }
 
