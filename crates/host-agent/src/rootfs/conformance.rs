@@ -41,6 +41,7 @@ pub(super) fn run_in(store: &dyn RootfsStore, parent: &Utf8Path) {
         a_base_that_is_no_file_is_named,
         removing_is_idempotent,
         only_blocks_in_use_are_counted,
+        a_disk_shrinks_by_what_is_given_back_and_grows_again,
         a_full_disk_is_named_and_nothing_is_left,
     ];
     for case in cases {
@@ -99,6 +100,12 @@ pub(super) fn assert_pattern(disk: &DiskSpec, offset: u64, length: u64, byte: u8
 /// Writes as a guest does.
 pub(super) fn write(disk: &DiskSpec, offset: u64, length: u64, byte: u8) {
     qemu_io(disk, false, &format!("write -P {byte} {offset} {length}"));
+}
+
+/// Gives blocks back as a guest does that trims its file system: drivers of machines open disks with `discard=unmap`.
+fn give_back(disk: &DiskSpec, offset: u64, length: u64) {
+    let command = format!("discard {offset} {length}");
+    tool("qemu-io", &["-d", "unmap", "-f", format_name(disk), "-c", &command, disk.path.as_str()]);
 }
 
 fn virtual_size(disk: &DiskSpec) -> u64 {
@@ -284,6 +291,40 @@ fn only_blocks_in_use_are_counted(store: &dyn RootfsStore, at: &Utf8Path) {
     write(&disk, 10 * MIB, 8 * MIB, 6);
     let after = store.used_bytes(&disk.path).unwrap();
     assert!((8 * MIB..10 * MIB).contains(&(after - before)), "{before}, then {after}");
+}
+
+fn a_disk_shrinks_by_what_is_given_back_and_grows_again(store: &dyn RootfsStore, at: &Utf8Path) {
+    let base = image(at);
+    let disk = store.clone_disk(&base, &at.join("disk"), size(1024)).unwrap();
+    let before = store.used_bytes(&disk.path).unwrap();
+    write(&disk, 10 * MIB, 8 * MIB, 6);
+    write(&disk, 900 * MIB, MIB, 7);
+    give_back(&disk, 10 * MIB, 8 * MIB);
+    // Something of the base too, of which nothing may shine through.
+    give_back(&disk, 0, 65536);
+    let taken = store.used_bytes(&disk.path).unwrap().saturating_sub(before);
+    assert!(taken < 2 * MIB, "{taken} bytes for 1 MiB, and 8 that were given back");
+    let content = |disk: &DiskSpec| {
+        assert_pattern(disk, 0, 18 * MIB, 0);
+        assert_pattern(disk, 600 * MIB - 4096, 4096, 2);
+        assert_pattern(disk, 900 * MIB, MIB, 7);
+    };
+    content(&disk);
+    assert_pattern(&base, 0, 8192, 1);
+
+    // What is stored has no room for it either, and what is cloned from that has all that its size promises.
+    let flat = store.flatten(&disk, &at.join("flat")).unwrap();
+    let stored = store.used_bytes(&flat.path).unwrap();
+    assert!(stored < 3 * MIB, "{stored} bytes for 1 MiB and a few KiB");
+    let grown = store.clone_disk(&flat, &at.join("grown"), size(4096)).unwrap();
+    assert_eq!(virtual_size(&grown), 4096 * MIB);
+    content(&grown);
+    assert_pattern(&grown, 1024 * MIB, MIB, 0);
+    write(&grown, 10 * MIB, 8 * MIB, 8);
+    write(&grown, 4095 * MIB, MIB, 9);
+    assert_pattern(&grown, 10 * MIB, 8 * MIB, 8);
+    assert_pattern(&grown, 4095 * MIB, MIB, 9);
+    content(&flat);
 }
 
 fn a_full_disk_is_named_and_nothing_is_left(store: &dyn RootfsStore, at: &Utf8Path) {

@@ -18,6 +18,21 @@
 //! - [`FileStore`]: a disk is the bytes themselves; shared with the base where the filesystem can
 //!   (reflink), else copied without its holes, and then the time depends on the base. For every VMM.
 //!
+//! *Large and small.* The size of a disk is what its guest sees, and only ever grows: it is no more than a number, in the
+//! header of an overlay or as the length of a sparse file, and a guest's kernel grows its file system while that is
+//! mounted. What a disk takes of the host is another thing, and that shrinks. Machines open disks with `discard=unmap`, a
+//! guest trims its file system before each snapshot, and what it gives back is no block of the host any more; a
+//! flattened disk has no room for zeros at all. So there is no shrinking of a size here:
+//!
+//! - *An image of a template* is stored shrunk because it is made so: a file system of the size of its content and of the
+//!   room that its recipe asks for, in a sparse file (`xtask/src/template.rs`). It has never been larger.
+//! - *The layer of a warm snapshot and the layers of a sandbox* must not be made smaller. Memory is saved with
+//!   them, in which the guest's kernel has the file system mounted: another superblock, or blocks that were moved
+//!   (`resize2fs -M` does both), would be a damaged disk after the restore. It would gain nothing, since the host
+//!   keeps no block for the empty part.
+//! - *A pause of the disk alone* could be, as its kernel boots; the next overlay has the user's size again anyway, and what
+//!   lies between are holes.
+//!
 //! Both pass the one suite in `conformance`. Calls block on the disk and nothing else; where a copy may
 //! be made, call them on a thread that may block. Nothing here takes a name from the wire: the caller
 //! builds paths from parsed ids.
