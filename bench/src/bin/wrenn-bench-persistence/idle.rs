@@ -20,12 +20,12 @@ use crate::{Bench, CLONE, SHARE};
 
 /// How often the memory is read while it is waited for.
 const READ_AGAIN: Duration = Duration::from_millis(500);
-/// Two readings agree that differ by no more bytes.
-const AGREEMENT: u64 = 1 << 20;
+/// Two readings agree that differ by no more bytes for each clone.
+const AGREEMENT: u64 = 1 << 18;
 /// How many readings in a row have to agree with the one before.
 const AGREEMENTS: usize = 2;
-/// How many readings there are at most: a minute.
-const READINGS: usize = 120;
+/// How many readings there are at most: half a minute.
+const READINGS: usize = 60;
 
 /// What was measured of the clones of one size.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -88,7 +88,8 @@ impl Bench<'_> {
         for _ in 0..READINGS {
             tokio::time::sleep(READ_AGAIN).await;
             let now = available()?;
-            agreements = if now.abs_diff(last) <= AGREEMENT { agreements + 1 } else { 0 };
+            agreements =
+                if now.abs_diff(last) <= AGREEMENT * u64::from(idle.clones) { agreements + 1 } else { 0 };
             last = now;
             if agreements == AGREEMENTS {
                 return Ok(last);

@@ -244,8 +244,9 @@ API, no database and no records, and makes nothing durable, digests nothing, and
 const IDLE: &str = "
 In each round the clones are made and deleted again, beside one that stays and has mapped the template, after a round that
 is not counted. What is less of `MemAvailable` is the difference to the mean of before and after, divided by the clones; a
-reading is taken when it agrees within 1 MiB with the two before it. It has everything in it: VMM, page tables, namespace,
-and what agent and control plane remember. The private dirty pages are of each VMM, as its `smaps_rollup` says.
+reading is taken when it agrees with the two before it, within a quarter of a MiB for each clone. It has everything in it:
+VMM, page tables, namespace, and what agent and control plane remember. The private dirty pages are of each VMM, as its
+`smaps_rollup` says.
 ";
 
 #[cfg(test)]
