@@ -5,6 +5,7 @@
 //!   ├── kernels/<package>-<digest>/       vmlinuz, modules and their load order
 //!   ├── guests/<content digest>/          vmlinuz, initramfs.img, manifest.json
 //!   ├── templates/<name>-<digest>/        image.ext4, template.json
+//!   ├── labs/<digest>/                    root disk, kernel and modules of the lab, see [`crate::lab`]
 //!   ├── programs/<name>-<digest>/         programs of this workspace, see [`crate::programs`]
 //!   ├── tools/<tool>-<version>/           programs of the checks
 //!   ├── dependencies/                     compiled dependencies, see [`crate::dependencies`]
@@ -97,6 +98,17 @@ impl Cache {
         Ok(place)
     }
 
+    /// An empty directory for this run alone, which goes with the value. What a killed run left is collected by the
+    /// next command.
+    pub(crate) fn scratch(&self, kind: &str) -> Result<Scratch> {
+        let name = format!("{kind}-of-{}", std::process::id());
+        let lock = self.lock(&name)?;
+        let path = self.root.join("tmp").join(&name);
+        remove(&path)?;
+        fs::create_dir(&path).with_context(|| format!("making {}", path.display()))?;
+        Ok(Scratch { path, lock_path: self.root.join("locks").join(name), _lock: lock })
+    }
+
     /// Waits for the lock of that name. The kernel frees it with its holder, so a dead maker blocks nobody.
     pub(crate) fn lock(&self, name: &str) -> Result<File> {
         let path = self.root.join("locks").join(name);
@@ -141,6 +153,29 @@ impl Cache {
             }
         }
         Ok(())
+    }
+}
+
+/// A directory that goes with this value.
+#[derive(Debug)]
+pub(crate) struct Scratch {
+    path: PathBuf,
+    lock_path: PathBuf,
+    _lock: File,
+}
+
+impl Scratch {
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        // What cannot be removed is collected by the next command.
+        for path in [&self.path, &self.lock_path] {
+            let _ = remove(path);
+        }
     }
 }
 
@@ -256,6 +291,21 @@ mod tests {
         Cache::at(root.clone()).unwrap();
         assert!(!root.join("tmp/things-dead").exists());
         assert!(root.join("tmp/things-living").exists());
+    }
+
+    #[test]
+    fn a_scratch_directory_goes_with_its_value() {
+        let home = tempfile::tempdir().unwrap();
+        let root = home.path().join("wrenn");
+        let cache = Cache::at(root.clone()).unwrap();
+        let scratch = cache.scratch("lab").unwrap();
+        fs::write(scratch.path().join("file"), "1").unwrap();
+        Cache::at(root.clone()).unwrap();
+        assert!(scratch.path().join("file").exists(), "it is in use");
+        let path = scratch.path().to_owned();
+        drop(scratch);
+        assert!(!path.exists());
+        assert_eq!(fs::read_dir(root.join("locks")).unwrap().count(), 0);
     }
 
     #[test]

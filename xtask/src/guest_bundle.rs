@@ -41,23 +41,7 @@ const ENVD_MAX_BYTES: usize = 4_000_000;
 
 /// Finds or builds the static envd. Nothing but the kernel is needed to run it.
 pub(crate) fn build_envd(repository: &Repository, cache: &Cache) -> Result<PathBuf> {
-    // A target directory of its own and an explicit target: the flags reach envd and what it links, and
-    // neither build scripts nor any other crate of the workspace.
-    let directory = repository.target().join("guest");
-    let envd = directory.join(TARGET).join("guest/envd");
-    programs::find_or_build(repository, cache, &envd, || {
-        let mut command = repository.cargo();
-        command
-            .args(["build", "--profile", "guest", "--target", TARGET, "--package", "envd", "--target-dir"])
-            .arg(&directory)
-            .env("RUSTFLAGS", "-C target-feature=+crt-static");
-        step::loud("building envd, the guest agent", &mut command)?;
-        dependencies::give(repository, cache)
-    })?;
-    let content = fs::read(&envd).with_context(|| format!("reading {}", envd.display()))?;
-    Elf::parse(&content)
-        .and_then(|elf| elf.assert_static())
-        .with_context(|| format!("{} is not a static program", envd.display()))?;
+    let (envd, content) = build_static(repository, cache, "envd", "envd", "building envd, the guest agent")?;
     ensure!(
         content.len() < ENVD_MAX_BYTES,
         "{} has {} bytes; it must stay below {ENVD_MAX_BYTES}",
@@ -65,6 +49,34 @@ pub(crate) fn build_envd(repository: &Repository, cache: &Cache) -> Result<PathB
         content.len()
     );
     Ok(envd)
+}
+
+/// Finds or builds a static program of this workspace, and reads it.
+pub(crate) fn build_static(
+    repository: &Repository,
+    cache: &Cache,
+    package: &str,
+    program: &str,
+    what: &str,
+) -> Result<(PathBuf, Vec<u8>)> {
+    // A target directory of its own and an explicit target: the flags reach the program and what it links, and
+    // neither build scripts nor any other crate of the workspace.
+    let directory = repository.target().join("guest");
+    let path = directory.join(TARGET).join("guest").join(program);
+    programs::find_or_build(repository, cache, &path, || {
+        let mut command = repository.cargo();
+        command
+            .args(["build", "--profile", "guest", "--target", TARGET, "--package", package, "--target-dir"])
+            .arg(&directory)
+            .env("RUSTFLAGS", "-C target-feature=+crt-static");
+        step::loud(what, &mut command)?;
+        dependencies::give(repository, cache)
+    })?;
+    let content = fs::read(&path).with_context(|| format!("reading {}", path.display()))?;
+    Elf::parse(&content)
+        .and_then(|elf| elf.assert_static())
+        .with_context(|| format!("{} is not a static program", path.display()))?;
+    Ok((path, content))
 }
 
 /// Puts the bundle together and gives its directory.
@@ -97,13 +109,14 @@ pub(crate) fn make(cache: &Cache, kernel: &Kernel, envd: &Path) -> Result<PathBu
     Ok(bundle)
 }
 
-fn initramfs(kernel: &Kernel, envd: &[u8]) -> Result<Vec<u8>> {
+/// The archive that the kernel starts from: its first process, and its modules.
+pub(crate) fn initramfs(kernel: &Kernel, init: &[u8]) -> Result<Vec<u8>> {
     let mut archive = Archive::default();
     for directory in ["dev", "modules", "newroot", "proc", "run", "sys", "tmp"] {
         archive.directory(directory, 0o755)?;
     }
     archive.character_device("dev/console", 0o600, 5, 1)?;
-    archive.file("init", 0o755, envd)?;
+    archive.file("init", 0o755, init)?;
     let mut order = String::new();
     for (name, content) in &kernel.modules {
         archive.file(&format!("modules/{name}"), 0o644, content)?;

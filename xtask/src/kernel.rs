@@ -69,7 +69,7 @@ pub(crate) fn find(repository: &Repository, cache: &Cache, refresh: bool) -> Res
 }
 
 /// The package of the note, or the newest if there is no note or a newer one is asked for.
-fn choose(repository: &Repository, cache: &Cache, refresh: bool) -> Result<Package> {
+pub(crate) fn choose(repository: &Repository, cache: &Cache, refresh: bool) -> Result<Package> {
     let note = cache.note(NOTE);
     if !refresh
         && let Ok(text) = fs::read_to_string(&note)
@@ -93,9 +93,20 @@ fn write_note(note: &Path, package: &Package) -> Result<()> {
 }
 
 fn fetch(repository: &Repository, package: &Package, wanted: &[&str], directory: &Path) -> Result<()> {
+    let unpacked = unpack(repository, package, "the guest's kernel", directory)?;
+    keep(&unpacked, wanted, directory)?;
+    cache::remove(&unpacked)
+}
+
+/// Downloads the kernel's package and unpacks it into a new directory in the given one.
+pub(crate) fn unpack(
+    repository: &Repository,
+    package: &Package,
+    what: &str,
+    directory: &Path,
+) -> Result<PathBuf> {
     let unpacked = directory.join("package");
     fs::create_dir(&unpacked)?;
-    let what = "the guest's kernel";
     if debian::download_and_unpack(repository, package, what, &unpacked).is_err() {
         // The archive keeps only the newest versions, and the lists may be older than it.
         host::require_root("updating the lists of Debian packages")?;
@@ -107,10 +118,14 @@ fn fetch(repository: &Repository, package: &Package, wanted: &[&str], directory:
             )
         })?;
     }
+    Ok(unpacked)
+}
+
+/// Keeps of an unpacked package what [`read`] reads.
+pub(crate) fn keep(unpacked: &Path, wanted: &[&str], directory: &Path) -> Result<()> {
     let image = only_entry(&unpacked.join("boot"), |name| name.starts_with("vmlinuz-"))?;
     fs::copy(&image, directory.join("vmlinuz"))?;
-    let modules =
-        Modules::scan(&only_entry(&unpacked.join("lib/modules"), |_| true)?)?.in_load_order(wanted)?;
+    let modules = Modules::scan(&modules_directory(unpacked)?)?.in_load_order(wanted)?;
     fs::create_dir(directory.join("modules"))?;
     let mut order = String::new();
     for (name, content) in modules {
@@ -119,10 +134,16 @@ fn fetch(repository: &Repository, package: &Package, wanted: &[&str], directory:
         order.push('\n');
     }
     fs::write(directory.join("modules/order"), order)?;
-    cache::remove(&unpacked)
+    Ok(())
 }
 
-fn read(directory: &Path) -> Result<Kernel> {
+/// Where an unpacked package has its modules; the directory's name is the kernel's version.
+pub(crate) fn modules_directory(unpacked: &Path) -> Result<PathBuf> {
+    only_entry(&unpacked.join("lib/modules"), |_| true)
+}
+
+/// Reads what was kept in a directory of the cache.
+pub(crate) fn read(directory: &Path) -> Result<Kernel> {
     let image = directory.join("vmlinuz");
     let version = version(&fs::read(&image).with_context(|| format!("reading {}", image.display()))?);
     let order = directory.join("modules/order");

@@ -7,6 +7,7 @@
 //!            recipe ───► template (ext4 image)              ─┴► target/images, links into the user's cache
 //!  build ──► target/release/wrenn
 //!  check     format, lints, docs, dependencies, repository rules
+//!  lab       programs in an emulated machine with a kernel of its own, see [`lab`]
 //!  test, demo, dev, up, bench, soak      do what they need of the above, then run
 //! ```
 //!
@@ -26,6 +27,7 @@ mod guest_bundle;
 mod host;
 mod images;
 mod kernel;
+mod lab;
 mod packages;
 mod programs;
 mod recipe;
@@ -71,6 +73,8 @@ enum Command {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         arguments: Vec<String>,
     },
+    /// Run programs in an emulated machine with a kernel of its own; without any, the tests that are marked for it.
+    Lab(lab::Arguments),
     /// Run a Python program in a microVM through the public API, and show what took how long.
     Demo,
     /// Run the stack in the foreground, on 127.0.0.1:8000.
@@ -93,7 +97,7 @@ fn main() -> ExitCode {
     let arguments = Arguments::parse();
     let repository = Repository::find();
     match execute(&repository, arguments.command) {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(code) => ExitCode::from(code),
         Err(error) => {
             eprintln!("\nerror: {error:#}");
             ExitCode::FAILURE
@@ -101,8 +105,10 @@ fn main() -> ExitCode {
     }
 }
 
-fn execute(repository: &Repository, command: Command) -> anyhow::Result<()> {
+/// Gives the exit code: only that of a program in the lab is not 0.
+fn execute(repository: &Repository, command: Command) -> anyhow::Result<u8> {
     match command {
+        Command::Lab(arguments) => return lab::run(repository, &arguments),
         Command::Setup => packages::install_missing(repository),
         Command::Images { refresh } => images::make(repository, refresh).map(drop),
         Command::Build => stack::build(repository).map(drop),
@@ -115,4 +121,5 @@ fn execute(repository: &Repository, command: Command) -> anyhow::Result<()> {
         Command::Bench(arguments) => stack::bench(repository, &arguments),
         Command::Soak { arguments } => test::soak(repository, &arguments),
     }
+    .map(|()| 0)
 }

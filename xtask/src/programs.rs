@@ -18,8 +18,18 @@ const KIND: &str = "programs";
 /// How many builds of one program are kept: a person's last few, and those of other clones.
 const KEPT: usize = 6;
 /// What no program is made of: documents and tools.
-const NOT_IN_PROGRAMS: [&str; 9] =
-    [".ci/", "bench/", "deny.toml", "docs/", "guest/", "Makefile", "rustfmt.toml", "setup/", "xtask/"];
+const NOT_IN_PROGRAMS: [&str; 10] = [
+    ".ci/",
+    "bench/",
+    "deny.toml",
+    "docs/",
+    "guest/",
+    "lab/",
+    "Makefile",
+    "rustfmt.toml",
+    "setup/",
+    "xtask/",
+];
 /// What in the environment changes what cargo builds.
 const FLAGS: [&str; 4] = ["CARGO_BUILD_", "CARGO_PROFILE_", "CARGO_ENCODED_RUSTFLAGS", "RUSTFLAGS"];
 

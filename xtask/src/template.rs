@@ -59,6 +59,27 @@ pub(crate) fn make(repository: &Repository, cache: &Cache, name: &str, refresh: 
         .with_context(|| format!("making the template {name}"))
 }
 
+/// Makes the image of a tree in which a recipe's packages are, and removes the tree. Gives the image's size in MiB.
+pub(crate) fn finish(
+    repository: &Repository,
+    name: &str,
+    recipe: &Recipe,
+    root: &Path,
+    key: &str,
+    image: &Path,
+) -> Result<u64> {
+    let tree = RootTree::at(root);
+    tree.remove_traces()?;
+    tree.add_users(&recipe.users)?;
+    for change in &recipe.changes {
+        tree.change(change)?;
+    }
+    let mib = image_mib(tree.size()?, recipe.free_mib);
+    make_filesystem(repository, name, root, key, mib, image)?;
+    cache::remove(root)?;
+    Ok(mib)
+}
+
 fn build(repository: &Repository, name: &str, recipe: &Recipe, key: &str, directory: &Path) -> Result<()> {
     host::require_root(&format!("making the template `{name}` (its files belong to several users)"))?;
     if !debian::has_lists() {
@@ -66,16 +87,8 @@ fn build(repository: &Repository, name: &str, recipe: &Recipe, key: &str, direct
     }
     let root = directory.join("root");
     unpack_packages(repository, name, recipe, &root)?;
-    let tree = RootTree::at(&root);
-    tree.remove_traces()?;
-    tree.add_users(&recipe.users)?;
-    for change in &recipe.changes {
-        tree.change(change)?;
-    }
     let image = directory.join("image.ext4");
-    let mib = image_mib(tree.size()?, recipe.free_mib);
-    make_filesystem(repository, name, &root, key, mib, &image)?;
-    cache::remove(&root)?;
+    let mib = finish(repository, name, recipe, &root, key, &image)?;
 
     let image_id = cache::digest_of_file(&image)?;
     let manifest = manifest(name, recipe, &image_id, mib);
@@ -83,7 +96,13 @@ fn build(repository: &Repository, name: &str, recipe: &Recipe, key: &str, direct
     Ok(())
 }
 
-fn unpack_packages(repository: &Repository, name: &str, recipe: &Recipe, root: &Path) -> Result<()> {
+/// Unpacks a recipe's packages into a new directory.
+pub(crate) fn unpack_packages(
+    repository: &Repository,
+    name: &str,
+    recipe: &Recipe,
+    root: &Path,
+) -> Result<()> {
     // The name's ending tells apt the format, and the name is the one in the guest.
     let sources = root.with_file_name("debian.list");
     let apt = root.with_file_name("apt.conf");
