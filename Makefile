@@ -1,6 +1,6 @@
 # The commands of this repository. They only name what `cargo xtask` does; see CONTRIBUTING.md.
 
-COMMANDS := bench build check demo dev down images setup soak test up
+COMMANDS := bench build check demo dev down images lab setup soak test up
 
 .DEFAULT_GOAL := help
 .PHONY: help toolchain $(COMMANDS)
@@ -8,6 +8,7 @@ COMMANDS := bench build check demo dev down images setup soak test up
 help:
 	@echo 'make demo    set up what is missing, run a program in a microVM, show what took how long'
 	@echo 'make test    set up what is missing, run all tests'
+	@echo 'make lab     the tests that need a kernel of their own, in an emulated machine'
 	@echo 'make check   format, lints, docs, dependencies, repository rules'
 	@echo 'make dev     the stack in the foreground, on 127.0.0.1:8000'
 	@echo 'make up      the same in the background; make down stops it'

@@ -3,11 +3,15 @@
 //! A test that cannot run on this machine prints a line `skipped: why` and returns. To cargo such a test has
 //! passed, so its output is read here: each test that printed such a line counts as skipped, and is named.
 //!
+//! Tests that are marked for the lab run in it first, where there can be one ([`crate::lab::marked`]). One that passed
+//! there is skipped here without being counted again.
+//!
 //! `make soak` runs the same tests with `WRENN_SOAK=1`, by which a test does its full count instead of a sample.
 //! Such a test prints lines `soak: what, how often, seed, outcome`; they go to bench/SOAK.md. A test program whose output
 //! nothing holds back prints them while it runs.
 
 use std::{
+    collections::BTreeSet,
     fmt, fs,
     io::{BufRead as _, BufReader},
     process::{Command, Stdio},
@@ -17,7 +21,7 @@ use anyhow::{Context as _, Result, ensure};
 
 use crate::{
     cache::Cache,
-    dependencies,
+    dependencies, lab,
     repository::Repository,
     soak_report::{self, Run},
     stack::{self, Product},
@@ -30,10 +34,14 @@ const SOAK_CASES: &str = "5000";
 /// Runs all tests, or those that the arguments name.
 pub(crate) fn run(repository: &Repository, arguments: &[String]) -> Result<()> {
     let mut command = prepare(repository, arguments)?;
-    let (report, succeeded) = follow(&mut command)?;
+    let (for_cargo, for_tests) = split(arguments);
+    let in_lab = lab::marked::run(repository, &for_cargo, for_tests)?;
+    step::announce("running the tests");
+    let mut report = Report::beside(in_lab);
+    follow(&mut command, &mut report)?;
     dependencies::give(repository, &Cache::open()?)?;
     println!("\n{report}");
-    ensure!(succeeded, "tests failed");
+    ensure!(report.is_good(), "tests failed");
     Ok(())
 }
 
@@ -49,7 +57,9 @@ pub(crate) fn soak(repository: &Repository, arguments: &[String]) -> Result<()> 
     if std::env::var_os("PROPTEST_CASES").is_none() {
         command.env("PROPTEST_CASES", SOAK_CASES);
     }
-    let (report, succeeded) = follow(&mut command)?;
+    step::announce("running the tests");
+    let mut report = Report::default();
+    follow(&mut command, &mut report)?;
     dependencies::give(repository, &Cache::open()?)?;
     let path = repository.path("bench/SOAK.md");
     let before = fs::read_to_string(&path).unwrap_or_default();
@@ -57,23 +67,16 @@ pub(crate) fn soak(repository: &Repository, arguments: &[String]) -> Result<()> 
     fs::write(&path, soak_report::after(&before, &run))
         .with_context(|| format!("writing {}", path.display()))?;
     println!("\n{report}");
-    ensure!(succeeded, "tests failed");
+    ensure!(report.is_good(), "tests failed");
     Ok(())
 }
 
 fn prepare(repository: &Repository, arguments: &[String]) -> Result<Command> {
     let Product { program, images } = stack::build(repository)?;
-    step::announce("running the tests");
-    let (for_cargo, for_tests) = match arguments.iter().position(|argument| argument == "--") {
-        Some(at) => (&arguments[..at], &arguments[at + 1..]),
-        None => (arguments, &[][..]),
-    };
+    let (for_cargo, for_tests) = split(arguments);
     let mut command = repository.cargo();
-    command.args(["test", "--no-fail-fast"]);
-    if !for_cargo.iter().any(|argument| matches!(argument.as_str(), "-p" | "--package")) {
-        command.arg("--workspace");
-    }
     command
+        .args(["test", "--no-fail-fast"])
         .args(for_cargo)
         // Shows what passed tests printed, too; `Report` lets through what is of interest.
         .args(["--", "--show-output"])
@@ -83,11 +86,21 @@ fn prepare(repository: &Repository, arguments: &[String]) -> Result<Command> {
     Ok(command)
 }
 
-fn follow(command: &mut Command) -> Result<(Report, bool)> {
+/// What of the arguments is for cargo, and what for the test programs. Without a package it is all of them.
+fn split(arguments: &[String]) -> (Vec<String>, &[String]) {
+    let (for_cargo, for_tests) = match arguments.iter().position(|argument| argument == "--") {
+        Some(at) => (&arguments[..at], &arguments[at + 1..]),
+        None => (arguments, &[][..]),
+    };
+    let names_package = for_cargo.iter().any(|argument| matches!(argument.as_str(), "-p" | "--package"));
+    let workspace = (!names_package).then(|| "--workspace".to_owned());
+    (workspace.into_iter().chain(for_cargo.iter().cloned()).collect(), for_tests)
+}
+
+fn follow(command: &mut Command, report: &mut Report) -> Result<()> {
     let mut child =
         command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn().context("starting cargo test")?;
     let stdout = child.stdout.take().context("cargo test has no output")?;
-    let mut report = Report::default();
     for line in BufReader::new(stdout).split(b'\n') {
         let line = line.context("reading the output of cargo test")?;
         if let Some(line) = report.line(&String::from_utf8_lossy(&line)) {
@@ -95,22 +108,27 @@ fn follow(command: &mut Command) -> Result<(Report, bool)> {
         }
     }
     let status = child.wait().context("waiting for cargo test")?;
-    if !status.success() && report.failed == 0 {
-        // Something did not compile, or a test program ended before it could count.
-        report.failed = 1;
+    if !status.success() {
+        report.note_failure();
     }
-    Ok((report, status.success()))
+    Ok(())
 }
 
 /// Reads the output of `cargo test -- --show-output`.
 #[derive(Debug, Default)]
-struct Report {
+pub(crate) struct Report {
     /// As cargo counts them: those that skipped themselves included.
     passed: u64,
     failed: u64,
     ignored: u64,
     /// Tests that said that they were skipped.
     skipped: u64,
+    /// Tests that were skipped here and passed in the lab, where they are counted.
+    elsewhere: u64,
+    /// Tests that said that they passed. Those of the lab, which this run comes after, included.
+    names: BTreeSet<String>,
+    /// The names of those that passed in the lab.
+    in_lab: BTreeSet<String>,
     /// What long tests said about themselves.
     soak: Vec<String>,
     /// Within the section that repeats the output of tests that passed.
@@ -122,8 +140,25 @@ struct Report {
 }
 
 impl Report {
+    /// A report that goes on counting after that of the lab.
+    fn beside(lab: Option<Self>) -> Self {
+        let Some(Self { passed, failed, ignored, skipped, names, soak, .. }) = lab else {
+            return Self::default();
+        };
+        Self { passed, failed, ignored, skipped, in_lab: names, soak, ..Self::default() }
+    }
+
+    /// Notes that the run failed. If no test did, something did not compile, or a program ended before it could count.
+    pub(crate) fn note_failure(&mut self) {
+        self.failed = self.failed.max(1);
+    }
+
+    pub(crate) fn is_good(&self) -> bool {
+        self.failed == 0
+    }
+
     /// Takes one line and says what a person should see of it.
-    fn line(&mut self, line: &str) -> Option<String> {
+    pub(crate) fn line(&mut self, line: &str) -> Option<String> {
         if let Some((passed, failed, ignored)) = counts(line) {
             (self.in_successes, self.in_failures, self.test) = (false, false, None);
             self.passed += passed;
@@ -138,6 +173,9 @@ impl Report {
             return None;
         }
         if !self.in_successes {
+            if let Some(name) = line.strip_prefix("test ").and_then(|line| line.strip_suffix(" ... ok")) {
+                self.names.insert(name.to_owned());
+            }
             // With one test at a time the name of the test stands before what it prints.
             let said = line.split_once(" ... soak: ").filter(|(before, _)| before.starts_with("test "));
             let said = line.strip_prefix("soak: ").or_else(|| said.map(|(_, said)| said));
@@ -156,6 +194,11 @@ impl Report {
         }
         let why = line.strip_prefix("skipped: ")?;
         let test = self.test.take()?;
+        self.names.remove(&test);
+        if self.in_lab.contains(&test) {
+            self.elsewhere += 1;
+            return Some(format!("ran in the lab: {test}"));
+        }
         self.skipped += 1;
         Some(format!("skipped {test}: {why}"))
     }
@@ -163,11 +206,11 @@ impl Report {
 
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { passed, failed, ignored, skipped, .. } = self;
+        let Self { passed, failed, ignored, skipped, elsewhere, .. } = self;
         write!(
             f,
             "{} passed, {failed} failed, {} skipped",
-            passed.saturating_sub(*skipped),
+            passed.saturating_sub(skipped + elsewhere),
             ignored + skipped
         )
     }
@@ -224,6 +267,35 @@ test c::five ... soak: cycles, 3, seed 1, all the same
 ok
 test result: ok. 1 passed; 0 failed; 0 ignored; 0 measured; 0 filtered out; finished in 0.00s
 ";
+
+    #[test]
+    fn what_passed_in_the_lab_is_counted_once() {
+        let mut lab = Report::default();
+        for line in [
+            "test a::one ... ok",
+            "test a::six ... ok",
+            "successes:",
+            "---- a::six stdout ----",
+            "skipped: not even here",
+            "test result: ok. 2 passed; 0 failed; 0 ignored; 0 measured",
+        ] {
+            lab.line(line);
+        }
+        assert_eq!(lab.to_string(), "1 passed, 0 failed, 1 skipped");
+        let mut report = Report::beside(Some(lab));
+        let shown: Vec<String> = OUTPUT.lines().filter_map(|line| report.line(line)).collect();
+        assert!(shown.contains(&"ran in the lab: a::one".to_owned()), "{shown:#?}");
+        assert_eq!(report.to_string(), "3 passed, 1 failed, 2 skipped", "{report:?}");
+        assert!(Report::beside(None).is_good() && !report.is_good());
+    }
+
+    #[test]
+    fn without_a_package_it_is_all_of_them() {
+        let words = |text: &str| text.split_whitespace().map(str::to_owned).collect::<Vec<_>>();
+        let arguments = words("-p envd --test files -- --nocapture name");
+        assert_eq!(split(&arguments), (words("-p envd --test files"), &words("--nocapture name")[..]));
+        assert_eq!(split(&words("name")), (words("--workspace name"), &[][..]));
+    }
 
     #[test]
     fn counts_what_was_skipped() {

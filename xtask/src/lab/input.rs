@@ -1,8 +1,7 @@
 //! The second disk of a lab: the plan, and the files that it names.
 //!
 //! It is an ext4 image that `mke2fs -d` makes of a directory of hard links, because the cloud kernel has no 9p, a
-//! virtio file system would need a server beside QEMU, and a disk is what every kernel has and nothing can write back
-//! to. A program is found in the lab at the path that it has on the host, so that what it was compiled with holds there:
+//! virtio file system would need a server beside QEMU, and a disk is what every kernel has and nothing writes back to. A program is found in the lab at the path that it has on the host, so that what it was compiled with holds there:
 //! the directory of the disk that holds its file is bound to the path of its directory.
 //!
 //! ```text
@@ -12,7 +11,7 @@
 //! ```
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     env,
     ffi::OsString,
     fs::{self, File},
@@ -54,9 +53,14 @@ impl Input {
         variables: impl Fn(&str) -> Option<OsString>,
     ) -> Result<Self> {
         let mut input = Self { plan: Plan { modules, ..Plan::default() }, ..Self::default() };
-        for path in programs.iter().map(|program| &program.path).chain(with) {
-            input.add(path)?;
-        }
+        let brought: Vec<&Path> = programs
+            .iter()
+            .map(|program| program.path.as_path())
+            .chain(with.iter().map(PathBuf::as_path))
+            // A bare name is looked for on the PATH of the lab.
+            .filter(|path| path.is_absolute() && !OF_THE_SYSTEM.iter().any(|place| path.starts_with(place)))
+            .collect();
+        input.bind(&brought)?;
         input.plan.programs = programs;
         for name in CARRIED {
             let Some(value) = variables(name).filter(|value| !value.is_empty()) else { continue };
@@ -73,24 +77,29 @@ impl Input {
         Ok(input)
     }
 
-    fn add(&mut self, path: &Path) -> Result<()> {
-        // A bare name is looked for on the PATH of the lab.
-        if path.is_relative() || OF_THE_SYSTEM.iter().any(|place| path.starts_with(place)) {
-            return Ok(());
+    /// Binds the directories of these files. One within another is part of it, as a bind hides what was there.
+    fn bind(&mut self, brought: &[&Path]) -> Result<()> {
+        let mut directories = BTreeSet::new();
+        for path in brought {
+            match path.parent() {
+                Some(directory) if path.file_name().is_some() => directories.insert(directory),
+                _ => bail!("{} cannot be brought into the lab", path.display()),
+            };
         }
-        let (Some(directory), Some(name)) = (path.parent(), path.file_name()) else {
-            bail!("{} cannot be brought into the lab", path.display());
+        let is_within = |directory: &Path| {
+            let mut above = directory.ancestors().skip(1);
+            above.any(|above| directories.contains(above))
         };
-        let known = self.plan.binds.iter().find(|(_, place)| *place == directory);
-        let bind = match known {
-            Some((bind, _)) => bind.clone(),
-            None => {
-                let bind = self.plan.binds.len().to_string();
-                self.plan.binds.insert(bind.clone(), directory.to_owned());
-                bind
+        let outermost = directories.iter().filter(|directory| !is_within(directory));
+        for (number, directory) in outermost.enumerate() {
+            let name = number.to_string();
+            for path in brought {
+                if let Ok(inside) = path.strip_prefix(directory) {
+                    self.files.insert(path.to_path_buf(), Path::new(&name).join(inside));
+                }
             }
-        };
-        self.files.insert(path.to_owned(), Path::new(&bind).join(name));
+            self.plan.binds.insert(name, directory.to_path_buf());
+        }
         Ok(())
     }
 
@@ -175,6 +184,16 @@ mod tests {
         ];
         assert_eq!(files, expected.map(|(from, to)| (Path::new(from), Path::new(to))));
         assert_eq!(input.plan.programs.len(), 5, "a program of the system runs, and is not brought");
+    }
+
+    #[test]
+    fn a_directory_within_another_is_part_of_it() {
+        let programs =
+            vec![program("/work/debug/deps/test"), program("/work/debug/tool"), program("/work/d")];
+        let input = Input::new(programs, &[], Vec::new(), |_| None).unwrap();
+        assert_eq!(input.plan.binds, BTreeMap::from([("0".to_owned(), "/work".into())]));
+        let places: Vec<&Path> = input.files.values().map(PathBuf::as_path).collect();
+        assert_eq!(places, ["0/d", "0/debug/deps/test", "0/debug/tool"].map(Path::new));
     }
 
     #[test]

@@ -12,6 +12,8 @@
 //!  input             programs, files, plan ─► a second disk, read-only                      [`input`]
 //!  machine           QEMU ─► wrenn-lab-init ─► each program in turn, as root                [`machine`]
 //!  what comes back   output as it is written, exits, the files of $WRENN_LAB_OUTPUT   crate `wrenn-lab`
+//!
+//!  cargo xtask lab            every test that is marked for the lab, with a closing line of counts   [`marked`]
 //! ```
 //!
 //! # What a program finds
@@ -29,7 +31,7 @@
 //!
 //! | what fails | what happens |
 //! |---|---|
-//! | QEMU is not there, memory is short | nothing is started, 125 |
+//! | QEMU is not there, memory is short | nothing is started, 125; in `make test` what is marked is skipped, with the reason |
 //! | no `Ready` within the bound of the boot | killed, 125 |
 //! | the programs take longer than `--bound` | killed, 125; what they wrote was shown |
 //! | the kernel panics, the init dies | QEMU ends, 125 |
@@ -38,6 +40,7 @@
 mod image;
 mod input;
 mod machine;
+pub(crate) mod marked;
 
 use std::{
     env,
@@ -87,6 +90,9 @@ pub(crate) struct Arguments {
     /// A file or directory that programs need, at the same path; can be given several times.
     #[arg(long)]
     with: Vec<PathBuf>,
+    /// Without programs: only the marked tests of this package; can be given several times.
+    #[arg(short, long)]
+    package: Vec<String>,
     /// Programs with their arguments, separated by `--`. Without any: all tests that are marked for the lab.
     #[arg(last = true)]
     programs: Vec<String>,
@@ -116,6 +122,9 @@ pub(crate) enum Event<'a> {
 
 /// The command: runs programs, shows what they write, and gives the exit code.
 pub(crate) fn run(repository: &Repository, arguments: &Arguments) -> Result<u8> {
+    if arguments.programs.is_empty() {
+        return marked::run_all(repository, &arguments.package);
+    }
     let directory = env::current_dir().context("asking for the current directory")?;
     let programs = programs(&arguments.programs, &directory)?;
     ensure!(!programs.is_empty(), "which program is to be run? `cargo xtask lab -- PROGRAM [ARGUMENT…]`");

@@ -15,6 +15,7 @@ use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
     fs::inotify,
     mount::{MountFlags, mount, mount_bind, mount_move},
+    process::{Resource, Rlimit, setrlimit},
 };
 use wrenn_lab::plan::{FILE, INPUT, OUTPUT, Plan};
 
@@ -27,6 +28,8 @@ const ROOT_DISK: &str = "/dev/vda";
 const INPUT_DISK: &str = "/dev/vdb";
 const NEW_ROOT: &str = "/newroot";
 const CONTROL_GROUPS: &str = "/sys/fs/cgroup";
+/// How many files a program may have open.
+const OPEN_FILES: u64 = 524_288;
 /// How long the kernel may take to present the port after its driver is there.
 const PORT_BOUND: Duration = Duration::from_secs(60);
 
@@ -114,6 +117,9 @@ pub(crate) fn become_host() -> Result<Plan> {
         symlink(target, &link).with_context(|| format!("making {}", link.display()))?;
     }
     delegate_controllers()?;
+    // The kernel gives its first process few. Services of a host may have so many.
+    let files = Rlimit { current: Some(OPEN_FILES), maximum: Some(OPEN_FILES) };
+    setrlimit(Resource::Nofile, files).context("allowing many open files")?;
     rustix::system::sethostname(b"lab").context("setting the name of the machine")?;
 
     fs::create_dir_all(INPUT).with_context(|| format!("making {INPUT}"))?;
