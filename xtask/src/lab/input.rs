@@ -6,7 +6,7 @@
 //!
 //! ```text
 //!  /work/target/debug/deps/a-1234  ─► DISK/0/a-1234 ─► /lab/input/0 bound to /work/target/debug/deps
-//!  WRENN_FIRECRACKER=/opt/fc       ─► DISK/carried/WRENN_FIRECRACKER ─► the variable names that file
+//!  WRENN_FIRECRACKER=/opt/fc       ─► DISK/carried/WRENN_FIRECRACKER/fc ─► the variable names that file
 //!  /usr/bin/stat                   ─► nothing: a program of the system is the lab's own
 //! ```
 
@@ -64,9 +64,12 @@ impl Input {
         input.plan.programs = programs;
         for name in CARRIED {
             let Some(value) = variables(name).filter(|value| !value.is_empty()) else { continue };
-            let place = Path::new(CARRIED_DIRECTORY).join(name);
+            let file = PathBuf::from(value);
+            let program = file.file_name().with_context(|| format!("{name} names no file"))?;
+            // Under its own name, by which processes are known.
+            let place = Path::new(CARRIED_DIRECTORY).join(name).join(program);
             let there = Path::new(plan::INPUT).join(&place).display().to_string();
-            input.files.insert(PathBuf::from(value), place);
+            input.files.insert(file, place);
             input.plan.environment.insert(name.to_owned(), there);
         }
         for name in PASSED {
@@ -207,11 +210,11 @@ mod tests {
         })
         .unwrap();
         let expected = BTreeMap::from([
-            ("WRENN_FIRECRACKER".to_owned(), "/lab/input/carried/WRENN_FIRECRACKER".to_owned()),
+            ("WRENN_FIRECRACKER".to_owned(), "/lab/input/carried/WRENN_FIRECRACKER/fc".to_owned()),
             ("WRENN_SOAK".to_owned(), "1".to_owned()),
         ]);
         assert_eq!(input.plan.environment, expected);
-        assert_eq!(input.files, BTreeMap::from([("/opt/fc".into(), "carried/WRENN_FIRECRACKER".into())]));
+        assert_eq!(input.files, BTreeMap::from([("/opt/fc".into(), "carried/WRENN_FIRECRACKER/fc".into())]));
     }
 
     #[test]
