@@ -54,6 +54,8 @@ pub struct Bounds {
     pub body_piece: Duration,
     /// Silence of a guest in the middle of a stream that should carry a keepalive more often.
     pub guest_silence: Duration,
+    /// How often a client of a stream is told that the connection still lives.
+    pub ping: Duration,
     /// How long an intent may take to reach its host: a younger one that the host does not know of yet may be on
     /// its way.
     pub start_grace: Duration,
@@ -90,6 +92,7 @@ impl Default for Bounds {
             guest: Duration::from_secs(30),
             body_piece: Duration::from_secs(60),
             guest_silence: Duration::from_secs(90),
+            ping: Duration::from_secs(30),
             start_grace: Duration::from_secs(10),
             host_missing: Duration::from_secs(20),
             sweep: Duration::from_secs(30),

@@ -16,8 +16,6 @@ use super::error::{ApiError, Parts, log};
 const SEND: Duration = Duration::from_secs(60);
 /// How long a client may take to say what it wants.
 pub(super) const FIRST_FRAME: Duration = Duration::from_secs(30);
-/// How often a client is told that the connection still lives.
-pub(super) const PING: Duration = Duration::from_secs(30);
 /// The largest message of a client.
 pub(super) const MESSAGE: usize = 4 << 20;
 

@@ -21,7 +21,7 @@ use wrenn_api::{
 use super::{
     error::{ApiError, Errors},
     extract::{Id, Process, parse_json},
-    socket::{Gone, MESSAGE, PING, Receiver, Said, Sender, split, told},
+    socket::{Gone, MESSAGE, Receiver, Said, Sender, split, told},
     text::Utf8Pieces,
 };
 use crate::{
@@ -131,7 +131,12 @@ async fn converse(
     owned: bool,
 ) {
     let control = session.control();
-    let mut output = Written { encoding, stdout: Utf8Pieces::default(), stderr: Utf8Pieces::default() };
+    let mut output = Written {
+        encoding,
+        stdout: Utf8Pieces::default(),
+        stderr: Utf8Pieces::default(),
+        ping: core.bounds.ping,
+    };
     let show = async {
         let shown = tokio::select! {
             shown = output.show(&mut session, sender) => shown,
@@ -162,6 +167,8 @@ struct Written {
     encoding: Encoding,
     stdout: Utf8Pieces,
     stderr: Utf8Pieces,
+    /// How often the client is told that the connection still lives.
+    ping: Duration,
 }
 
 impl Written {
@@ -171,7 +178,7 @@ impl Written {
         sender: &mut Sender,
     ) -> Result<Result<(), CoreError>, Gone> {
         sender.json(&ExecServerFrame::Start { pid: session.pid() }).await?;
-        let mut ping = tokio::time::interval_at(tokio::time::Instant::now() + PING, PING);
+        let mut ping = tokio::time::interval_at(tokio::time::Instant::now() + self.ping, self.ping);
         loop {
             let event = tokio::select! {
                 event = session.next() => event,

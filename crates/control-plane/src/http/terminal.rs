@@ -34,7 +34,7 @@ use wrenn_api::{
 use super::{
     error::{ApiError, Errors},
     extract::{Id, parse_json},
-    socket::{Gone, MESSAGE, PING, Receiver, Said, Sender, split, told},
+    socket::{Gone, MESSAGE, Receiver, Said, Sender, split, told},
 };
 use crate::{
     core::{Caller, Control, Core, CoreError, Session, random_tag, spec},
@@ -133,7 +133,7 @@ async fn converse(
     let (notes, heard) = tokio::sync::mpsc::channel(4);
     let show_all = async {
         let shown = tokio::select! {
-            shown = show(&mut session, tag, sender, heard, dialect) => shown,
+            shown = show(&mut session, tag, sender, heard, dialect, core.bounds.ping) => shown,
             () = core.stopping() => Ok(Err(CoreError::TooMany("the server is stopping"))),
         };
         if let Ok(Err(error)) = shown {
@@ -155,9 +155,10 @@ async fn show(
     sender: &mut Sender,
     mut heard: tokio::sync::mpsc::Receiver<TerminalServerFrame>,
     dialect: Dialect,
+    every: Duration,
 ) -> Result<Result<(), CoreError>, Gone> {
     sender.json(&TerminalServerFrame::Started { tag, pid: session.pid() }).await?;
-    let mut ping = tokio::time::interval_at(tokio::time::Instant::now() + PING, PING);
+    let mut ping = tokio::time::interval_at(tokio::time::Instant::now() + every, every);
     loop {
         let event = tokio::select! {
             event = session.next() => event,

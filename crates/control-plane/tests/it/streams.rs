@@ -1,9 +1,13 @@
 //! WebSockets.
 
+use std::time::Duration;
+
 use serde_json::{Value, json};
 
 use super::support::{
     World, eventually,
+    postgres::Cluster,
+    short_bounds,
     socket::{Said, Socket},
 };
 
@@ -88,7 +92,7 @@ async fn input_and_stop() {
     for line in ["sleep 86200", "trap '' TERM; while :; do sleep 0.2; done"] {
         let mut socket = exec(&world, &id, json!({"type": "start", "cmd": "sh", "args": ["-c", line]})).await;
         assert_eq!(socket.json().await["type"], "start");
-        tokio::time::sleep(std::time::Duration::from_millis(200)).await;
+        tokio::time::sleep(Duration::from_millis(200)).await;
         socket.send(json!({"type": "stop"})).await;
         let frames = socket.rest().await;
         let [Said::Text(exit), Said::Closed(1000)] = frames.as_slice() else { panic!("{frames:?}") };
@@ -116,7 +120,7 @@ async fn slow_readers_lose_nothing() {
     let line = "seq 1000000";
     let mut socket = exec(&world, &id, json!({"type": "start", "cmd": "sh", "args": ["-c", line]})).await;
     assert_eq!(socket.json().await["type"], "start");
-    tokio::time::sleep(std::time::Duration::from_secs(2)).await;
+    tokio::time::sleep(Duration::from_secs(2)).await;
     let frames = socket.rest().await;
     let text = texts(&frames, "stdout");
     assert!(text.lines().map(|line| line.parse::<u32>().unwrap()).eq(1..=1_000_000));
@@ -253,6 +257,85 @@ async fn a_terminal_in_the_binary_dialect() {
     let frames = socket.rest().await;
     let [.., Said::Text(exit), Said::Closed(1000)] = frames.as_slice() else { panic!("{frames:?}") };
     assert_eq!(exit["exit_code"], -1);
+}
+
+async fn terminal(world: &World, id: &str, start: Value) -> Socket {
+    let mut socket = Socket::open(&world.client, &format!("/v1/sandboxes/{id}/terminal")).await.unwrap();
+    socket.send(start).await;
+    assert_eq!(socket.json().await["type"], "started");
+    socket
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_terminal_of_whom_where_and_with_what() {
+    let world = World::new().await;
+    let id = world.sandbox().await;
+    let line = "echo $(id -un) $PWD $GREETING $(stty size)";
+    let start = json!({
+        "type": "start", "cmd": "/bin/sh", "args": ["-c", line], "user": "daemon", "cwd": "/tmp",
+        "envs": {"GREETING": "good day"}, "cols": 132, "rows": 43,
+    });
+    let mut socket = terminal(&world, &id, start).await;
+    let shown = shown_until(&mut socket, "\n").await;
+    assert_eq!(shown, "daemon /tmp good day 43 132\r\n");
+    assert_eq!(
+        socket.rest().await,
+        [Said::Text(json!({"type": "exit", "exit_code": 0})), Said::Closed(1000)]
+    );
+
+    for (field, value) in [("user", "nobody-we-know"), ("cwd", "/nowhere")] {
+        let mut socket = Socket::open(&world.client, &format!("/v1/sandboxes/{id}/terminal")).await.unwrap();
+        socket.send(json!({"type": "start", field: value})).await;
+        let frames = socket.rest().await;
+        let [Said::Text(error), Said::Closed(1000)] = frames.as_slice() else { panic!("{frames:?}") };
+        assert_eq!((&error["type"], &error["fatal"]), (&json!("error"), &json!(true)), "{error}");
+        assert!(error["data"].as_str().unwrap().contains(value), "{error}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_listens_to_silence_is_asked_whether_it_lives() {
+    let half_a_minute = wrenn_control_plane::Bounds::default().ping;
+    assert_eq!(half_a_minute, Duration::from_secs(30));
+    let bounds = wrenn_control_plane::Bounds { ping: Duration::from_millis(50), ..short_bounds() };
+    let world = World::with(bounds, Cluster::shared().database().await).await;
+    let id = world.sandbox().await;
+    let silent = json!({"type": "start", "cmd": "sleep", "args": ["86500"]});
+    let mut socket = terminal(&world, &id, silent.clone()).await;
+    for _ in 0..3 {
+        assert_eq!(socket.json().await, json!({"type": "ping"}));
+        socket.send(json!({"type": "pong"})).await;
+    }
+    socket.send(json!({"type": "kill"})).await;
+    let frames = socket.rest().await;
+    assert!(frames.contains(&Said::Text(json!({"type": "exit", "exit_code": -1}))), "{frames:?}");
+
+    let mut socket = exec(&world, &id, silent).await;
+    assert_eq!(socket.json().await["type"], "start");
+    socket.pings(3).await;
+}
+
+/// A megabyte that is pasted while nobody reads: the terminal takes it as the program does, and nothing is dropped.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_pasted_into_a_terminal_arrives_whole() {
+    const PIECES: usize = 16;
+    let world = World::new().await;
+    let id = world.sandbox().await;
+    let pieces: Vec<Vec<u8>> = (0..PIECES)
+        .map(|piece| (0..65_536).map(|at| u8::try_from((at * 31 + piece * 7) % 251).unwrap()).collect())
+        .collect();
+    let sum = pieces.concat().iter().map(|byte| u64::from(*byte)).sum::<u64>();
+    let length = PIECES * 65_536;
+    let count = "od -An -v -tu1 | awk '{ for (i = 1; i <= NF; i++) { n++; sum += $i } } END { print n, sum, \"counted\" }'";
+    let line = format!("stty raw -echo; echo ready; sleep 1; head -c {length} | {count}");
+    let mut socket =
+        terminal(&world, &id, json!({"type": "start", "cmd": "/bin/sh", "args": ["-c", line]})).await;
+    shown_until(&mut socket, "ready").await;
+    for piece in &pieces {
+        socket.send_bytes(piece).await;
+    }
+    let shown = shown_until(&mut socket, "counted").await;
+    assert!(shown.contains(&format!("{length} {sum} counted")), "{shown:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

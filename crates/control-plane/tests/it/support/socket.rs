@@ -40,6 +40,17 @@ impl Socket {
         self.0.send(Message::Binary(bytes.to_vec().into())).await.unwrap();
     }
 
+    /// Waits until the server has asked so many times whether the client still lives, and said nothing else.
+    pub(crate) async fn pings(&mut self, count: usize) {
+        let asked = async {
+            for _ in 0..count {
+                let message = self.0.next().await.unwrap().unwrap();
+                assert!(matches!(message, Message::Ping(_)), "{message:?}");
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(30), asked).await.expect("pings within half a minute");
+    }
+
     pub(crate) async fn next(&mut self) -> Said {
         loop {
             let message = tokio::time::timeout(Duration::from_secs(30), self.0.next()).await;
