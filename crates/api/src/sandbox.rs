@@ -30,7 +30,12 @@ pub struct CreateSandbox {
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(minimum = 512, maximum = 1_048_576, example = 20_480)]
     pub disk_size_mb: Option<i64>,
-    /// Seconds without activity after which `on_timeout` is done; 0, the default, means never.
+    /// Seconds without activity after which `on_timeout` is done; 0, the default, means never, and 1 is taken for 2.
+    ///
+    /// Activity is whatever is carried to or from the sandbox: every request about its commands, processes and files, a
+    /// command whose end somebody waits for, and every open stream or terminal, also while it is silent; and `ping`. A
+    /// process in the background that nobody follows is none, whatever it does, and neither is a question about the
+    /// sandbox itself, such as a get, a list or its metrics.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(minimum = 0, maximum = 2_592_000, example = 0)]
     pub timeout_sec: Option<i64>,

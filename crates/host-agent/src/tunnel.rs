@@ -2,7 +2,8 @@
 //!
 //! The caller asks for the upgrade `wrenn-tunnel`; after the 101 both directions are copied until either
 //! side ends. A port on which the guest's program listens for itself alone is reached as well
-//! ([`crate::guest::loopback`]). Every byte moves the sandbox's inactivity clock. What the bytes mean is
+//! ([`crate::guest::loopback`]). Every byte moves the sandbox's inactivity clock; a
+//! connection that is open does not, nor does its end. What the bytes mean is
 //! none of the agent's business: it neither parses nor buffers what a guest sends.
 //!
 //! | answer | when |
@@ -147,7 +148,8 @@ async fn carry(caller: impl AsyncRead + AsyncWrite, guest: GuestStream, handle: 
     }
 }
 
-async fn copy(
+/// Copies one direction to its end. Each piece moves the inactivity clock.
+pub(crate) async fn copy(
     mut from: impl AsyncRead + Unpin,
     mut to: impl AsyncWrite + Unpin,
     handle: &Handle,
@@ -157,7 +159,10 @@ async fn copy(
     let mut watch = handle.watch();
     loop {
         let length = from.read(&mut buffer).await?;
-        handle.activity().touch();
+        // An end is no activity: connections that were kept for later are closed when nobody has used them for long.
+        if length > 0 {
+            handle.activity().touch();
+        }
         if into_guest {
             saved(&mut watch).await;
         }

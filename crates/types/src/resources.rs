@@ -123,10 +123,11 @@ impl DiskMib {
 }
 
 impl InactivityTimeout {
-    /// The bound as a duration, or none where there is no bound.
+    /// The bound as a duration, or none where there is no bound. Never less than two seconds: a command that somebody waits
+    /// for shows itself once a second at most, and must not be taken for silence.
     #[must_use]
     pub fn duration(self) -> Option<Duration> {
-        (self.0 > 0).then(|| Duration::from_secs(u64::from(self.0)))
+        (self.0 > 0).then(|| Duration::from_secs(u64::from(self.0.max(2))))
     }
 }
 
@@ -153,7 +154,10 @@ mod tests {
         assert!(MemoryMib::new(127).is_err());
         assert!(DiskMib::new(511).is_err());
         assert_eq!(InactivityTimeout::new(0).unwrap().duration(), None);
-        assert_eq!(InactivityTimeout::new(2).unwrap().duration(), Some(Duration::from_secs(2)));
+        for (given, seconds) in [(1, 2), (2, 2), (3, 3), (600, 600)] {
+            let timeout = InactivityTimeout::new(given).unwrap();
+            assert_eq!(timeout.duration(), Some(Duration::from_secs(seconds)));
+        }
     }
 
     #[test]

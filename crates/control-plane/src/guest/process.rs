@@ -283,3 +283,24 @@ fn terminal_size(cols: u32, rows: u32) -> proto::PTY {
         ..Default::default()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        /// Whatever the clock, a silent process is heard of twice before it runs out, also where once comes late.
+        #[test]
+        fn who_is_waited_for_is_heard_of_in_time(seconds in prop_oneof![0_i64..200, 0_i64..=2_592_000]) {
+            let timeout = InactivityTimeout::new(seconds).unwrap();
+            let every = Duration::from_secs(keepalive_seconds(timeout).into());
+            prop_assert!(every >= Duration::from_secs(1));
+            prop_assert!(every <= Duration::from_secs(30), "a connection that died is noticed");
+            if let Some(clock) = timeout.duration() {
+                prop_assert!(every * 2 <= clock, "{every:?} of {clock:?}");
+            }
+        }
+    }
+}

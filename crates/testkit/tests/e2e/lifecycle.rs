@@ -2,8 +2,9 @@
 
 use std::{sync::Arc, time::Duration};
 
-use anyhow::{Result, ensure};
+use anyhow::{Context as _, Result, ensure};
 use serde_json::json;
+use wrenn_testkit::socket::Socket;
 
 use crate::context::{Case, Context, Sandbox, case};
 
@@ -127,11 +128,29 @@ async fn inactivity(context: Arc<Context>) -> Result<()> {
     let body = json!({ "timeout_sec": 4, "on_timeout": "kill" });
     let idle = Sandbox::create_with(context.client(), &body).await?;
     let mut busy = Sandbox::create_with(context.client(), &body).await?;
+    let mut left = Sandbox::create_with(context.client(), &body).await?;
+    let shown = Sandbox::create_with(context.client(), &body).await?;
+    // One that works hard, and whom nobody follows.
+    let work = "while :; do echo much; done";
+    let work = json!({ "cmd": "/bin/sh", "args": ["-c", work], "background": true });
+    let path = left.path("/exec");
+    left.client.post(&path, &work).await?.expect(202)?;
+    // One that says nothing, and is followed.
+    let mut socket = Socket::open(&shown.client, &shown.path("/terminal")).await?;
+    socket.send(&json!({ "type": "start", "cmd": "sleep", "args": ["11"] })).await?;
+    socket.until("started").await?;
     let result = busy.exec(&json!({ "cmd": "sleep", "args": ["9"] })).await?;
     ensure!(result["exit_code"] == 0, "a running command is activity: {result}");
+    let exit = socket.until("exit").await.context("an open terminal is activity")?;
+    ensure!(exit["exit_code"] == 0, "{exit}");
     let mut client = context.client();
-    wait_for_status(&mut client, &idle.id, "stopped", Duration::from_secs(5)).await?;
-    wait_for_status(&mut client, &busy.id, "stopped", Duration::from_secs(20)).await
+    for gone in [&idle.id, &left.id] {
+        wait_for_status(&mut client, gone, "stopped", Duration::from_secs(5)).await?;
+    }
+    for used in [&busy.id, &shown.id] {
+        wait_for_status(&mut client, used, "stopped", Duration::from_secs(20)).await?;
+    }
+    Ok(())
 }
 
 /// Asks until a sandbox has one of these statuses, with a bar between them.

@@ -2,8 +2,11 @@
 
 use std::time::Duration;
 
-use futures::future::join_all;
-use tokio::time::Instant;
+use futures::future::{join, join_all};
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _, duplex, split},
+    time::{Instant, sleep},
+};
 use wrenn_types::{EndReason, InactivityTimeout, SandboxId, TimeoutAction};
 
 use super::{
@@ -14,6 +17,7 @@ use super::{
 use crate::{
     registry::Registry,
     sandbox::{Deadline, Handle, Settings, Status},
+    tunnel::copy,
 };
 
 const PAUSE: TimeoutAction = TimeoutAction::Pause;
@@ -50,6 +54,43 @@ async fn when(handle: &Handle, is: impl FnMut(&Status) -> bool) -> Instant {
 fn exact(found: Instant, expected: Instant) {
     let off = found.max(expected) - found.min(expected);
     assert!(off <= Duration::from_millis(200), "{off:?} off");
+}
+
+/// What is carried moves the clock, in either direction and however little. A connection that is only open does not, and
+/// neither does its end, nor whoever asks how the sandbox is.
+#[test]
+fn every_byte_is_activity_and_an_open_connection_is_not() {
+    let ground = Ground::new();
+    let world = World::new(&ground);
+    live(&world, async |registry| {
+        let handle = created(&registry, |settings| settings.timeout = idle(60)).await;
+        let ((mut caller, ours), (theirs, mut guest)) = (duplex(64), duplex(64));
+        let ((from_caller, to_caller), (from_guest, to_guest)) = (split(ours), split(theirs));
+        let up = copy(from_caller, to_guest, &handle, true);
+        let down = copy(from_guest, to_caller, &handle, false);
+        let script = async {
+            for _ in 0..5 {
+                sleep(seconds(55)).await;
+                caller.write_all(b"?").await.unwrap();
+                guest.read_u8().await.unwrap();
+                sleep(seconds(55)).await;
+                guest.write_all(b"!").await.unwrap();
+                caller.read_u8().await.unwrap();
+            }
+            let last = Instant::now();
+            assert_eq!(handle.stage(), Stage::Running);
+            // The connection is left open for a while, and then closed.
+            sleep(seconds(40)).await;
+            assert_eq!(handle.status().stage, Stage::Running);
+            drop((caller, guest));
+            last
+        };
+        let ((carried_up, carried_down), last) = join(join(up, down), script).await;
+        carried_up.and(carried_down).unwrap();
+        exact(when(&handle, |status| status.stage != Stage::Running).await, last + seconds(60));
+        assert_eq!(handle.settled().await.stage, Stage::Paused);
+        end(&world, &registry).await;
+    });
 }
 
 #[test]
