@@ -4,8 +4,9 @@
 //! sees those three and nothing else, so there is no temporary file and no rename, and a small body is one write.
 //!
 //! What is promised: a file that is there when its upload was answered with 200 is whole. One whose body broke off or
-//! did not fit on the disk is removed, the old content of an overwritten file having gone when the new began to come;
-//! but a body that says how long it is, and is plainly too long for what is free, leaves the old file as it was.
+//! did not fit on the disk is removed, the old content of an overwritten file having gone when the new began to come.
+//! Until then a file that was there is not ours to remove: a body that says how long it is, and is plainly too long for
+//! what is free, leaves it as it was, and so does a file system that does not let it be given to the user.
 
 use std::{
     fs::{self, File},
@@ -48,7 +49,8 @@ impl Written {
     }
 }
 
-/// A file that is being written. Unless it is finished it is removed, also when the request is given up in the middle.
+/// A file that is being written. Unless it is finished, what was made or changed of it is removed, also when the request
+/// is given up in the middle.
 #[derive(Debug)]
 pub(super) struct Sink {
     file: File,
@@ -76,7 +78,8 @@ impl Sink {
             tree::make_directories(parent, user.uid, user.gid)
         };
         // What is no file is not even opened: with some devices that does something.
-        let file = match fs::metadata(&path) {
+        let there = fs::metadata(&path);
+        let file = match &there {
             Ok(there) if !there.is_file() && !there.is_dir() => return Err(FilesError::NotRegular(path)),
             Ok(_) => open(false).map_err(failed)?,
             Err(_) => match open(true) {
@@ -89,8 +92,13 @@ impl Sink {
             },
         };
         let metadata = file.metadata().map_err(failed)?;
-        let partial =
-            Partial { device: metadata.dev(), inode: metadata.ino(), kept: false, path: path.clone() };
+        let partial = Partial {
+            device: metadata.dev(),
+            inode: metadata.ino(),
+            // What holds something was not made just now: somebody else was quicker.
+            kept: there.is_ok() || metadata.len() > 0,
+            path: path.clone(),
+        };
         let mut sink = Self { medium: Medium::of(&file), file, gathered: Vec::new(), partial };
         if let Some(expected) = expected.filter(|expected| *expected > ASK_FOR) {
             // An error here says nothing; the write itself will tell.
@@ -98,14 +106,13 @@ impl Sink {
                 .map_or(u64::MAX, |disk| disk.f_bfree.saturating_mul(disk.f_bsize.unsigned_abs()));
             let own = metadata.blocks().saturating_mul(512);
             if expected > free.saturating_add(own) {
-                // Nothing happened to a file that was there; one that was made now goes.
-                sink.partial.kept = metadata.len() > 0;
                 return Err(FilesError::NoSpace(Some(expected)));
             }
         }
         fchown(&sink.file, Some(user.uid), Some(user.gid)).map_err(failed)?;
         if metadata.len() > 0 {
             sink.file.set_len(0).map_err(failed)?;
+            sink.partial.kept = false;
         }
         Ok(sink)
     }
@@ -120,6 +127,7 @@ impl Sink {
             self.flush()?;
         }
         if self.gathered.is_empty() && bytes.len() >= WORTH_A_WRITE {
+            self.partial.kept = false;
             return self.file.write_all(bytes).map_err(|error| self.failed(error));
         }
         if self.gathered.capacity() - self.gathered.len() < bytes.len() && !self.gathered.is_empty() {
@@ -134,6 +142,7 @@ impl Sink {
         if self.gathered.is_empty() {
             return Ok(());
         }
+        self.partial.kept = false;
         let written = self.file.write_all(&self.gathered).map_err(|error| self.failed(error));
         self.gathered.clear();
         written
@@ -163,6 +172,7 @@ struct Partial {
     path: String,
     device: u64,
     inode: u64,
+    /// Whether the file is whole, or still what it was before.
     kept: bool,
 }
 
@@ -249,8 +259,52 @@ mod tests {
         std::os::unix::fs::symlink(&target, &link).unwrap();
         create(&link).unwrap().finish(&Metadata::new()).unwrap();
         assert!(target.is_file() && link.is_symlink());
-        drop(create(&link).unwrap());
-        assert!(!target.exists() && link.is_symlink());
+        fs::remove_file(&target).unwrap();
+        // Over another link, which is relative.
+        let first = directory.path().join("first");
+        std::os::unix::fs::symlink("link", &first).unwrap();
+        let sink = create(&first).unwrap();
+        assert!(target.is_file());
+        drop(sink);
+        assert!(!target.exists() && link.is_symlink() && first.is_symlink());
+    }
+
+    /// As on a file system that knows no owners, or that belongs to somebody else.
+    #[test]
+    fn what_cannot_be_given_to_the_user_stays_what_it_was() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("file");
+        let other = User { uid: 65_534, gid: 65_534, ..user() };
+        let create = || Sink::create(path.to_str().unwrap().to_owned(), &other, None);
+        // Only this thread loses the right.
+        let mut rights = rustix::thread::capabilities(None).unwrap();
+        rights.effective.remove(rustix::thread::CapabilitySet::CHOWN);
+        rustix::thread::set_capabilities(None, rights).unwrap();
+        for content in ["old", ""] {
+            fs::write(&path, content).unwrap();
+            assert!(matches!(create(), Err(FilesError::Io { operation: "write", .. })));
+            assert_eq!(fs::read_to_string(&path).unwrap(), content);
+        }
+        fs::remove_file(&path).unwrap();
+        assert!(create().is_err());
+        assert!(!path.exists(), "what was made for it goes");
+    }
+
+    #[test]
+    fn an_empty_file_stays_until_something_is_written_to_it() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("file");
+        fs::write(&path, "").unwrap();
+        let too_much = Sink::create(path.to_str().unwrap().to_owned(), &user(), Some(u64::MAX));
+        assert!(matches!(too_much, Err(FilesError::NoSpace(_))));
+        let mut sink = create(&path).unwrap();
+        sink.write(b"gathered").unwrap();
+        drop(sink);
+        assert!(path.exists());
+        let mut sink = create(&path).unwrap();
+        sink.write(&[1; WORTH_A_WRITE]).unwrap();
+        drop(sink);
+        assert!(!path.exists());
     }
 
     #[test]
