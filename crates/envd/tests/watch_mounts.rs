@@ -1,102 +1,26 @@
 //! A file system that others can change, and one that does not answer: a FUSE mount that this test serves, or does not.
-#![allow(clippy::unwrap_used, clippy::print_stdout, reason = "all of this is tests")]
+#![allow(clippy::unwrap_used, reason = "all of this is tests")]
 
 mod harness;
 
-use std::{
-    fs::File,
-    io::{Read, Write},
-    net::TcpStream,
-    os::fd::AsRawFd,
-    time::Duration,
-};
+use std::{io::Write, net::TcpStream, time::Duration};
 
 use connectrpc::{ErrorCode, client::CallOptions};
-use harness::{Agent, command, run};
-use nix::mount::{MntFlags, MsFlags, mount, umount2};
-use wrenn_proto::filesystem::{CreateWatcherRequest, StatRequest, WatchDirRequest};
-
-/// The mount, in a mount namespace of this thread and of what it starts.
-struct Mount {
-    directory: tempfile::TempDir,
-    device: File,
-}
-
-impl Mount {
-    fn new() -> Option<Self> {
-        let device = match File::options().read(true).write(true).open("/dev/fuse") {
-            Ok(device) => device,
-            Err(error) => {
-                println!("skipped: no FUSE here: {error}");
-                return None;
-            }
-        };
-        let directory = tempfile::tempdir().unwrap();
-        harness::mounts::separate();
-        let data = format!("fd={},rootmode=40000,user_id=0,group_id=0,allow_other", device.as_raw_fd());
-        mount(Some("test"), directory.path(), Some("fuse"), MsFlags::empty(), Some(&*data)).unwrap();
-        Some(Self { directory, device })
-    }
-
-    fn path(&self) -> String {
-        self.directory.path().to_str().unwrap().to_owned()
-    }
-
-    /// Answers what is asked of an empty directory, until the mount ends.
-    fn serve(&self) {
-        let mut device = self.device.try_clone().unwrap();
-        std::thread::spawn(move || {
-            let mut request = vec![0; 1 << 17];
-            while let Ok(length) = device.read(&mut request) {
-                let field = |at: usize| u32::from_ne_bytes(request[at..at + 4].try_into().unwrap());
-                assert!(length >= 40);
-                let (error, body) = answer(field(4));
-                let Some(body) = body else { continue };
-                let total = u32::try_from(16 + body.len()).unwrap();
-                let mut reply = [total.to_ne_bytes(), error.to_ne_bytes()].concat();
-                reply.extend(&request[8..16]);
-                reply.extend(body);
-                let _ = device.write_all(&reply);
-            }
-        });
-    }
-}
-
-impl Drop for Mount {
-    fn drop(&mut self) {
-        let _ = umount2(self.directory.path(), MntFlags::MNT_DETACH);
-    }
-}
-
-fn words(words: &[u32]) -> Vec<u8> {
-    words.iter().flat_map(|word| word.to_ne_bytes()).collect()
-}
-
-/// The error and the body of an answer, by the operation that was asked for; no body means no answer.
-fn answer(operation: u32) -> (i32, Option<Vec<u8>>) {
-    let body = match operation {
-        2 => return (0, None),
-        // The attributes of the root: an empty directory.
-        3 => {
-            let mut attributes = words(&[0; 26]);
-            attributes[16] = 1;
-            attributes[76..80].copy_from_slice(&0o40755_u32.to_ne_bytes());
-            attributes[80] = 2;
-            attributes
-        }
-        17 => words(&[0; 20]),
-        26 => words(&[7, 31, 0, 0, 0, 4096, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0]),
-        27 => words(&[0; 4]),
-        28 | 29 => Vec::new(),
-        _ => return (-38, Some(Vec::new())),
-    };
-    (0, Some(body))
-}
+use harness::{
+    Agent, command,
+    fuse::{Mount, of_directory},
+    run,
+};
+use http::Request;
+use wrenn_proto::{
+    filesystem::{CreateWatcherRequest, StatRequest, WatchDirRequest},
+    process::StartRequest,
+};
 
 #[tokio::test]
 async fn what_others_can_change_is_watched_only_if_asked_for() {
     let Some(mount) = Mount::new() else { return };
-    mount.serve();
+    mount.serve(of_directory);
     let agent = Agent::start();
     let client = agent.filesystem();
     let polled = |allow_network_mounts| CreateWatcherRequest {
@@ -143,31 +67,49 @@ fn waiting_threads(pid: u32) -> usize {
 #[tokio::test]
 async fn threads_that_wait_for_files_are_not_those_on_which_programs_start() {
     let Some(mount) = Mount::new() else { return };
-    // The mount goes first, also where this fails: until then not even the end of the agent is seen.
-    let (agent, mount) = (Agent::start(), mount);
+    let agent = Agent::start();
     let stats = (0..30).map(|index| {
         let (client, path) = (agent.filesystem(), format!("{}/{index}", mount.path()));
         tokio::spawn(async move { drop(client.stat(StatRequest { path, ..Default::default() }).await) })
     });
-    let starts = (0..120).map(|index| {
-        let (client, mut start) = (agent.processes(), command(&["true"]));
-        let (process, there) = (start.process.get_or_insert_default(), format!("{}/{index}", mount.path()));
-        match index % 3 {
-            0 => process.cwd = Some(there),
-            1 => process.cmd = there,
-            _ => drop(process.envs.insert("PATH".to_owned(), format!("{there}:/usr/bin:/bin"))),
-        }
+    let begin = |start: StartRequest| {
+        let client = agent.processes();
         tokio::spawn(async move { drop(harness::run_as(&client, start, CallOptions::default()).await) })
-    });
-    let asked: Vec<_> = stats.chain(starts).collect();
+    };
+    let in_directory = || {
+        let mut start = command(&["true"]);
+        start.process.get_or_insert_default().cwd = Some(format!("{}/directory", mount.path()));
+        start
+    };
+    // A program there, or one that is looked for there, of a start in a directory that answers.
+    let program = || in_root(command(&[&format!("{}/program", mount.path())]));
+    let searched = || {
+        let mut start = in_root(command(&["program"]));
+        start.process.get_or_insert_default().envs.insert("PATH".to_owned(), mount.path());
+        start
+    };
+    let starts = (0..25).flat_map(|_| [begin(in_directory()), begin(program()), begin(searched())]);
+    let mut asked: Vec<_> = stats.chain(starts).collect();
     let files: Vec<_> =
         (0..70).map(|index| ask_for_file(&agent, &format!("{}/{index}", mount.path()))).collect();
-    // 24 of the service, 16 of files and 8 of starts.
-    harness::observe::eventually(|| waiting_threads(agent.pid()) >= 48).await;
+    // 24 of the service, 16 of files and 16 of starts.
+    harness::observe::eventually(|| waiting_threads(agent.pid()) >= 56).await;
     for _ in 0..20 {
-        assert_eq!(run(&agent.processes(), command(&["echo", "alive"])).await.text(), "alive\n");
+        is_alive(&agent, command(&["echo", "alive"])).await;
     }
-    assert_eq!(waiting_threads(agent.pid()), 48);
+    assert_eq!(waiting_threads(agent.pid()), 56);
+
+    // Now the directory of those that name none does not answer either: they have 16 more.
+    let init = Request::post("/init").header("content-type", "application/json");
+    let body = serde_json::json!({ "defaultWorkdir": format!("{}/home", mount.path()) });
+    assert_eq!(agent.send(init, body.to_string()).await.status, 204);
+    asked.extend((0..40).map(|_| begin(command(&["true"]))));
+    harness::observe::eventually(|| waiting_threads(agent.pid()) >= 72).await;
+    for _ in 0..20 {
+        is_alive(&agent, in_root(command(&["/bin/echo", "alive"]))).await;
+    }
+    assert_eq!(agent.get("/processes").await.status, 200);
+    assert_eq!(waiting_threads(agent.pid()), 72);
     // The mount ends, and others have their turn.
     drop(mount);
     drop(files);
@@ -176,6 +118,17 @@ async fn threads_that_wait_for_files_are_not_those_on_which_programs_start() {
     }
     assert_eq!(agent.upload("/tmp/.wrenn-test-threads", "x").await.status, 200);
     std::fs::remove_file("/tmp/.wrenn-test-threads").unwrap();
+}
+
+async fn is_alive(agent: &Agent, start: StartRequest) {
+    let client = agent.processes();
+    let seen = tokio::time::timeout(harness::PATIENCE, run(&client, start)).await.unwrap();
+    assert_eq!(seen.text(), "alive\n");
+}
+
+fn in_root(mut start: StartRequest) -> StartRequest {
+    start.process.get_or_insert_default().cwd = Some("/".to_owned());
+    start
 }
 
 #[tokio::test]

@@ -12,7 +12,7 @@
 //! ```
 //!
 //! One thread serves everything: a guest often has one processor, and switching threads costs more than it brings.
-//! What may block (files, starting a program) runs on threads that are kept for that.
+//! What may block (files, starting a program) runs on threads that are kept for that ([`threads`]).
 
 mod auth;
 mod callers;
@@ -37,6 +37,7 @@ mod server;
 mod snapshot;
 mod state;
 mod tasks;
+mod threads;
 mod users;
 
 use std::{
@@ -61,10 +62,15 @@ use crate::{
     network::PORT,
 };
 
-/// How many threads may block at once: more than `/files`, the filesystem service, its watches, and starts in a directory
-/// that was asked for or of a program in an unusual place may have in all, so that whatever does not answer, other programs
-/// start.
-const BLOCKING_THREADS: usize = 72;
+/// How many threads may block at once: all that each kind of work has of its own, so that none of them waits for one that
+/// another kind has, and a few for what waits for nothing but the kernel.
+const BLOCKING_THREADS: usize = files::THREADS
+    + filesystem::THREADS
+    + filesystem::WATCH_THREADS
+    + process::THREADS
+    + tasks::THREADS
+    + OTHER_THREADS;
+const OTHER_THREADS: usize = 8;
 /// How long an idle one is kept. Long, because a restored snapshot should find one ready.
 const THREAD_KEPT_FOR: Duration = Duration::from_secs(3600);
 /// How many descriptors the agent, and what it starts, may have open.

@@ -47,6 +47,8 @@ use rustix::{
     net::{SendFlags, send},
 };
 
+use super::threads::Aside;
+
 /// The most that one promise is about.
 pub(super) const LARGEST: usize = 1024 * 1024;
 /// How much is copied at a time of a file that cannot be sent otherwise.
@@ -72,7 +74,7 @@ struct Promises {
 /// A part of a file that is to be sent.
 #[derive(Debug)]
 struct Promise {
-    file: Arc<File>,
+    file: Arc<Aside<File>>,
     /// Where in the file is what is sent next.
     offset: u64,
     sent: usize,
@@ -136,7 +138,7 @@ impl Outlet {
 
     /// Promises to send `length` bytes of a file from `offset` on, or the first [`LARGEST`] of them, and answers with
     /// as many bytes that stand for them. They are to be written to the connection in the order of their promises.
-    pub(super) fn promise(&self, file: &Arc<File>, offset: u64, length: usize) -> Bytes {
+    pub(super) fn promise(&self, file: &Arc<Aside<File>>, offset: u64, length: usize) -> Bytes {
         let length = length.min(LARGEST);
         if length == 0 {
             return Bytes::new();
@@ -189,7 +191,7 @@ impl Outlet {
 impl Promise {
     fn send(&mut self, socket: BorrowedFd<'_>) -> io::Result<usize> {
         let mut offset = self.offset;
-        let sent = match sendfile(socket, &self.file, Some(&mut offset), self.left) {
+        let sent = match sendfile(socket, self.file.get()?, Some(&mut offset), self.left) {
             // Not every file system can.
             Err(Errno::INVAL | Errno::NOSYS | Errno::OPNOTSUPP) => self.copy(socket)?,
             sent => sent?,
@@ -206,7 +208,7 @@ impl Promise {
     /// Reads and writes. What the socket does not take is read again the next time.
     fn copy(&self, socket: BorrowedFd<'_>) -> io::Result<usize> {
         let mut bytes = vec![0; self.left.min(COPIED)];
-        let read = self.file.read_at(&mut bytes, self.offset)?;
+        let read = self.file.get()?.read_at(&mut bytes, self.offset)?;
         Ok(if read == 0 { 0 } else { send(socket, &bytes[..read], SendFlags::NOSIGNAL)? })
     }
 }
@@ -271,10 +273,10 @@ mod tests {
         tokio::runtime::Builder::new_current_thread().enable_io().build().unwrap()
     }
 
-    fn file_of(content: &[u8]) -> Arc<File> {
+    fn file_of(content: &[u8]) -> Arc<Aside<File>> {
         let mut file = tempfile::tempfile().unwrap();
         file.write_all(content).unwrap();
-        Arc::new(file)
+        Arc::new(Aside::new(file))
     }
 
     fn noise(length: usize) -> Vec<u8> {
@@ -359,14 +361,14 @@ mod tests {
     async fn what_cannot_be_sent_from_where_it_is_gets_copied() {
         let (mut connection, mut other) = connection().await;
         // Nobody can splice it.
-        let file = Arc::new(File::open("/proc/self/environ").unwrap());
+        let file = File::open("/proc/self/environ").unwrap();
         let mut content = vec![0; 4096];
         let length = file.read_at(&mut content, 0).unwrap();
         content.truncate(length);
         assert!(content.len() > 2, "cargo sets variables");
         let (null, mut offset) = (File::options().write(true).open("/dev/null").unwrap(), 0);
-        assert_eq!(sendfile(&null, &*file, Some(&mut offset), 1), Err(Errno::INVAL));
-        let outlet = connection.outlet();
+        assert_eq!(sendfile(&null, &file, Some(&mut offset), 1), Err(Errno::INVAL));
+        let (outlet, file) = (connection.outlet(), Arc::new(Aside::new(file)));
         let pieces = vec![outlet.promise(&file, 0, 2), outlet.promise(&file, 2, content.len() - 2)];
         write_all(&mut connection, pieces, 2).await.unwrap();
         drop(connection);

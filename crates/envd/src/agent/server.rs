@@ -46,6 +46,7 @@ use super::{
     snapshot::{self, SnapshotError},
     state::Agent,
     tasks,
+    threads::RunError,
 };
 use crate::console::{chain, say};
 
@@ -202,10 +203,13 @@ async fn answer_while_open(
             Err(error) => failed(&error),
         },
         ("/envs", true) => json(&agent.identity().environment),
-        ("/processes", true) => match tokio::task::spawn_blocking(tasks::list).await {
+        ("/processes", true) => match agent.listing.run(tasks::list).await {
             Ok(Ok(tasks)) => json(&tasks),
             Ok(Err(error)) => failed(&error),
-            Err(error) => failed(&error),
+            Err(RunError::Busy) => {
+                reply::error(StatusCode::SERVICE_UNAVAILABLE, "the processes are being listed already")
+            }
+            Err(error @ RunError::Interrupted) => failed(&error),
         },
         ("/metrics" | "/envs" | "/processes", false) => not_allowed(),
         (path, _) if !SERVICES.iter().any(|service| path.starts_with(service)) => files::refuse(

@@ -32,7 +32,9 @@ use super::{
     handover::Handover,
     loopback::Streams,
     metrics::Meter,
-    process::{DIRECTORY_THREADS, Registry},
+    process::{Registry, Starts},
+    tasks,
+    threads::Threads,
 };
 
 /// Where the agent runs.
@@ -110,8 +112,10 @@ pub(crate) struct Agent {
     pub(crate) changing: tokio::sync::Mutex<()>,
     /// Held by the one thread that puts the file systems in order.
     pub(crate) settling: Arc<Semaphore>,
-    /// Held by each start that looks for its directory, or for a program in an unusual place.
-    pub(crate) directories: Arc<Semaphore>,
+    /// The threads on which processes start.
+    pub(crate) starts: Starts,
+    /// The thread on which processes are listed.
+    pub(crate) listing: Threads,
     pub(crate) meter: Meter,
     pub(crate) streams: Streams,
     pub(crate) callers: Arc<Callers>,
@@ -148,7 +152,8 @@ impl Agent {
             cgroup,
             changing: tokio::sync::Mutex::new(()),
             settling: Arc::new(Semaphore::new(1)),
-            directories: Arc::new(Semaphore::new(DIRECTORY_THREADS)),
+            starts: Starts::default(),
+            listing: Threads::new(tasks::THREADS),
             meter: Meter::start(),
             streams: Streams::default(),
             callers: Arc::default(),

@@ -14,6 +14,8 @@ use serde::Serialize;
 
 use super::users::Accounts;
 
+/// How many threads list them. What `/proc` says of a program whose memory is busy may have to be waited for.
+pub(crate) const THREADS: usize = 1;
 /// The most processes that are listed: those with the lowest numbers.
 pub(crate) const MAXIMUM: usize = 4096;
 /// How much of a command line is shown.

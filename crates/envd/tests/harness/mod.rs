@@ -5,6 +5,7 @@
     reason = "each test program uses its part of this, and it is part of tests"
 )]
 
+pub(crate) mod fuse;
 pub(crate) mod mounts;
 pub(crate) mod observe;
 

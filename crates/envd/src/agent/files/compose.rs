@@ -17,10 +17,9 @@ use hyper::body::Incoming;
 use serde::Deserialize;
 
 use super::{
-    Asker, FilesError, next_frame,
+    Asker, FilesError, next_frame, on_thread,
     reply::{self, Body},
     sink::Written,
-    threads::on_thread,
 };
 use crate::{
     agent::{metadata::Metadata, state::Identity},
@@ -58,7 +57,7 @@ pub(super) async fn serve(
     let request = parse(&bytes)?;
     let name = request.username.clone().filter(|name| !name.is_empty()).or(name);
     let work = move || compose(&Asker::new(name, identity)?, &request);
-    let written = on_thread(work).await.map_err(|_| FilesError::Interrupted)??;
+    let written = on_thread(work).await??;
     let written = serde_json::to_vec(&written).map_err(|_| FilesError::Interrupted)?;
     Ok(reply::full(StatusCode::OK, "application/json", written))
 }

@@ -26,13 +26,12 @@ use http::{HeaderMap, HeaderValue, Method, Response, StatusCode, header, request
 use super::{
     Asker, FilesError,
     conditions::{Outcome, Validators},
-    encoding, paths,
+    encoding, on_thread, paths,
     range::{self, Part, Wanted},
     reply::{self, Body},
     source::{self, Located, Segment},
-    threads::on_thread,
 };
-use crate::agent::{outlet::Outlet, state::Identity};
+use crate::agent::{outlet::Outlet, state::Identity, threads::Aside};
 
 /// Up to this size a file is read at once.
 const SMALL: u64 = 64 * 1024;
@@ -54,7 +53,7 @@ enum Content {
     /// A large file of known size, and what it starts with if that was asked for.
     Large(Located, u64, Vec<u8>),
     /// A large file that does not know its size; what was read of it so far comes first.
-    Endless(File, Vec<u8>),
+    Endless(Aside<File>, Vec<u8>),
 }
 
 struct Opened {
@@ -85,7 +84,7 @@ pub(crate) async fn serve(
         let path = asker.resolve(&path.unwrap_or_default())?;
         open(&path, sample).map(|opened| (path, opened))
     };
-    let (path, opened) = on_thread(work).await.map_err(|_| FilesError::Interrupted)??;
+    let (path, opened) = on_thread(work).await??;
     let packing = packing.map_err(FilesError::NotAcceptable)?;
     let headers = &parts.headers;
     let outcome = opened.validators.as_ref().map_or(Outcome::Serve, |validators| validators.check(headers));
@@ -146,7 +145,7 @@ fn open(path: &str, sample: bool) -> Result<Opened, FilesError> {
     (&file).take(SMALL + 1).read_to_end(&mut start).map_err(failed)?;
     let validators = (start.len() as u64 == size).then_some(validators);
     let all = start.len() as u64 <= SMALL;
-    let content = if all { Content::Small(start.into()) } else { Content::Endless(file, start) };
+    let content = if all { Content::Small(start.into()) } else { Content::Endless(Aside::new(file), start) };
     Ok(Opened { content, validators })
 }
 

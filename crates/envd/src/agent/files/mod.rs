@@ -17,7 +17,6 @@
 //! | [`gunzip`] | a packed body, unpacked as it comes |
 //! | [`form`] | `multipart/form-data`, read as it comes |
 //! | [`sink`] | a file that is being written, and what becomes of half a file |
-//! | [`threads`] | the threads for what may have to be waited for |
 //! | [`medium`] | whether a file is in memory, or may have to be waited for |
 //! | [`mod@compose`] | one file of several |
 
@@ -32,12 +31,11 @@ mod query;
 mod range;
 mod sink;
 mod source;
-mod threads;
 mod upload;
 
 use std::{
     io,
-    sync::Arc,
+    sync::{Arc, LazyLock},
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
@@ -55,10 +53,13 @@ use super::{
     paths::{self, PathError},
     reply::{self, Body},
     state::{Agent, Identity},
+    threads::{Job, RunError, Threads},
     users::{Accounts, User, UserError},
 };
 use crate::console::chain;
 
+/// How many threads open, read and write files.
+pub(crate) const THREADS: usize = 16;
 /// How much of a body that is refused is still read, so that its sender gets to see the answer, and for how long.
 const DRAIN_BYTES: u64 = 16 << 30;
 const DRAIN_TIME: Duration = Duration::from_secs(60);
@@ -110,8 +111,8 @@ enum FilesError {
     BodyStopped,
     #[error("the work was interrupted")]
     Interrupted,
-    #[error(transparent)]
-    Busy(#[from] threads::Busy),
+    #[error("too many files are being read and written")]
+    Busy,
     #[error("{}not enough disk space available", attempted(*.0))]
     NoSpace(Option<u64>),
     #[error("not enough inodes available")]
@@ -159,7 +160,7 @@ impl FilesError {
                 io::ErrorKind::ExecutableFileBusy | io::ErrorKind::ResourceBusy => StatusCode::CONFLICT,
                 _ => StatusCode::INTERNAL_SERVER_ERROR,
             },
-            Self::Busy(_) => StatusCode::SERVICE_UNAVAILABLE,
+            Self::Busy => StatusCode::SERVICE_UNAVAILABLE,
             Self::User(UserError::Accounts(_)) | Self::Interrupted => StatusCode::INTERNAL_SERVER_ERROR,
         }
     }
@@ -181,6 +182,15 @@ impl FilesError {
     }
 }
 
+impl From<RunError> for FilesError {
+    fn from(error: RunError) -> Self {
+        match error {
+            RunError::Busy => Self::Busy,
+            RunError::Interrupted => Self::Interrupted,
+        }
+    }
+}
+
 impl From<FormError> for FilesError {
     fn from(error: FormError) -> Self {
         Self::Form(error)
@@ -191,6 +201,13 @@ impl From<GzipError> for FilesError {
     fn from(error: GzipError) -> Self {
         Self::Gzip(error)
     }
+}
+
+/// Does something on one of the threads for files.
+fn on_thread<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Job<T> {
+    /// As the runtime's threads themselves, they are the process's.
+    static OURS: LazyLock<Threads> = LazyLock::new(|| Threads::new(THREADS));
+    OURS.run(work)
 }
 
 fn attempted(bytes: Option<u64>) -> String {
@@ -314,7 +331,7 @@ mod tests {
         let table = [
             (FilesError::BodyStopped, 408, "the body stopped coming"),
             (FilesError::Interrupted, 500, "the work was interrupted"),
-            (FilesError::Busy(threads::Busy), 503, "too many files are being read and written"),
+            (FilesError::Busy, 503, "too many files are being read and written"),
             (FilesError::NoInodes, 507, "not enough inodes available"),
             (FilesError::NoSpaceForMetadata, 507, "not enough space for file metadata"),
             (

@@ -29,10 +29,12 @@ use bytes::Bytes;
 use flate2::{Compression, write::GzEncoder};
 use futures::stream::{self, Stream};
 use rustix::io::{Errno, ReadWriteFlags, preadv2};
-use tokio::task::JoinHandle;
 
-use super::{medium::Medium, range::Part, threads::on_thread};
-use crate::agent::outlet::{LARGEST, Outlet};
+use super::{medium::Medium, on_thread, range::Part};
+use crate::agent::{
+    outlet::{LARGEST, Outlet},
+    threads::{Aside, Job},
+};
 
 /// How much is read at a time.
 const PIECE: usize = 256 * 1024;
@@ -86,7 +88,7 @@ impl Drop for Buffer {
 /// A file, and where its bytes are.
 #[derive(Debug)]
 pub(super) struct Located {
-    file: Arc<File>,
+    file: Arc<Aside<File>>,
     medium: Medium,
 }
 
@@ -94,7 +96,7 @@ impl Located {
     /// Asks the file system, which may block.
     pub(super) fn new(file: File) -> Self {
         let medium = Medium::of(&file);
-        Self { file: Arc::new(file), medium }
+        Self { file: Arc::new(Aside::new(file)), medium }
     }
 }
 
@@ -118,7 +120,8 @@ impl Reader {
             return None;
         };
         let length = usize::try_from(part.length).unwrap_or(LARGEST).min(LARGEST);
-        if self.file.medium != Medium::Memory && !is_in_memory(&self.file.file, part.start, length) {
+        if self.file.medium != Medium::Memory && !is_in_memory(self.file.file.get().ok()?, part.start, length)
+        {
             return None;
         }
         let promised = outlet.promise(&self.file.file, part.start, length);
@@ -151,10 +154,10 @@ impl Reader {
             }
             Some(Segment::Of(part)) => part,
         };
-        let mut buffer = self.pool.take();
+        let (file, mut buffer) = (self.file.file.get()?, self.pool.take());
         let room = usize::try_from(part.length).unwrap_or(PIECE).min(PIECE);
         buffer.length = loop {
-            match read(&self.file.file, &mut buffer.bytes[..room], part.start) {
+            match read(file, &mut buffer.bytes[..room], part.start) {
                 Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 other => break other?,
@@ -228,7 +231,7 @@ impl Pieces for Reader {
 
 /// What was read already, and everything up to the end.
 struct Endless {
-    file: File,
+    file: Aside<File>,
     first: Vec<u8>,
 }
 
@@ -238,7 +241,7 @@ impl Pieces for Endless {
             return Ok(Some(mem::take(&mut self.first).into()));
         }
         let mut bytes = Vec::with_capacity(PIECE);
-        (&self.file).take(PIECE as u64).read_to_end(&mut bytes)?;
+        self.file.get()?.take(PIECE as u64).read_to_end(&mut bytes)?;
         Ok((!bytes.is_empty()).then(|| bytes.into()))
     }
 }
@@ -283,12 +286,15 @@ pub(super) fn packed(file: Located, length: u64) -> impl Stream<Item = io::Resul
 }
 
 /// What was read of a file, and everything up to its end.
-pub(super) fn to_the_end(file: File, first: Vec<u8>) -> impl Stream<Item = io::Result<Bytes>> + Send {
+pub(super) fn to_the_end(file: Aside<File>, first: Vec<u8>) -> impl Stream<Item = io::Result<Bytes>> + Send {
     ahead(Endless { file, first })
 }
 
 /// The same, packed.
-pub(super) fn packed_to_the_end(file: File, first: Vec<u8>) -> impl Stream<Item = io::Result<Bytes>> + Send {
+pub(super) fn packed_to_the_end(
+    file: Aside<File>,
+    first: Vec<u8>,
+) -> impl Stream<Item = io::Result<Bytes>> + Send {
     ahead(Packed { source: Endless { file, first }, encoder: Some(encoder()) })
 }
 
@@ -320,11 +326,11 @@ enum Waited {
 }
 
 /// Where the next piece comes from.
-enum State<S> {
+enum State<S: Pieces> {
     /// Perhaps it is at hand.
     AtHand(S),
     /// It was asked for.
-    Ahead(JoinHandle<Outcome<S>>),
+    Ahead(Job<Outcome<S>>),
 }
 
 fn ahead<S: Pieces>(source: S) -> impl Stream<Item = io::Result<Bytes>> + Send {
@@ -338,7 +344,7 @@ fn ahead<S: Pieces>(source: S) -> impl Stream<Item = io::Result<Bytes>> + Send {
                 Ok(AtHand::Nothing) => read(source),
             },
         };
-        match reading.await.map_err(io::Error::other).flatten() {
+        match reading.await.map_err(io::Error::from).flatten() {
             Err(error) => Some((Err(error), None)),
             Ok((_, None, _)) => None,
             Ok((source, Some(piece), Waited::No)) => Some((Ok(piece), Some(State::AtHand(source)))),
@@ -347,7 +353,7 @@ fn ahead<S: Pieces>(source: S) -> impl Stream<Item = io::Result<Bytes>> + Send {
     })
 }
 
-fn read<S: Pieces>(mut source: S) -> JoinHandle<Outcome<S>> {
+fn read<S: Pieces>(mut source: S) -> Job<Outcome<S>> {
     on_thread(move || match source.at_hand()? {
         AtHand::Piece(piece) => Ok((source, Some(piece), Waited::No)),
         AtHand::End => Ok((source, None, Waited::No)),

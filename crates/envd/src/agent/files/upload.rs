@@ -19,21 +19,20 @@ use bytes::Bytes;
 use http::{HeaderMap, Response, StatusCode, header};
 use http_body::Body as _;
 use hyper::body::Incoming;
-use tokio::task::JoinHandle;
 
 use super::{
     Asker, FilesError,
     encoding::{self, Encoding},
     form::{Form, Head, Parts},
     gunzip::Gunzip,
-    next_frame,
+    next_frame, on_thread,
     reply::{self, Body},
     sink::{Sink, Written},
-    threads::on_thread,
 };
 use crate::agent::{
     metadata::{self, Metadata},
     state::Identity,
+    threads::Aside,
 };
 
 /// How many files one body may hold, and how long their paths may be in all: they are kept until the answer.
@@ -97,20 +96,20 @@ async fn receive(
     let (mut batch, mut more) = gather(body).await?;
     if !more {
         let work = move || start()?.take(batch)?.finish();
-        return on_thread(work).await.map_err(|_| FilesError::Interrupted)?;
+        return on_thread(work).await?;
     }
-    let mut job = Aside::new(on_thread(move || start()?.take(batch)));
+    let mut job = on_thread(move || start()?.take(batch));
     loop {
         (batch, more) = gather(body).await?;
-        let receiver = job.finish().await?;
+        let receiver = job.await??;
         if !more {
             let work = move || receiver.take(batch)?.finish();
-            return on_thread(work).await.map_err(|_| FilesError::Interrupted)?;
+            return on_thread(work).await?;
         }
         if receiver.only_copies() {
             return copy(receiver, batch, body).await;
         }
-        job = Aside::new(on_thread(move || receiver.take(batch)));
+        job = on_thread(move || receiver.take(batch));
     }
 }
 
@@ -123,20 +122,20 @@ async fn copy(
     let mut receiver = Aside::new(receiver);
     let copying = async {
         for piece in batch {
-            receiver.get()?.push(&piece)?;
+            receiver.get_mut()?.push(&piece)?;
         }
         while let Some(frame) = next_frame(body).await? {
             if let Ok(data) = frame.into_data() {
-                receiver.get()?.push(&data)?;
+                receiver.get_mut()?.push(&data)?;
             }
         }
         Ok(())
     };
     let copied: Result<(), FilesError> = copying.await;
-    let receiver = receiver.take()?;
+    let receiver = receiver.into_inner()?;
     // Half a file is gone before anybody is told of it.
     let work = move || copied.and_then(|()| receiver.finish());
-    on_thread(work).await.map_err(|_| FilesError::Interrupted)?
+    on_thread(work).await?
 }
 
 /// Some pieces of a body, and whether there are more.
@@ -150,42 +149,6 @@ async fn gather(body: &mut Incoming) -> Result<(Vec<Bytes>, bool), FilesError> {
         }
     }
     Ok((batch, true))
-}
-
-/// A receiver, or a job that has one. When it is given up it goes on a thread that may block: to remove half of a
-/// large file takes time.
-#[derive(Debug)]
-struct Aside<T: Send + 'static>(Option<T>);
-
-impl<T: Send + 'static> Aside<T> {
-    fn new(it: T) -> Self {
-        Self(Some(it))
-    }
-
-    fn get(&mut self) -> Result<&mut T, FilesError> {
-        self.0.as_mut().ok_or(FilesError::Interrupted)
-    }
-
-    fn take(mut self) -> Result<T, FilesError> {
-        self.0.take().ok_or(FilesError::Interrupted)
-    }
-}
-
-impl Aside<JoinHandle<Result<Receiver, FilesError>>> {
-    async fn finish(mut self) -> Result<Receiver, FilesError> {
-        // Kept in its place while it is waited for, so that it is not lost if nobody waits any more.
-        let done = self.get()?.await;
-        self.0 = None;
-        done.map_err(|_| FilesError::Interrupted)?
-    }
-}
-
-impl<T: Send + 'static> Drop for Aside<T> {
-    fn drop(&mut self) {
-        if let (Some(it), Ok(runtime)) = (self.0.take(), tokio::runtime::Handle::try_current()) {
-            runtime.spawn_blocking(move || drop(it));
-        }
-    }
 }
 
 /// What a body is moved to: its target, and what unpacks it on the way.

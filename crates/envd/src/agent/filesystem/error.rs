@@ -8,7 +8,7 @@ use wrenn_proto::NO_SPACE_DETAIL;
 
 use super::{MAXIMUM_ENTRIES, watch::WatchError};
 use crate::{
-    agent::{paths::PathError, users::UserError},
+    agent::{paths::PathError, threads::RunError, users::UserError},
     console::chain,
 };
 
@@ -52,6 +52,15 @@ pub(super) enum FilesystemError {
     },
 }
 
+impl From<RunError> for FilesystemError {
+    fn from(error: RunError) -> Self {
+        match error {
+            RunError::Busy => Self::Busy,
+            RunError::Interrupted => Self::Interrupted,
+        }
+    }
+}
+
 impl From<FilesystemError> for ConnectError {
     fn from(error: FilesystemError) -> Self {
         let message = chain(&error);
@@ -82,7 +91,7 @@ impl From<WatchError> for ConnectError {
         match error {
             WatchError::NotFound(_) | WatchError::NoWatcher(_) => Self::not_found(message),
             WatchError::NotADirectory(_) | WatchError::Network(_) => Self::invalid_argument(message),
-            WatchError::TooMany | WatchError::Limit { .. } | WatchError::Lost(_) => {
+            WatchError::TooMany | WatchError::Busy | WatchError::Limit { .. } | WatchError::Lost(_) => {
                 Self::resource_exhausted(message)
             }
             WatchError::System { ref source, .. } => from_io(source, message),
@@ -248,6 +257,7 @@ mod tests {
             (WatchError::Network(path()), InvalidArgument, "cannot watch path on network filesystem: /p"),
             (WatchError::NoWatcher("w".to_owned()), NotFound, "watcher with id w not found"),
             (WatchError::TooMany, ResourceExhausted, "too many watchers"),
+            (WatchError::Busy, ResourceExhausted, "too many watchers wait for their file systems"),
             (
                 limit(FollowError::Instances),
                 ResourceExhausted,

@@ -19,42 +19,38 @@ mod mounts;
 mod operations;
 mod watch;
 
-use std::{sync::Arc, time::Duration};
+use std::sync::Arc;
 
 use connectrpc::{ConnectError, RequestContext, Response, ServiceRequest, ServiceResult, ServiceStream};
 use http::HeaderMap;
-use tokio::{
-    sync::{OwnedSemaphorePermit, Semaphore},
-    time::Instant,
-};
+use tokio::time::Instant;
 use wrenn_proto::filesystem as wire;
 
+pub(crate) use self::watch::THREADS as WATCH_THREADS;
 use self::{
     error::FilesystemError,
     operations::Asker,
     watch::{Wanted, Watchers},
 };
-use super::{auth::basic_user, process::keepalive, state::Agent};
+use super::{auth::basic_user, process::keepalive, state::Agent, threads::Threads};
 
 /// How many entries one list may hold.
 const MAXIMUM_ENTRIES: usize = 100_000;
 /// How many operations run at once.
-const THREADS: usize = 24;
-/// How long an operation waits for others to end.
-const PATIENCE: Duration = Duration::from_secs(30);
+pub(crate) const THREADS: usize = 24;
 
 /// The service.
 #[derive(Debug)]
 pub(crate) struct FilesystemService {
     agent: Arc<Agent>,
-    threads: Arc<Semaphore>,
+    threads: Threads,
     watchers: Watchers,
 }
 
 impl FilesystemService {
     pub(crate) fn new(agent: Arc<Agent>) -> Self {
         watch::raise_kernel_limits(agent.place);
-        Self { agent, threads: Arc::new(Semaphore::new(THREADS)), watchers: Watchers::default() }
+        Self { agent, threads: Threads::new(THREADS), watchers: Watchers::default() }
     }
 
     /// Does something for whoever asks, on a thread that may block.
@@ -64,14 +60,8 @@ impl FilesystemService {
         work: impl FnOnce(&Asker) -> Result<T, FilesystemError> + Send + 'static,
     ) -> Result<T, ConnectError> {
         let (name, identity) = (basic_user(headers), self.agent.identity());
-        let permit = thread(&self.threads, PATIENCE).await?;
-        let work = move || {
-            // Held until the work is done, also when the client went away long before.
-            let _permit = permit;
-            work(&Asker::new(name, identity)?)
-        };
-        let answer = tokio::task::spawn_blocking(work).await.map_err(|_| FilesystemError::Interrupted)?;
-        Ok(answer?)
+        let work = move || work(&Asker::new(name, identity)?);
+        Ok(self.threads.run(work).await.map_err(FilesystemError::from)??)
     }
 
     /// What a client wants to watch, with the path that it means.
@@ -80,15 +70,6 @@ impl FilesystemService {
         wanted.path = self.ask(headers, move |asker| asker.resolve(&path)).await?;
         Ok(wanted)
     }
-}
-
-/// Waits for one of the threads of this service.
-async fn thread(
-    threads: &Arc<Semaphore>,
-    patience: Duration,
-) -> Result<OwnedSemaphorePermit, FilesystemError> {
-    let permit = tokio::time::timeout(patience, Arc::clone(threads).acquire_owned()).await;
-    permit.map_err(|_| FilesystemError::Busy)?.map_err(|_| FilesystemError::Interrupted)
 }
 
 impl wire::Filesystem for FilesystemService {
@@ -194,21 +175,5 @@ impl wire::Filesystem for FilesystemService {
     ) -> ServiceResult<wire::RemoveWatcherResponse> {
         self.watchers.remove(request.watcher_id)?;
         Response::ok(wire::RemoveWatcherResponse::default())
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[tokio::test]
-    async fn who_finds_no_thread_in_time_is_told_so() {
-        let threads = Arc::new(Semaphore::new(1));
-        let busy = thread(&threads, Duration::ZERO).await.unwrap();
-        assert!(matches!(thread(&threads, Duration::ZERO).await, Err(FilesystemError::Busy)));
-        let (next, ()) = tokio::join!(thread(&threads, PATIENCE), async { drop(busy) });
-        drop(next.unwrap());
-        threads.close();
-        assert!(matches!(thread(&threads, PATIENCE).await, Err(FilesystemError::Interrupted)));
     }
 }

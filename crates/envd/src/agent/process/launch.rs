@@ -31,7 +31,7 @@ use crate::agent::{
 };
 
 /// Where programs are looked for if nobody says otherwise.
-const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+pub(super) const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 /// How much readier than the agent a process is to be killed when memory is short.
 const OOM_SCORE: i16 = 100;
 
@@ -96,26 +96,6 @@ pub(crate) struct Launched {
 enum Outputs {
     Pipes { stdout: OwnedFd, stderr: OwnedFd },
     Terminal(OwnedFd),
-}
-
-/// Whether a start may have to wait for a file system that a client chose, which may be one that never answers: that of
-/// a directory that was asked for, or of a program that is not where programs usually are. It looks at texts alone, because
-/// to look at the file system is what may take for ever.
-pub(crate) fn may_wait(order: &Order) -> bool {
-    let config = &order.config;
-    let elsewhere = config.cwd.as_deref().is_some_and(|path| !path.is_empty());
-    let own = std::env::var("PATH").unwrap_or_else(|_| DEFAULT_PATH.to_owned());
-    let given = config.envs.get("PATH").or_else(|| order.identity.environment.get("PATH"));
-    elsewhere || !is_usual(&config.cmd, given.unwrap_or(&own), &own)
-}
-
-/// Whether each file that a command may mean is in one of the directories in which the agent looks for programs.
-fn is_usual(command: &str, path: &str, own: &str) -> bool {
-    candidates(command, Some(path)).iter().all(|file| {
-        let directory = file.rsplit_once('/').map(|(directory, _)| directory);
-        let mut usual = own.split(':').chain(DEFAULT_PATH.split(':'));
-        directory.is_some_and(|directory| usual.any(|usual| usual == directory))
-    })
 }
 
 /// Starts a process. It may block, so it runs on a thread for that.
@@ -273,26 +253,5 @@ mod tests {
         assert_eq!(candidates("./ls", Some("/a")), ["./ls"]);
         assert_eq!(candidates("ls", Some("/a:/b::")), ["/a/ls", "/b/ls"]);
         assert!(candidates("ls", None).contains(&"/usr/bin/ls".to_owned()));
-    }
-
-    #[test]
-    fn what_is_where_programs_are_is_usual() {
-        let own = "/opt/bin:/bin";
-        for (command, path) in
-            [("/bin/bash", "/mnt"), ("/usr/local/bin/tool", ""), ("ls", own), ("ls", "/bin:/opt/bin:")]
-        {
-            assert!(is_usual(command, path, own), "{command} in {path:?}");
-        }
-        for (command, path) in [
-            ("/mnt/bash", own),
-            ("./bash", own),
-            ("bin/bash", own),
-            ("/bin/../mnt/bash", own),
-            ("/bin/mnt/bash", own),
-            ("ls", "/bin:/mnt"),
-            ("ls", ".:/bin"),
-        ] {
-            assert!(!is_usual(command, path, own), "{command} in {path:?}");
-        }
     }
 }

@@ -2,6 +2,7 @@
 //!
 //! | module | what it is |
 //! |---|---|
+//! | [`starts`] | which threads a start may use |
 //! | [`mod@launch`] | from a request to a process that runs |
 //! | [`running`] | a process: its output to every subscriber, its input, its end |
 //! | [`registry`] | all processes, by number and tag |
@@ -21,8 +22,9 @@ mod memory;
 mod message;
 mod registry;
 mod running;
+mod starts;
 
-use std::{sync::Arc, time::Duration};
+use std::sync::Arc;
 
 use connectrpc::{
     ConnectError, InboundStream, RequestContext, Response, ServiceRequest, ServiceResult, ServiceStream,
@@ -30,30 +32,26 @@ use connectrpc::{
 use futures::StreamExt;
 use http::HeaderMap;
 use rustix::process::Signal;
-use tokio::{
-    sync::OwnedSemaphorePermit,
-    time::{Instant, timeout},
-};
+use tokio::time::{Instant, timeout};
 use wrenn_guest_linux::terminal::Size;
 use wrenn_proto::process as wire;
 
-pub(crate) use self::{events::keepalive, registry::Registry};
+pub(crate) use self::{
+    events::keepalive,
+    registry::Registry,
+    starts::{Starts, THREADS},
+};
 use self::{
     events::{KILL_LIMIT, Limit, events},
-    launch::{LaunchError, Order, Standard, launch, may_wait},
+    launch::{LaunchError, Order, Standard, launch},
     message::Event,
     registry::Selector,
     running::{Description, InputError, InputKind, Process, Subscription},
 };
-use super::{auth::basic_user, state::Agent, users::UserError};
+use super::{auth::basic_user, state::Agent, threads::RunError, users::UserError};
 use crate::console::chain;
 
 const LIMIT_HEADER: &str = "connect-timeout-ms";
-/// How many starts may look for the directory that they were given, or for a program elsewhere than where programs usually
-/// are, and how long others wait for them. A path can lead to a file system that does not answer, and then only these wait
-/// for it: until the kernel has found the program, the thread that starts it waits.
-pub(crate) const DIRECTORY_THREADS: usize = 8;
-const DIRECTORY_PATIENCE: Duration = Duration::from_secs(30);
 /// The longest tag.
 const MAXIMUM_TAG: usize = 256;
 
@@ -86,30 +84,22 @@ async fn start(
         return Err(ConnectError::resource_exhausted("too many processes are running"));
     }
     let work = async move {
-        let turn = if may_wait(&order) { Some(turn(&agent).await?) } else { None };
-        let (order, launched) = tokio::task::spawn_blocking(move || {
+        let threads = agent.starts.of(&order.config);
+        let job = threads.run(move || {
             let launched = launch(&order);
-            drop(turn);
             (order, launched)
-        })
-        .await
-        .map_err(|_| ConnectError::internal("the start was interrupted"))?;
+        });
+        let (order, launched) = job.await.map_err(|error| match error {
+            RunError::Busy => {
+                ConnectError::resource_exhausted("too many starts wait for their directories or programs")
+            }
+            RunError::Interrupted => ConnectError::internal("the start was interrupted"),
+        })?;
         let started = launched?.into_started().map_err(|error| internal(&error))?;
         let description = Description { config: order.config, tag };
         Process::adopt(&agent.processes, description, started, deadline).map_err(|error| internal(&error))
     };
     tokio::spawn(work).await.map_err(|_| ConnectError::internal("the start was interrupted"))?
-}
-
-/// Waits until a start may look for its directory and its program.
-async fn turn(agent: &Agent) -> Result<OwnedSemaphorePermit, ConnectError> {
-    let free = Arc::clone(&agent.directories).acquire_owned();
-    match timeout(DIRECTORY_PATIENCE, free).await {
-        Ok(Ok(permit)) => Ok(permit),
-        Ok(Err(_)) | Err(_) => {
-            Err(ConnectError::resource_exhausted("too many starts wait for their directories or programs"))
-        }
-    }
 }
 
 impl wire::Process for ProcessService {

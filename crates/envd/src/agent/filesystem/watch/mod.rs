@@ -70,7 +70,11 @@ use self::{
 };
 use super::entry;
 use crate::{
-    agent::{state::Place, users::Accounts},
+    agent::{
+        state::Place,
+        threads::{RunError, Threads},
+        users::Accounts,
+    },
     console::say,
 };
 
@@ -79,7 +83,7 @@ const MAXIMUM_WATCHES: usize = 512;
 /// A polled watcher that nobody asked for this long makes room for another when there is none.
 const ABANDONED_AFTER: Duration = Duration::from_secs(600);
 /// How many threads may be busy with watches; a file system that does not answer holds one of them for each watch on it.
-const THREADS: usize = 12;
+pub(crate) const THREADS: usize = 12;
 /// What the kernel allows, as it is set in a guest: descriptors per user, and notes that wait in each.
 const KERNEL_LIMITS: [(&str, u32); 2] =
     [("/proc/sys/fs/inotify/max_user_instances", 1024), ("/proc/sys/fs/inotify/max_queued_events", 131_072)];
@@ -97,6 +101,8 @@ pub(super) enum WatchError {
     NoWatcher(String),
     #[error("too many watchers")]
     TooMany,
+    #[error("too many watchers wait for their file systems")]
+    Busy,
     #[error("cannot watch {path}")]
     Limit {
         path: String,
@@ -141,7 +147,7 @@ struct Shared {
     queue: Queue,
     /// The follower has another descriptor to wait on.
     renewed: Notify,
-    threads: Arc<Semaphore>,
+    threads: Threads,
 }
 
 /// All watches of the agent, and the polled ones by their ids.
@@ -149,7 +155,7 @@ struct Shared {
 pub(super) struct Watchers {
     polled: Mutex<HashMap<String, Polled>>,
     room: Arc<Semaphore>,
-    threads: Arc<Semaphore>,
+    threads: Threads,
     budget: Arc<Budget>,
 }
 
@@ -164,7 +170,7 @@ impl Default for Watchers {
         Self {
             polled: Mutex::default(),
             room: Arc::new(Semaphore::new(MAXIMUM_WATCHES)),
-            threads: Arc::new(Semaphore::new(THREADS)),
+            threads: Threads::new(THREADS),
             budget: Arc::default(),
         }
     }
@@ -178,18 +184,12 @@ impl Watchers {
     /// Begins to watch.
     pub(super) async fn watch(&self, wanted: Wanted) -> Result<Watch, WatchError> {
         let room = self.room()?;
-        let permit = Arc::clone(&self.threads).acquire_owned().await;
-        let permit = permit.map_err(|_| WatchError::Interrupted)?;
         let order = Order {
             root: PathBuf::from(&wanted.path),
             recursive: wanted.recursive,
             network: wanted.allow_network_mounts,
         };
-        let open = move || {
-            let _permit = permit;
-            Follower::open(order)
-        };
-        let follower = tokio::task::spawn_blocking(open).await.map_err(|_| WatchError::Interrupted)?;
+        let follower = self.threads.run(move || Follower::open(order)).await?;
         let follower = follower.map_err(|error| refusal(wanted.path.clone(), error))?;
         let shared = Arc::new(Shared {
             root: PathBuf::from(&wanted.path),
@@ -197,7 +197,7 @@ impl Watchers {
             follower: Arc::new(tokio::sync::Mutex::new(follower)),
             queue: Queue::new(Arc::clone(&self.budget), queue::MAXIMUM_EVENTS),
             renewed: Notify::new(),
-            threads: Arc::clone(&self.threads),
+            threads: self.threads.clone(),
         });
         let task = tokio::spawn(Arc::clone(&shared).keep_pumping()).abort_handle();
         Ok(Watch { shared, task, _room: room })
@@ -236,7 +236,7 @@ impl Watchers {
             polled.asked = Instant::now();
             Arc::clone(&polled.watch)
         };
-        watch.shared.pump().await;
+        watch.shared.pump().await?;
         let events = watch.shared.queue.take_all().map_err(WatchError::Lost)?;
         Ok(events.into_iter().map(FilesystemEvent::from).collect())
     }
@@ -290,7 +290,8 @@ impl Shared {
                 },
                 () = self.renewed.notified() => {}
             }
-            while self.pump().await {}
+            // What finds no thread is still there to be taken.
+            while self.pump().await != Ok(false) {}
             let follower = self.follower.lock().await;
             if follower.has_ended() {
                 return false;
@@ -302,12 +303,11 @@ impl Shared {
     }
 
     /// Puts everything that happened until now into the queue. Whether more happened meanwhile.
-    async fn pump(self: &Arc<Self>) -> bool {
+    async fn pump(self: &Arc<Self>) -> Result<bool, RunError> {
         let mut follower = Arc::clone(&self.follower).lock_owned().await;
         if !follower.has_notes() {
-            return false;
+            return Ok(false);
         }
-        let Ok(permit) = Arc::clone(&self.threads).acquire_owned().await else { return false };
         let shared = Arc::clone(self);
         let work = move || {
             let generation = follower.generation();
@@ -320,14 +320,16 @@ impl Shared {
             if follower.generation() != generation || follower.has_ended() {
                 shared.renewed.notify_one();
             }
-            drop(permit);
             follower.has_notes()
         };
-        // It does not panic; were it to, events would be missing.
-        tokio::task::spawn_blocking(work).await.unwrap_or_else(|_| {
-            self.queue.lose(Loss::Kernel);
-            false
-        })
+        match self.threads.run(work).await {
+            Err(RunError::Interrupted) => {
+                // It does not panic; were it to, events would be missing.
+                self.queue.lose(Loss::Kernel);
+                Ok(false)
+            }
+            done => done,
+        }
     }
 
     fn event(&self, change: &Change, accounts: &mut Option<Accounts>) -> Event {
@@ -351,6 +353,15 @@ impl Shared {
             _ => None,
         };
         Event { name: change.path.to_string_lossy().into(), kind, entry }
+    }
+}
+
+impl From<RunError> for WatchError {
+    fn from(error: RunError) -> Self {
+        match error {
+            RunError::Busy => Self::Busy,
+            RunError::Interrupted => Self::Interrupted,
+        }
     }
 }
 
