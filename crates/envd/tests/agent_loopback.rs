@@ -106,6 +106,27 @@ async fn a_service_that_breaks_off_is_seen_to() {
     );
 }
 
+/// A service that takes an end for the end of what it was sent keeps half of it otherwise.
+#[tokio::test]
+async fn a_stream_that_a_restore_cuts_has_no_end() {
+    let agent = Agent::start();
+    let (listener, port) = service("127.0.0.1").await;
+    for behind in [b"".as_slice(), b"half"] {
+        let (head, mut stream) = open(&agent, port, behind).await;
+        assert!(head.starts_with("HTTP/1.1 101 "), "{head}");
+        let (mut served, _) = listener.accept().await.unwrap();
+        if behind.is_empty() {
+            stream.write_all(b"half").await.unwrap();
+        }
+        let mut half = [0; 4];
+        timeout(PATIENCE, served.read_exact(&mut half)).await.unwrap().unwrap();
+        let init = Request::post("/init").header("content-type", "application/json");
+        assert_eq!(agent.send(init, r#"{"restored":true}"#).await.status, 204);
+        let end = timeout(PATIENCE, served.read_u8()).await.unwrap().unwrap_err();
+        assert_eq!(end.kind(), std::io::ErrorKind::ConnectionReset);
+    }
+}
+
 #[tokio::test]
 async fn what_cannot_be_connected_is_said() {
     let agent = Agent::start();

@@ -16,14 +16,18 @@
 //! the other end, and nothing tells: what it sends is not even refused. Until the kernel gives up, which takes a quarter
 //! of an hour, a program that writes to one would stand still, and with it everybody else who listens to that program. So
 //! the host says in `/init` that the machine was restored, and then every connection that is older than the one which
-//! says so is broken off.
+//! says so is broken off. Whoever serves one finds it reset, and never at its end: what a snapshot cut in the middle must
+//! not pass for whole.
 
 use std::{
     collections::BTreeMap,
     io,
     net::{IpAddr, SocketAddr},
     os::fd::{AsFd, OwnedFd},
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
 };
 
 use rustix::net::{Shutdown, shutdown, sockopt};
@@ -50,9 +54,17 @@ pub(crate) struct Callers {
 #[derive(Debug, Default)]
 struct Open {
     last: u64,
-    /// By number, and so by age. Each is a second descriptor of the connection's socket.
-    host: BTreeMap<u64, OwnedFd>,
-    guest: BTreeMap<u64, OwnedFd>,
+    /// By number, and so by age.
+    host: BTreeMap<u64, Entry>,
+    guest: BTreeMap<u64, Entry>,
+}
+
+/// A connection that is open.
+#[derive(Debug)]
+struct Entry {
+    /// A second descriptor of its socket.
+    socket: OwnedFd,
+    broken: Arc<AtomicBool>,
 }
 
 /// The right to be connected. It goes with the connection: the socket is closed when both are gone.
@@ -60,6 +72,7 @@ struct Open {
 pub(crate) struct Seat {
     callers: Arc<Callers>,
     caller: Caller,
+    broken: Arc<AtomicBool>,
 }
 
 /// What becomes of a new connection.
@@ -100,21 +113,23 @@ impl Callers {
             Admission::Refuse => return Ok(None),
             Admission::Replace => {
                 if let Some((_, oldest)) = kind.pop_first() {
-                    break_off(&oldest);
+                    oldest.break_off();
                 }
             }
             Admission::Take => {}
         }
-        kind.insert(connection, stream.as_fd().try_clone_to_owned()?);
+        let broken = Arc::<AtomicBool>::default();
+        let socket = stream.as_fd().try_clone_to_owned()?;
+        kind.insert(connection, Entry { socket, broken: Arc::clone(&broken) });
         drop(open);
-        Ok(Some(Seat { callers: Arc::clone(self), caller: Caller { address, connection } }))
+        Ok(Some(Seat { callers: Arc::clone(self), caller: Caller { address, connection }, broken }))
     }
 
     /// Ends every connection that was there before this one.
     pub(crate) fn break_off_before(&self, connection: u64) {
         let open = self.open();
-        for socket in open.host.range(..connection).chain(open.guest.range(..connection)) {
-            break_off(socket.1);
+        for (_, entry) in open.host.range(..connection).chain(open.guest.range(..connection)) {
+            entry.break_off();
         }
     }
 
@@ -127,6 +142,12 @@ impl Seat {
     pub(crate) fn caller(&self) -> Caller {
         self.caller
     }
+
+    /// Whether the connection was ended by the agent, so that an end which is read on it is none that the other side
+    /// made.
+    pub(super) fn is_broken_off(&self) -> bool {
+        self.broken.load(Ordering::Acquire)
+    }
 }
 
 impl Drop for Seat {
@@ -137,12 +158,16 @@ impl Drop for Seat {
     }
 }
 
-/// Ends a connection so that nothing of it stays: whoever serves it finds it closed, and the kernel does not go on to
-/// send what nobody will take.
-fn break_off(socket: &OwnedFd) {
-    // Where these fail it has ended by itself.
-    let _ = sockopt::set_socket_linger(socket, Some(std::time::Duration::ZERO));
-    let _ = shutdown(socket, Shutdown::Both);
+impl Entry {
+    /// Ends the connection so that nothing of it stays: whoever serves it finds it reset, and the kernel does not go on to
+    /// send what nobody will take.
+    fn break_off(&self) {
+        // Said before there is an end that could be read.
+        self.broken.store(true, Ordering::Release);
+        // Where these fail it has ended by itself.
+        let _ = sockopt::set_socket_linger(&self.socket, Some(std::time::Duration::ZERO));
+        let _ = shutdown(&self.socket, Shutdown::Both);
+    }
 }
 
 #[cfg(test)]
@@ -200,6 +225,7 @@ mod tests {
                 prop_assert_eq!(served.read(&mut [0]).is_ok(), broken, "only an end can be read");
                 client.set_nonblocking(true).unwrap();
                 prop_assert_eq!(client.read(&mut [0]).is_ok(), broken);
+                prop_assert_eq!(seat.is_broken_off(), broken);
             }
             drop(open);
             let left = callers.open();

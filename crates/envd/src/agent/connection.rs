@@ -1,11 +1,12 @@
 //! A connection of which something was read already, and is read again before the rest. What stands for bytes of
-//! files is replaced by them where it is written ([`super::outlet`]).
+//! files is replaced by them where it is written ([`super::outlet`]). Where the agent broke it off ([`super::callers`]) it
+//! is reset for its reader, and has no end.
 
 use std::{
     future::Future,
     io::{self, IoSlice},
     pin::{Pin, pin},
-    task::{Context, Poll},
+    task::{Context, Poll, ready},
 };
 
 use tokio::{
@@ -30,12 +31,12 @@ pub(super) struct Connection {
     outlet: Outlet,
     /// How much was sent of files since others had their turn.
     sent: usize,
-    _seat: Seat,
+    seat: Seat,
 }
 
 impl Connection {
     pub(super) fn new(first: Vec<u8>, stream: TcpStream, seat: Seat) -> Self {
-        Self { first, taken: 0, stream, outlet: Outlet::default(), sent: 0, _seat: seat }
+        Self { first, taken: 0, stream, outlet: Outlet::default(), sent: 0, seat }
     }
 
     /// Takes promises to send parts of files on this connection.
@@ -59,7 +60,14 @@ impl AsyncRead for Connection {
         let this = &mut *self;
         let rest = &this.first[this.taken..];
         if rest.is_empty() {
-            return Pin::new(&mut this.stream).poll_read(context, buffer);
+            let (before, room) = (buffer.filled().len(), buffer.remaining());
+            ready!(Pin::new(&mut this.stream).poll_read(context, buffer))?;
+            let at_end = room > 0 && buffer.filled().len() == before;
+            return Poll::Ready(if at_end && this.seat.is_broken_off() {
+                Err(io::ErrorKind::ConnectionReset.into())
+            } else {
+                Ok(())
+            });
         }
         let length = rest.len().min(buffer.remaining());
         buffer.put_slice(&rest[..length]);

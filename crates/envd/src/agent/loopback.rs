@@ -9,8 +9,8 @@
 //! ```
 //!
 //! Each direction ends by itself, as with a connection: a service sees the end of what it was sent, and its answer
-//! still arrives. When one side breaks off, the other is reset and does not take that for an end. There is a bound on
-//! how many streams there are, and each holds two small buffers.
+//! still arrives. When one side breaks off, the other is reset and does not take that for an end; so is a service whose
+//! stream a snapshot cut. There is a bound on how many streams there are, and each holds two small buffers.
 
 use std::{
     io,
