@@ -15,9 +15,9 @@
 //! **What a snapshot held is dead.** A machine that was restored takes its connections for established, but nobody is at
 //! the other end, and nothing tells: what it sends is not even refused. Until the kernel gives up, which takes a quarter
 //! of an hour, a program that writes to one would stand still, and with it everybody else who listens to that program. So
-//! the host says in `/init` that the machine was restored, and then every connection that is older than the one which
-//! says so is broken off. Whoever serves one finds it reset, and never at its end: what a snapshot cut in the middle must
-//! not pass for whole.
+//! the host says in `/init` that the machine was restored, and then every connection of its side that is older than the
+//! one which says so is broken off. Whoever serves one finds it reset, and never at its end: what a snapshot cut in the
+//! middle must not pass for whole. Connections of programs in the guest go on: the snapshot held both of their ends.
 
 use std::{
     collections::BTreeMap,
@@ -32,6 +32,7 @@ use std::{
 
 use rustix::net::{Shutdown, shutdown, sockopt};
 
+use super::state::Place;
 use crate::network::GATEWAY;
 
 /// How many connections programs in the guest may have at once, and, apart from those, the host and who comes through it.
@@ -46,8 +47,9 @@ pub(crate) struct Caller {
 }
 
 /// The connections that are open. One exists, and only it ends a connection that others serve.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct Callers {
+    place: Place,
     open: Mutex<Open>,
 }
 
@@ -98,6 +100,10 @@ fn admit(host: bool, open: usize) -> Admission {
 }
 
 impl Callers {
+    pub(crate) fn new(place: Place) -> Self {
+        Self { place, open: Mutex::default() }
+    }
+
     /// Lets a new connection in, or says that there is no room.
     pub(crate) fn enter(
         self: &Arc<Self>,
@@ -125,10 +131,12 @@ impl Callers {
         Ok(Some(Seat { callers: Arc::clone(self), caller: Caller { address, connection }, broken }))
     }
 
-    /// Ends every connection that was there before this one.
+    /// Ends every connection that was there before this one and has an end outside of what was restored.
     pub(crate) fn break_off_before(&self, connection: u64) {
         let open = self.open();
-        for (_, entry) in open.host.range(..connection).chain(open.guest.range(..connection)) {
+        // Beside other programs, whoever plays the host is one of them.
+        let guest = (self.place == Place::Outside).then(|| open.guest.range(..connection));
+        for (_, entry) in open.host.range(..connection).chain(guest.into_iter().flatten()) {
             entry.break_off();
         }
     }
@@ -198,14 +206,16 @@ mod tests {
     }
 
     proptest! {
-        /// Whatever comes and goes, what is older than a connection ends, and nothing else does.
+        /// Whatever comes and goes, what is older than a connection ends, and nothing else does. In a guest that is
+        /// about the host's side alone.
         #[test]
         fn those_that_were_there_before_end(
             steps in prop::collection::vec((any::<bool>(), prop::option::weighted(0.3, 0..8_usize)), 1..10),
             which in any::<prop::sample::Index>(),
+            in_guest in any::<bool>(),
         ) {
             let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-            let callers = Arc::new(Callers::default());
+            let callers = Arc::new(Callers::new(if in_guest { Place::Guest } else { Place::Outside }));
             let mut open = Vec::new();
             for (host, leaves) in steps {
                 let (client, served) = pair(&listener);
@@ -220,7 +230,8 @@ mod tests {
             let number = open[which.index(open.len())].2.caller().connection;
             callers.break_off_before(number);
             for (client, served, seat) in &mut open {
-                let broken = seat.caller().connection < number;
+                let Caller { address, connection } = seat.caller();
+                let broken = connection < number && (is_host(address) || !in_guest);
                 served.set_nonblocking(true).unwrap();
                 prop_assert_eq!(served.read(&mut [0]).is_ok(), broken, "only an end can be read");
                 client.set_nonblocking(true).unwrap();

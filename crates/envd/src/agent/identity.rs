@@ -18,7 +18,7 @@
 //! | the host's name | `hostname` |
 //! | the access token | `accessToken` |
 //! | the clock | `timestamp`: when the host sent it, and what has passed since it came, set and not slewed |
-//! | whom it speaks to | `restored`: every connection that the snapshot held is broken off ([`super::callers`]) |
+//! | whom it speaks to | `restored`: every connection to the outside that the snapshot held is broken off ([`super::callers`]) |
 //!
 //! The answer says in [`CLOCK_HEADER`] what the clock then is, in nanoseconds since 1970: how long the call was on its way
 //! nobody in the guest can know, and a host that finds the clock late says `timestamp` once more.

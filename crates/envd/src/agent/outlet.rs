@@ -233,6 +233,7 @@ mod tests {
     use crate::agent::{
         callers::Callers,
         connection::{Connection, TURN},
+        state::Place,
     };
 
     /// A connection whose queue in the kernel is short, and its other end.
@@ -241,7 +242,7 @@ mod tests {
         let ours = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
         set_socket_send_buffer_size(&ours, 64 * 1024).unwrap();
         let address = ours.local_addr().unwrap();
-        let seat = Arc::new(Callers::default()).enter(&ours, address).unwrap().unwrap();
+        let seat = Arc::new(Callers::new(Place::Outside)).enter(&ours, address).unwrap().unwrap();
         (Connection::new(Vec::new(), ours, seat), listener.accept().await.unwrap().0)
     }
 

@@ -156,7 +156,7 @@ impl Agent {
             listing: Threads::new(tasks::THREADS),
             meter: Meter::start(),
             streams: Streams::default(),
-            callers: Arc::default(),
+            callers: Arc::new(Callers::new(place)),
             freezer,
             handover,
             identity: Mutex::new(Arc::new(identity)),
