@@ -3,7 +3,7 @@
 //! ```text
 //!  records ─► which machines are somebody's (pure) ─► end the others ─► remove free slots, at once or later
 //!     │
-//!     └─► each record ─► none yet                   : half-made, and removed
+//!     └─► each record ─► none yet, or an empty one  : half-made, or emptied by a power cut that ended it; removed
 //!                        one that cannot be read    : nothing of it is touched, its machine goes on
 //!                        paused                     : known again, as it is, also if what is saved cannot be read
 //!                        a delete of a paused one   : deleted

@@ -3,6 +3,7 @@
 use std::{fs, pin::Pin};
 
 use wrenn_types::{SandboxId, SnapshotId};
+use wrenn_vmm::ExitReason;
 
 use super::{
     Call, Disks, End, Fault, Ground, Manner, Plan, Stage, Step, Verb, Vm, World, record, run, world::spec,
@@ -236,6 +237,22 @@ fn a_record_that_cannot_be_read_is_no_reason_to_end_a_sandbox() {
             registry.get(&same).unwrap().request(Verb::Pause(Extent::Machine), None).await.unwrap();
         })
     });
+}
+
+/// A power cut can empty a record that was not synced. It stayed for ever as one that nobody can read, and no layer of
+/// any sandbox was collected any more.
+#[test]
+fn a_record_that_a_power_cut_has_emptied_is_none() {
+    let ground = Ground::new();
+    let world = World::new(&ground);
+    let id = create(&world);
+    let path = world.at("sandboxes").join(id.as_str()).join("record.json");
+    for machine in world.machines(&id) {
+        world.fake.end(&machine, ExitReason::VmmKilled { signal: 9 });
+    }
+    fs::write(&path, "").unwrap();
+    in_an_agent(&world, |registry| Box::pin(async move { assert!(registry.get(&id).is_none()) }));
+    assert!(world.remains().is_empty(), "{:?}", world.remains());
 }
 
 async fn cannot_resume(registry: &Registry, id: &SandboxId) {
