@@ -503,11 +503,16 @@ impl Started {
             }
         };
         // Without it the next agent takes this machine for a half-made one.
-        let noted = outcome.and_then(|idle| {
-            let up = |record: &mut Record| record.machine.iter_mut().for_each(|machine| machine.up = true);
-            self.before.ledger.note(up).map_err(BringUpError::Record)?;
-            Ok(idle)
-        });
+        let ledger = &self.before.ledger;
+        let noted = match outcome {
+            Ok(idle) => {
+                let up =
+                    |record: &mut Record| record.machine.iter_mut().for_each(|machine| machine.up = true);
+                let noted = if record.paused.is_some() { ledger.change(up).await } else { ledger.note(up) };
+                noted.map(|()| idle).map_err(BringUpError::Record)
+            }
+            Err(error) => Err(error),
+        };
         match noted {
             Ok(idle) => {
                 let Recorded { before: WithSlot { before, slot }, ledger, .. } = self.before;

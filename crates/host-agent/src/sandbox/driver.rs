@@ -419,7 +419,7 @@ impl Driver {
                     (residence, None)
                 }
                 Event::Asked(Next::Do(verb)) => {
-                    self.note_generation(residence.ledger());
+                    self.note_generation(residence.ledger()).await;
                     let (next, outcome) = self.perform_counted(residence, verb).await;
                     (next, Some(outcome))
                 }
@@ -441,9 +441,12 @@ impl Driver {
 
     /// Keeps the generation that was accepted: after a crash in the middle of what it asks for, the next agent tells
     /// with it that the order was seen.
-    fn note_generation(&self, ledger: &Ledger) {
+    async fn note_generation(&self, ledger: &Arc<Ledger>) {
         let generation = self.handle.generation();
-        if let Err(error) = ledger.note(|record| record.generation = generation) {
+        let keep = |record: &mut Record| record.generation = generation;
+        let is_paused = ledger.record().paused.is_some();
+        let kept = if is_paused { ledger.change(keep).await } else { ledger.note(keep) };
+        if let Err(error) = kept {
             tracing::warn!(id = %self.handle.spec().id, error = &error as &dyn std::error::Error, "the record has an older generation");
         }
     }

@@ -113,8 +113,9 @@ impl Ledger {
         }
     }
 
-    /// Notes what has happened, for an agent that is started after this one. Of a paused sandbox it is durable; of a
-    /// machine it is not, because machines do not survive their host, and it waits for no disk.
+    /// Notes what has happened to a machine, for an agent that is started after this one. It is not durable, because
+    /// machines do not survive their host, and so it waits for no disk. What is paused survives its host: of that,
+    /// every change is a [`Self::change`].
     ///
     /// # Errors
     /// On disk is the former one; it has happened all the same, and what this agent does next follows from it.
@@ -122,7 +123,7 @@ impl Ledger {
         let mut record = self.record();
         change(&mut record);
         *self.record.lock().unwrap_or_else(PoisonError::into_inner) = record.clone();
-        self.dir.replace(&record, record.paused.is_some())
+        self.dir.replace(&record, false)
     }
 
     /// Removes the directory with the record, and all that is in it.

@@ -1,7 +1,8 @@
 //! Single lives, told step by step: what an order of verbs does not show.
 
-use std::time::Duration;
+use std::{io::Read as _, sync::mpsc, time::Duration};
 
+use rustix::fs::{CWD, FileType, Mode, mknodat};
 use tokio::time::Instant;
 use wrenn_types::SandboxId;
 
@@ -74,6 +75,62 @@ fn a_restore_has_time_for_its_pages_and_no_more() {
         ask(&handle, RESUME).await.unwrap();
         end(&world, &registry).await;
     });
+}
+
+/// What is paused is recorded durably, and a disk may take its time for that. The thread that waited for it was one of
+/// those that serve everybody else.
+#[test]
+fn a_disk_that_takes_its_time_for_the_record_of_a_resume_holds_nobody_else_up() {
+    let ground = Ground::new();
+    for is_last in [false, true] {
+        let world = World::new(&ground);
+        live(&world, async |registry| {
+            let handle = created(&registry).await;
+            ask(&handle, Verb::Pause(Extent::Machine)).await.unwrap();
+            let dir = world.at("sandboxes").join(handle.spec().id.as_str());
+            // Who opens a pipe waits for its other end.
+            let pipe = dir.join("record.json.new");
+            let make = {
+                let pipe = pipe.clone();
+                move || {
+                    mknodat(CWD, pipe.as_str(), FileType::Fifo, Mode::RWXU, 0).unwrap();
+                }
+            };
+            if is_last {
+                world.fake.observe(move |step| {
+                    if step == Vm::Resume {
+                        make();
+                    }
+                    true
+                });
+            } else {
+                make();
+            }
+            let (others_go_on, told) = mpsc::channel();
+            let release = std::thread::spawn(move || {
+                let went_on = told.recv_timeout(Duration::from_secs(20)).is_ok();
+                let mut written = std::fs::File::open(&pipe).unwrap();
+                std::fs::remove_file(&pipe).unwrap();
+                written.read_to_end(&mut Vec::new()).unwrap();
+                went_on
+            });
+            let (resumed, ()) = tokio::join!(ask(&handle, RESUME), async {
+                while !dir.join("record.json.new").exists() {
+                    tokio::task::yield_now().await;
+                }
+                // In this time a whole resume would be over.
+                for _ in 0..100_000 {
+                    tokio::task::yield_now().await;
+                }
+                others_go_on.send(()).unwrap();
+            });
+            assert!(release.join().unwrap(), "the record was waited for by all");
+            // A generation that is not kept is no reason to refuse.
+            assert_eq!(resumed.is_ok(), !is_last, "{resumed:?}");
+            world.fake.observe(|_| true);
+            end(&world, &registry).await;
+        });
+    }
 }
 
 /// A copy of a disk was kept as a layer of the next copy, for as long as the sandbox lived: one more for each resume.
