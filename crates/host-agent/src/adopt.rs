@@ -20,9 +20,12 @@
 //! Only what is this instance's own is touched. A machine is known by the mark in its command line, a namespace by
 //! the owner in its slot's file, a directory by being in this instance's.
 
+mod fate;
+
 use std::{collections::BTreeSet, io, sync::Arc, time::Duration};
 
 use camino::Utf8Path;
+use fate::{Fate, decide, saved_as};
 use futures::StreamExt as _;
 use tokio::time::timeout;
 use wrenn_host_linux::process::find_by_argument;
@@ -36,11 +39,10 @@ use crate::{
         SandboxSpec, bounds,
         driver::{Beginning, chain},
         host::Host,
-        record::{self, Ledger, Left, PausedRecord, Record, RecordError, SandboxDir},
+        record::{self, Ledger, Left, Record, RecordError, SandboxDir},
         regain::{end_uncontrolled, regain},
         within::{Overdue, within},
     },
-    snapshots::Kept,
 };
 
 /// How long a killed process may take to be gone.
@@ -89,14 +91,6 @@ impl Stock {
     }
 }
 
-/// What a sandbox goes on as.
-#[derive(Debug)]
-enum Fate {
-    /// What it is saved as, and what was read of that, or why it cannot be.
-    Paused(PausedRecord, Result<Box<Kept>, String>),
-    Machine,
-}
-
 /// What an agent did at its start.
 #[derive(Debug, Default)]
 pub struct Taken {
@@ -106,17 +100,6 @@ pub struct Taken {
     pub paused: Vec<SandboxId>,
     /// Sandboxes of which nothing is left.
     pub removed: Vec<SandboxId>,
-}
-
-/// The snapshot that a sandbox is to be taken for, if it is to be taken for one.
-fn saved_as(record: &Record) -> Option<&wrenn_types::SnapshotId> {
-    let capture = record.capture.as_ref().filter(|capture| capture.pause).map(|capture| &capture.snapshot);
-    record.paused.as_ref().map(|paused| &paused.snapshot).or(capture)
-}
-
-/// Whether the machine that a record names is whole: its guest was itself once.
-fn has_machine(record: &Record) -> bool {
-    record.machine.as_ref().is_some_and(|machine| machine.up)
 }
 
 /// Reads what there is, and ends the machines that are nobody's. Their network slots can be collected then.
@@ -150,7 +133,7 @@ pub(crate) fn examine(
 ) -> Result<Stock, CollectError> {
     let mut stock = Stock::default();
     for Left { dir, record } in record::left_behind(sandboxes_dir).map_err(CollectError::Record)? {
-        let mut record = match record {
+        let record = match record {
             Ok(Some(record)) if record.instance == *instance => record,
             Ok(None) => {
                 stock.remains.push(dir);
@@ -166,54 +149,27 @@ pub(crate) fn examine(
                 continue;
             }
         };
-        let found_record = record.clone();
         // Its contents are read when it is resumed: nobody waits for those of all sandboxes here.
-        let found_saved = saved_as(&record).map(|id| snapshots.find(id)).transpose();
-        let kept = match (found_saved, &record.paused) {
-            (Ok(Some(Some(kept))), _) => Some(kept),
-            // A resume whose machine is the sandbox says so in one step with this; until then it is what was saved.
-            (found, Some(saved)) if !has_machine(&record) => {
-                // It is not lost: it can be resumed when what is saved can be read, and it can be destroyed.
-                let why = match found {
-                    Err(error) => chain(&error),
-                    Ok(_) => format!("there is no snapshot {} on this host", saved.snapshot),
-                };
-                tracing::error!(id = %record.id, why, "what a sandbox is saved as cannot be read");
-                let saved = saved.clone();
-                (record.capture, record.machine) = (None, None);
-                let ledger = ledger_of(dir, found_record, record)?;
-                stock.left.push((ledger, Fate::Paused(saved, Err(why))));
-                continue;
+        let found = saved_as(&record).map(|id| snapshots.find(id)).transpose();
+        let found = found.map(Option::flatten).map_err(|error| chain(&error));
+        if let Err(why) = &found {
+            tracing::error!(id = %record.id, why, "what a sandbox is saved as, or was to be, cannot be read");
+        }
+        let (mut next, fate) = decide(record.clone(), found);
+        let Some(fate) = fate else {
+            if forget_obsolete(&mut next, snapshots) {
+                stock.remains.push(dir);
             }
-            // The machine is still there, whatever became of what it was to be saved as.
-            (Err(error), _) => {
-                tracing::warn!(id = %record.id, error = &error as &dyn std::error::Error, "a pause that was under way cannot be read");
-                None
-            }
-            (Ok(_), _) => None,
-        };
-        if let Some(kept) = kept {
-            // A pause whose machine was not ended yet, or a resume that was not answered: what is saved is it.
-            let at = record.paused.as_ref().map_or(kept.about.created_at, |paused| paused.at);
-            let saved = PausedRecord { snapshot: kept.id.clone(), at };
-            record.paused = Some(saved.clone());
-            record.layers.clone_from(&kept.about.layers);
-            record.base.clone_from(&kept.about.base);
-            (record.capture, record.machine) = (None, None);
-            let ledger = ledger_of(dir, found_record, record)?;
-            stock.left.push((ledger, Fate::Paused(saved, Ok(Box::new(kept)))));
             continue;
+        };
+        if let Fate::Machine = fate {
+            if let Some(machine) = &next.machine {
+                stock.machines.insert(Host::machine_name(instance, &next.id, &machine.name));
+                stock.directories.insert(machine.name.to_string());
+            }
+            forget_obsolete(&mut next, snapshots);
         }
-        // A rollback that was not answered: the machine that stands still goes on.
-        record.go_back();
-        if let Some(machine) = record.machine.as_ref().filter(|_| has_machine(&record)) {
-            stock.machines.insert(Host::machine_name(instance, &record.id, &machine.name));
-            stock.directories.insert(machine.name.to_string());
-            forget_obsolete(&mut record, snapshots);
-            stock.left.push((ledger_of(dir, found_record, record)?, Fate::Machine));
-        } else if forget_obsolete(&mut record, snapshots) {
-            stock.remains.push(dir);
-        }
+        stock.left.push((ledger_of(dir, record, next)?, fate));
     }
     Ok(stock)
 }

@@ -386,10 +386,10 @@ pub fn left_behind(parent: &Utf8Path) -> Result<Vec<Left>, RecordError> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
 
-    pub(super) fn record() -> Record {
+    pub(crate) fn record() -> Record {
         Record {
             format: FORMAT,
             id: SandboxId::random(),

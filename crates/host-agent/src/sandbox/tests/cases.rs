@@ -11,7 +11,9 @@ use super::{
 use crate::{
     config::OnStop,
     registry::Registry,
-    sandbox::{RequestError, bring_up::BringUpError, driver::OperationError, source::SourceError},
+    sandbox::{
+        RequestError, bring_up::BringUpError, driver::OperationError, record::Record, source::SourceError,
+    },
     snapshots::Extent,
 };
 
@@ -237,6 +239,47 @@ fn a_record_that_cannot_be_read_is_no_reason_to_end_a_sandbox() {
             registry.get(&same).unwrap().request(Verb::Pause(Extent::Machine), None).await.unwrap();
         })
     });
+}
+
+/// The record went on to say that it is paused, so that a later start that found the snapshot again ended the machine.
+#[test]
+fn a_machine_that_is_adopted_is_the_sandbox_at_every_later_start() {
+    let ground = Ground::new();
+    let world = World::new(&ground);
+    let id = SandboxId::random();
+    let wanted = spec(id.clone(), None);
+    let (path, agent) =
+        (world.at("sandboxes").join(id.as_str()).join("record.json"), world.at("agent/snapshots"));
+    let (paused_at, kept_aside) = (path.clone(), world.at("aside"));
+    let aside = kept_aside.clone();
+    in_an_agent(&world, |registry| {
+        Box::pin(async move {
+            let handle = registry.create(wanted).unwrap();
+            handle.settled().await;
+            handle.request(Verb::Pause(Extent::Machine), None).await.unwrap();
+            let saved = handle.status().paused.unwrap().snapshot;
+            fs::create_dir(&aside).unwrap();
+            for entry in agent.join(saved.as_str()).read_dir_utf8().unwrap() {
+                let entry = entry.unwrap();
+                fs::hard_link(entry.path(), aside.join(entry.file_name())).unwrap();
+            }
+            handle.request(Verb::Resume { timeout: None }, None).await.unwrap();
+            // As an agent leaves it that is killed when the machine is up, and before that is the sandbox.
+            let mut record: Record = serde_json::from_slice(&fs::read(&paused_at).unwrap()).unwrap();
+            record.paused = Some(record::PausedRecord { snapshot: saved, at: jiff::Timestamp::UNIX_EPOCH });
+            fs::write(&paused_at, serde_json::to_vec(&record).unwrap()).unwrap();
+        })
+    });
+    let saved = record::read(&world.at("sandboxes"), &id).unwrap().paused.unwrap().snapshot;
+    let runs = |registry: Registry| {
+        let id = id.clone();
+        Box::pin(async move { assert_eq!(registry.get(&id).unwrap().stage(), Stage::Running) }) as Life
+    };
+    in_an_agent(&world, runs);
+    // Whatever was wrong with it is right again.
+    fs::rename(&kept_aside, world.at("agent/snapshots").join(saved.as_str())).unwrap();
+    in_an_agent(&world, runs);
+    assert_eq!(world.machines(&id).len(), 1);
 }
 
 /// A power cut can empty a record that was not synced. It stayed for ever as one that nobody can read, and no layer of
