@@ -69,7 +69,7 @@ struct Record {
 
 /// What is known of files without reading them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Known {
+pub(crate) enum Known {
     Nothing,
     Whole,
     /// The content of the one with this number has changed.
@@ -176,6 +176,14 @@ pub(crate) fn remember(record: &Utf8Path, contents: &[Content<'_>]) -> SnapshotS
     Ok(())
 }
 
+/// What is known of files without reading them.
+///
+/// # Errors
+/// One of them cannot be examined.
+pub(crate) fn look(record: &Utf8Path, contents: &[Content<'_>]) -> SnapshotStoreResult<Known> {
+    Ok(known(record, &Record::now(contents)?))
+}
+
 /// What is known of the files as they are; a record that cannot be read knows nothing.
 fn known(path: &Utf8Path, now: &Record) -> Known {
     let Some(record) = fs::read(path).ok().and_then(|text| serde_json::from_slice::<Record>(&text).ok())
@@ -194,7 +202,10 @@ fn known(path: &Utf8Path, now: &Record) -> Known {
 
 impl Known {
     /// Whether they are whole; not when nothing is known.
-    fn is_whole<'a>(self, path: impl FnOnce(usize) -> &'a Utf8Path) -> SnapshotStoreResult<bool> {
+    ///
+    /// # Errors
+    /// [`SnapshotStoreError::Damaged`] names the one that is damaged.
+    pub(crate) fn is_whole<'a>(self, path: impl FnOnce(usize) -> &'a Utf8Path) -> SnapshotStoreResult<bool> {
         match self {
             Self::Nothing => Ok(false),
             Self::Whole => Ok(true),

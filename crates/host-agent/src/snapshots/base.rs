@@ -239,6 +239,15 @@ impl Snapshots {
         }
     }
 
+    /// A base that something stands on already, with files of the right sizes; their contents are not read, whatever
+    /// is known of them. The grace of the base begins anew. None when there is no such base.
+    ///
+    /// # Errors
+    /// One that is not whole is refused with the name of the file.
+    pub fn find_base(&self, key: &BaseKey) -> SnapshotsResult<Option<Base>> {
+        Ok(self.base_in_use(key)?.map(|(_, base)| base))
+    }
+
     /// A base whose contents were verified since the host booted: now, if not before. The grace of the base
     /// begins anew. None when there is no such base.
     ///
@@ -315,6 +324,13 @@ impl Snapshots {
             self.verify_base(&manifest, &base)?;
         }
         Ok(Some(base))
+    }
+
+    /// Refuses a base of which it is known that what is used of it is damaged. Nothing is read.
+    pub(super) fn refuse_damaged_base(&self, manifest: &BaseManifest, base: &Base) -> SnapshotsResult<()> {
+        let contents = manifest.contents(base);
+        let known = verified::look(&base.dir.join(VERIFIED), &contents)?;
+        known.is_whole(|at| contents[at].path).map(drop)
     }
 
     fn verify_base(&self, manifest: &BaseManifest, base: &Base) -> SnapshotsResult<()> {

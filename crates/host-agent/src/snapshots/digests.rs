@@ -137,6 +137,15 @@ impl Snapshots {
         verified::verify_once(&self.verified_path(layer), &self.inner.verifying, &[content]).map(drop)
     }
 
+    /// Refuses a layer of which it is known that it is damaged. Nothing is read.
+    pub(super) fn refuse_damaged_layer(&self, layer: &LayerId) -> SnapshotsResult<()> {
+        let Some(recorded) = self.layer_digest(layer)? else { return Ok(()) };
+        let path = self.layer_path(layer);
+        let content = Content { path: &path, recorded: &recorded, form: Form::Blocks };
+        let known = verified::look(&self.verified_path(layer), &[content])?;
+        known.is_whole(|_| path.as_path()).map(drop)
+    }
+
     /// Begins to read a layer against its digest, whatever is remembered of it; none when it has no digest.
     pub(super) fn begin_verify_layer(&self, layer: &LayerId) -> SnapshotsResult<Option<verified::Verifying>> {
         let Some(recorded) = self.layer_digest(layer)? else { return Ok(None) };

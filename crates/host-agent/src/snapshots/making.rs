@@ -84,7 +84,7 @@ impl Making {
     /// # Errors
     /// There is no snapshot, and nothing of it is left; the layers are as they were, but may be read-only.
     /// [`SnapshotStoreError::Incomplete`] and [`SnapshotStoreError::Damaged`] name what is not as `about`
-    /// says.
+    /// says, or is known to be damaged.
     pub fn commit(mut self, about: About) -> SnapshotsResult<Kept> {
         let steps = &self.snapshots.inner.steps;
         let manifest = self.record(about)?;
@@ -116,10 +116,15 @@ impl Making {
     /// Makes durable what the manifest will name, and says it.
     fn record(&self, about: About) -> SnapshotsResult<Manifest> {
         let steps = &self.snapshots.inner.steps;
-        if self.snapshots.read_base(&about.base)?.is_none() {
+        let Some((base_manifest, base)) = self.snapshots.read_base(&about.base)? else {
             return Err(self.snapshots.no_base(&about.base));
-        }
+        };
+        // What cannot be restored is no snapshot. A machine that runs on it has its own view of it, and may go on.
+        self.snapshots.refuse_damaged_base(&base_manifest, &base)?;
         let layer_bytes = self.record_layers(&about)?;
+        for layer in &about.layers {
+            self.snapshots.refuse_damaged_layer(layer)?;
+        }
         steps.done(Step::LayersAreDurable)?;
         let memory = match about.extent {
             Extent::Machine => Some(self.record_memory()?),

@@ -12,9 +12,13 @@ use crate::{
     config::OnStop,
     registry::Registry,
     sandbox::{
-        RequestError, bring_up::BringUpError, driver::OperationError, record::Record, source::SourceError,
+        RequestError,
+        bring_up::BringUpError,
+        driver::{OperationError, chain},
+        record::Record,
+        source::SourceError,
     },
-    snapshots::Extent,
+    snapshots::{Extent, Look, Progress, tests::damage::flip},
 };
 
 type Life = Pin<Box<dyn Future<Output = ()>>>;
@@ -280,6 +284,40 @@ fn a_machine_that_is_adopted_is_the_sandbox_at_every_later_start() {
     fs::rename(&kept_aside, world.at("agent/snapshots").join(saved.as_str())).unwrap();
     in_an_agent(&world, runs);
     assert_eq!(world.machines(&id).len(), 1);
+}
+
+/// One bit of a base that a scrub had found made every machine on it unreachable, and what was paused stayed so.
+#[test]
+fn a_machine_on_a_damaged_base_is_reached_and_goes_on() {
+    let ground = Ground::new();
+    let world = World::new(&ground);
+    let id = create(&world);
+    let base = world.at("agent/bases").read_dir_utf8().unwrap().next().unwrap().unwrap().into_path();
+    flip(&base.join("memory"), 100, 1);
+    let same = id.clone();
+    in_an_agent(&world, |registry| {
+        Box::pin(async move {
+            let store = &registry.host().snapshots;
+            for part in store.parts().unwrap() {
+                if let Look::Contents(mut reading) = store.look(&part).unwrap() {
+                    while let Ok(Progress::More(_)) = reading.read(u64::MAX) {}
+                }
+            }
+            assert_eq!(registry.get(&same).unwrap().stage(), Stage::Running);
+        })
+    });
+    in_an_agent(&world, |registry| {
+        Box::pin(async move {
+            let handle = registry.get(&id).unwrap();
+            assert_eq!((handle.status().last_failure, handle.footing().is_some()), (None, true));
+            let refused = handle.request(Verb::Pause(Extent::Machine), None).await.unwrap_err();
+            let RequestError::Failed(error) = refused else { panic!("{refused:?}") };
+            assert!(chain(error.as_ref()).contains("memory is damaged"), "{error:?}");
+            assert_eq!(handle.stage(), Stage::Running);
+            registry.destroy(&id, None).await.unwrap();
+        })
+    });
+    assert!(world.remains().is_empty(), "{:?}", world.remains());
 }
 
 /// A power cut can empty a record that was not synced. It stayed for ever as one that nobody can read, and no layer of

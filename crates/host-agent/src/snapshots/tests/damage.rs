@@ -3,7 +3,10 @@
 use std::os::unix::fs::FileExt;
 
 use super::*;
-use crate::snapshot_store::Damage;
+use crate::{
+    snapshot_store::Damage,
+    snapshots::{Look, Progress},
+};
 
 pub(crate) struct Whole {
     pub(crate) place: Place,
@@ -226,6 +229,38 @@ fn what_is_not_whole_is_not_committed() {
         };
         assert!(path.components().any(|part| part.as_str() == named), "{path}, not {named}");
         assert_eq!(names(&place.agent().join("snapshots")), Vec::<String>::new());
+    }
+}
+
+/// A pause was kept that could not be resumed, and the machine that could have gone on was ended.
+#[test]
+fn what_stands_on_known_damage_is_not_committed() {
+    type Which = fn(&Whole) -> Utf8PathBuf;
+    let cases: [Which; 3] =
+        [|it| it.base.memory.clone(), |it| it.base.disk.path.clone(), |it| it.store.layer_path(&layer(1))];
+    for which in cases {
+        let it = Whole::new();
+        seal(&it.store, &layer(1)).unwrap();
+        let path = which(&it);
+        flip(&path, 3_333, 5);
+        let making = it.store.begin(snapshot(2)).unwrap();
+        fill(&making, 2);
+        let about = about(&it.base.key, &[layer(2), layer(1)]);
+        // Nothing is read for it.
+        making.commit(about.clone()).unwrap();
+        for part in it.store.parts().unwrap() {
+            if let Ok(Look::Contents(mut reading)) = it.store.look(&part) {
+                while let Ok(Progress::More(_)) = reading.read(u64::MAX) {}
+            }
+        }
+        let making = it.store.begin(snapshot(3)).unwrap();
+        fill(&making, 3);
+        let error = making.commit(about).unwrap_err();
+        assert!(
+            matches!(&error, SnapshotStoreError::Damaged { path: named, .. } if *named == path),
+            "{path}: {error:?}"
+        );
+        assert_eq!(it.store.all().unwrap().len(), 2);
     }
 }
 
