@@ -18,7 +18,9 @@ use serde::{Deserialize, Serialize};
 use wrenn_types::{DiskMib, Shape};
 use wrenn_vmm::{DiskSpec, VmmIdentity};
 
-use super::{MAKING, Snapshots, SnapshotsResult, Step, VERIFIED, begin_grace, make_directory, sealed};
+use super::{
+    Extent, MAKING, Snapshots, SnapshotsResult, Step, VERIFIED, begin_grace, make_directory, sealed,
+};
 use crate::{
     rootfs::copy_content,
     snapshot_store::{
@@ -26,13 +28,17 @@ use crate::{
         WarmSnapshot, check_size, digest,
         files::{make_durable, remove_directory, rename, sync, write_durably},
         manifest,
-        verified::{self, Content, Form},
+        verified::{self, Content, Form, Known},
     },
 };
 
 /// How many digits of the digest of a warm snapshot's manifest are in a key: 64 bits tell the few snapshots
 /// of one key apart that a host has in its life.
 const DIGEST_DIGITS: usize = 16;
+/// In the directory of a base: whether its disk was verified since the host booted, where only that is used.
+const VERIFIED_DISK: &str = "verified-disk.json";
+/// The number of the disk among the contents of a base.
+const DISK: usize = 1;
 /// The end of the key of a base of zeros.
 const ZEROS: &str = ".zeros";
 
@@ -254,8 +260,16 @@ impl Snapshots {
     /// # Errors
     /// One that is damaged is refused with the name of the file.
     pub fn base(&self, key: &BaseKey) -> SnapshotsResult<Option<Base>> {
+        self.base_for(key, Extent::Machine)
+    }
+
+    /// The same, for what uses only so much of it: whatever becomes of a memory that nobody maps is no matter.
+    pub(super) fn base_for(&self, key: &BaseKey, extent: Extent) -> SnapshotsResult<Option<Base>> {
         let Some((manifest, base)) = self.base_in_use(key)? else { return Ok(None) };
-        self.verify_base(&manifest, &base)?;
+        match extent {
+            Extent::Machine => self.verify_base(&manifest, &base)?,
+            Extent::Disk => self.verify_disk(&manifest, &base)?,
+        }
         Ok(Some(base))
     }
 
@@ -327,10 +341,33 @@ impl Snapshots {
     }
 
     /// Refuses a base of which it is known that what is used of it is damaged. Nothing is read.
-    pub(super) fn refuse_damaged_base(&self, manifest: &BaseManifest, base: &Base) -> SnapshotsResult<()> {
+    pub(super) fn refuse_damaged_base(
+        &self,
+        manifest: &BaseManifest,
+        base: &Base,
+        extent: Extent,
+    ) -> SnapshotsResult<()> {
         let contents = manifest.contents(base);
-        let known = verified::look(&base.dir.join(VERIFIED), &contents)?;
+        let known = match (extent, verified::look(&base.dir.join(VERIFIED), &contents)?) {
+            (Extent::Machine, known) | (Extent::Disk, known @ Known::Damaged(DISK)) => known,
+            (Extent::Disk, _) => {
+                let known = verified::look(&base.dir.join(VERIFIED_DISK), &contents[DISK..])?;
+                return known.is_whole(|_| contents[DISK].path).map(drop);
+            }
+        };
         known.is_whole(|at| contents[at].path).map(drop)
+    }
+
+    /// As [`Self::verify_base`], of the disk alone. Where all of the base was read, that counts.
+    fn verify_disk(&self, manifest: &BaseManifest, base: &Base) -> SnapshotsResult<()> {
+        let contents = manifest.contents(base);
+        match verified::look(&base.dir.join(VERIFIED), &contents)? {
+            known @ (Known::Whole | Known::Damaged(DISK)) => known.is_whole(|at| contents[at].path).map(drop),
+            Known::Nothing | Known::Damaged(_) => {
+                let record = base.dir.join(VERIFIED_DISK);
+                verified::verify_once(&record, &self.inner.verifying, &contents[DISK..]).map(drop)
+            }
+        }
     }
 
     fn verify_base(&self, manifest: &BaseManifest, base: &Base) -> SnapshotsResult<()> {
@@ -363,7 +400,7 @@ impl Snapshots {
     fn make_zeros(&self, key: BaseKey) -> SnapshotsResult<Base> {
         let of_disk = key.of_disk();
         let (with_disk, base) = self.base_in_use(&of_disk)?.ok_or_else(|| self.no_base(&of_disk))?;
-        self.verify_base(&with_disk, &base)?;
+        self.verify_disk(&with_disk, &base)?;
         let unfinished = self.begin_base(&key)?;
         let memory = unfinished.dir.join("memory");
         let bytes = with_disk.memory.bytes;

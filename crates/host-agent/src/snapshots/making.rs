@@ -120,7 +120,7 @@ impl Making {
             return Err(self.snapshots.no_base(&about.base));
         };
         // What cannot be restored is no snapshot. A machine that runs on it has its own view of it, and may go on.
-        self.snapshots.refuse_damaged_base(&base_manifest, &base)?;
+        self.snapshots.refuse_damaged_base(&base_manifest, &base, about.extent)?;
         let layer_bytes = self.record_layers(&about)?;
         for layer in &about.layers {
             self.snapshots.refuse_damaged_layer(layer)?;

@@ -178,7 +178,7 @@ impl Snapshots {
     }
 
     /// A snapshot, verified so that a machine can be made of it: manifest and state now, and pages, layers and the
-    /// contents of its base unless that was done since the host booted. Of a layer that has no digest yet, that it
+    /// contents of its base (of a disk alone, the base's disk) unless that was done since the host booted. Of a layer that has no digest yet, that it
     /// is there and was not cut. The grace of its layers and its base begins anew.
     ///
     /// None when there is no such snapshot.
@@ -196,7 +196,7 @@ impl Snapshots {
         for layer in &kept.about.layers {
             self.verify_layer(layer)?;
         }
-        match self.base(&kept.about.base)? {
+        match self.base_for(&kept.about.base, kept.about.extent)? {
             Some(_) => Ok(Some(kept)),
             None => Err(self.no_base(&kept.about.base)),
         }

@@ -5,7 +5,7 @@ use std::os::unix::fs::FileExt;
 use super::*;
 use crate::{
     snapshot_store::Damage,
-    snapshots::{Look, Progress},
+    snapshots::{Look, Part, Progress},
 };
 
 pub(crate) struct Whole {
@@ -229,6 +229,44 @@ fn what_is_not_whole_is_not_committed() {
         };
         assert!(path.components().any(|part| part.as_str() == named), "{path}, not {named}");
         assert_eq!(names(&place.agent().join("snapshots")), Vec::<String>::new());
+    }
+}
+
+/// What is saved without memory was refused for damage to a memory that it does not use.
+#[test]
+fn a_disk_alone_needs_no_more_of_its_base_than_the_disk() {
+    for is_known in [false, true] {
+        let it = Whole::new();
+        let about = About { extent: Extent::Disk, ..about(&it.base.key, &[layer(1)]) };
+        let kept = it.store.begin(snapshot(2)).unwrap().commit(about.clone()).unwrap();
+        let read_base = || {
+            let looked = it.store.look(&Part::Base(it.base.key.clone()));
+            if let Ok(Look::Contents(mut reading)) = looked {
+                while let Ok(Progress::More(_)) = reading.read(u64::MAX) {}
+            }
+        };
+        flip(&it.base.memory, 3_333, 5);
+        if is_known {
+            read_base();
+        }
+        it.get().unwrap_err();
+        assert_eq!(it.store.get(&snapshot(2)).unwrap().unwrap(), kept);
+        it.store.begin(snapshot(3)).unwrap().commit(about.clone()).unwrap();
+        it.store.hold_zeros(&it.base.key).unwrap();
+
+        flip(&it.base.disk.path, 3_333, 5);
+        for _ in 0..2 {
+            let got = it.store.get(&snapshot(2)).unwrap_err();
+            let made = it.store.begin(snapshot(4)).unwrap().commit(about.clone()).unwrap_err();
+            let zeros = it.place.store().hold_zeros(&it.base.key).unwrap_err();
+            for error in [got, made, zeros] {
+                let SnapshotStoreError::Damaged { path, .. } = &error else { panic!("{error:?}") };
+                assert_eq!(*path, it.base.disk.path);
+            }
+            if is_known {
+                read_base();
+            }
+        }
     }
 }
 
