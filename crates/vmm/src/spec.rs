@@ -51,6 +51,20 @@ pub struct VmmIdentity {
     pub accelerator: Accelerator,
 }
 
+impl VmmIdentity {
+    /// This identity, with the host's processor as `present` names it where this one, of an earlier version, names only
+    /// that it was the host's. Nothing is known of it then, and the host is most likely still the same.
+    #[must_use]
+    pub fn with_processor_of(mut self, present: &Self) -> Self {
+        let has_word =
+            present.cpu_model.strip_prefix(&self.cpu_model).is_some_and(|rest| rest.starts_with(' '));
+        if self.accelerator == Accelerator::Kvm && self.accelerator == present.accelerator && has_word {
+            self.cpu_model.clone_from(&present.cpu_model);
+        }
+        self
+    }
+}
+
 /// Kernel and initramfs: one versioned bundle.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct GuestBundle {

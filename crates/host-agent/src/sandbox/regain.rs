@@ -103,7 +103,10 @@ pub async fn regain(host: &Arc<Host>, ledger: &Arc<Ledger>) -> Result<Up, Regain
         slot,
         run_dir,
         // It may be older than the agent.
-        maker: machine.maker.clone().unwrap_or(Maker { vmm: base.vmm, guest: base.guest }),
+        maker: machine.maker.clone().unwrap_or_else(|| {
+            let vmm = base.vmm.with_processor_of(host.vmm.identity());
+            Maker { vmm, guest: base.guest }
+        }),
         base_memory: base.memory,
         base_disk: base.disk.path,
     };

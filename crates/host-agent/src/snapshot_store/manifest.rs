@@ -149,12 +149,14 @@ impl Manifest {
 }
 
 /// Refuses what another VMM, or another one of its versions, machines, CPU models or accelerators, or another
-/// guest bundle was saved with, by the name of what differs. `path` is only named.
+/// guest bundle was saved with, by the name of what differs. Where an earlier version recorded of the host's CPU only
+/// that it was that, it is taken for the one that there is. `path` is only named.
 pub(crate) fn refuse_other_program(
     (recorded, recorded_guest): (&VmmIdentity, &str),
     (wanted, wanted_guest): (&VmmIdentity, &str),
     path: &Utf8Path,
 ) -> SnapshotStoreResult<()> {
+    let recorded = recorded.clone().with_processor_of(wanted);
     refuse_difference(
         path,
         [
@@ -278,6 +280,29 @@ mod tests {
         let mut short = manifest();
         short.memory.bytes -= 1;
         assert!(short.check(&subject(), "m".into()).unwrap_err().is_unusable());
+    }
+
+    /// What was saved before the processor had a word of its own is not lost.
+    #[test]
+    fn a_processor_that_was_not_named_is_the_one_there_is() {
+        let of = |cpu_model: &str| {
+            let vmm = VmmIdentity {
+                accelerator: Accelerator::Kvm,
+                cpu_model: cpu_model.to_owned(),
+                ..subject().vmm
+            };
+            (vmm, "")
+        };
+        let check = |recorded: &str, wanted: &str| {
+            let ((recorded, guest), (wanted, _)) = (of(recorded), of(wanted));
+            refuse_other_program((&recorded, guest), (&wanted, guest), "m".into()).is_ok()
+        };
+        assert!(check("host", "host 0123") && check("host 0123", "host 0123"));
+        assert!(!check("host 0123", "host 4567") && !check("host 0123", "host") && !check("ho", "host 0123"));
+        let ((recorded, _), (present, _)) = (of("host"), of("host 0123"));
+        assert_eq!(recorded.clone().with_processor_of(&present), present);
+        let translated = VmmIdentity { accelerator: Accelerator::Tcg, ..recorded };
+        assert_eq!(translated.clone().with_processor_of(&present), translated);
     }
 
     #[test]

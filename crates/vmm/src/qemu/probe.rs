@@ -127,7 +127,7 @@ impl Qemu {
                 name: "qemu".to_owned(),
                 version,
                 machine: machine_type(accelerator).to_owned(),
-                cpu_model: seen_cpu(accelerator),
+                cpu_model: seen_cpu(accelerator)?,
                 accelerator,
             },
             accelerator_reason: decision.reason,
@@ -136,13 +136,18 @@ impl Qemu {
 }
 
 /// What the guest sees as its processor: translated, it is the same everywhere.
-fn seen_cpu(accelerator: Accelerator) -> String {
+fn seen_cpu(accelerator: Accelerator) -> VmmResult<String> {
     let model = cpu_model(accelerator);
     match accelerator {
-        Accelerator::Tcg => model.to_owned(),
+        Accelerator::Tcg => Ok(model.to_owned()),
         Accelerator::Kvm => {
-            let cpuinfo = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-            format!("{model} {}", host_cpu::word(&cpuinfo))
+            let path = Utf8Path::new("/proc/cpuinfo");
+            let read = std::fs::read_to_string(path).and_then(|cpuinfo| {
+                host_cpu::word(&cpuinfo)
+                    .ok_or_else(|| io::Error::other("it does not say which processor the host has"))
+            });
+            let file = |source| VmmError::File { operation: "understand", path: path.to_owned(), source };
+            read.map(|word| format!("{model} {word}")).map_err(file)
         }
     }
 }
