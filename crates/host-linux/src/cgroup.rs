@@ -15,11 +15,14 @@ use std::{
     collections::BTreeSet,
     fmt,
     fs::{self, OpenOptions},
-    io,
+    io::{self, Write as _},
     os::fd::OwnedFd,
     path::{Path, PathBuf},
 };
 
+/// Files that some kernels do not have even where their controller is: one without swap has nothing to limit of it, and
+/// an old one does not kill by groups.
+const MAY_BE_MISSING: [&str; 2] = ["memory.swap.max", "memory.oom.group"];
 /// How often the directories are made anew when somebody removes them meanwhile.
 const ATTEMPTS: usize = 8;
 
@@ -48,6 +51,16 @@ impl Controller {
             Self::Io => "io",
             Self::Memory => "memory",
             Self::Pids => "pids",
+        }
+    }
+
+    /// The file of its limit. A kernel may have the controller, and not what limits by it.
+    fn limit(self) -> &'static str {
+        match self {
+            Self::Cpu => "cpu.max",
+            Self::Io => "io.max",
+            Self::Memory => "memory.max",
+            Self::Pids => "pids.max",
         }
     }
 }
@@ -108,6 +121,31 @@ fn enable(group: &Path, wanted: &BTreeSet<Controller>) -> BTreeSet<Controller> {
     parse_controllers(&enabled).intersection(wanted).copied().collect()
 }
 
+/// Those of the controllers that limit what is in a group.
+fn limiting(group: &Path, controllers: &BTreeSet<Controller>) -> BTreeSet<Controller> {
+    controllers.iter().copied().filter(|controller| group.join(controller.limit()).exists()).collect()
+}
+
+/// Writes limits of a group that is there.
+fn limit(
+    group: &Path,
+    controllers: &BTreeSet<Controller>,
+    limits: &[(Controller, &str, String)],
+) -> io::Result<()> {
+    for (controller, file, value) in limits {
+        if !controllers.contains(controller) {
+            continue;
+        }
+        // Never made: the kernel answers to that as to one who may not, and not that there is no such file.
+        let opened = OpenOptions::new().write(true).open(group.join(file));
+        match opened.and_then(|mut opened| opened.write_all(value.as_bytes())) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound && MAY_BE_MISSING.contains(file) => {}
+            written => written?,
+        }
+    }
+    Ok(())
+}
+
 impl Hierarchy {
     /// Makes the directory of an owner, with all controllers that there are.
     ///
@@ -149,7 +187,7 @@ impl Hierarchy {
                 _ => {}
             }
         }
-        let controllers = enable(&directory, &controllers);
+        let controllers = limiting(&directory, &enable(&directory, &controllers));
         Ok(Self { directory, controllers })
     }
 
@@ -169,26 +207,16 @@ impl Hierarchy {
     }
 
     /// Makes a group with limits: names of files and what is written to them. Those of controllers that are not there
-    /// are left out.
+    /// are left out. Any other is in force, but for those of which the kernel has nothing to limit.
     ///
     /// # Errors
-    /// There is one of that name, or a limit is refused; there is no new group then.
+    /// There is one of that name, or a limit is refused or not there; there is no new group then.
     pub fn create(&self, name: &str, limits: &[(Controller, &str, String)]) -> io::Result<Group> {
         let group = self.group(name);
         fs::create_dir(&group.path)?;
-        for (controller, file, value) in limits {
-            if !self.controllers.contains(controller) {
-                continue;
-            }
-            match fs::write(group.path.join(file), value) {
-                // A kernel without swap has no file for it, and nothing to limit.
-                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-                Err(error) => {
-                    let _ = fs::remove_dir(&group.path);
-                    return Err(error);
-                }
-                Ok(()) => {}
-            }
+        if let Err(error) = limit(&group.path, &self.controllers, limits) {
+            let _ = fs::remove_dir(&group.path);
+            return Err(error);
         }
         Ok(group)
     }
@@ -317,18 +345,49 @@ mod tests {
         let mount = plain("memory hugetlb");
         let hierarchy = Hierarchy::below(mount.path(), "owner").unwrap();
         assert!(hierarchy.controllers().is_empty(), "a plain file says +memory, which is the name of none");
-        let hierarchy = Hierarchy { controllers: BTreeSet::from([Controller::Memory]), ..hierarchy };
         let limits = [
             (Controller::Memory, "memory.max", "1000".to_owned()),
             (Controller::Cpu, "cpu.max", "1 2".to_owned()),
         ];
+        // Without controllers nothing is written.
         let group = hierarchy.create("one", &limits).unwrap();
+        for file in ["memory.max", "cpu.max"] {
+            fs::write(group.path.join(file), "").unwrap();
+        }
+        limit(&group.path, &BTreeSet::from([Controller::Memory]), &limits).unwrap();
         assert_eq!(fs::read_to_string(group.path.join("memory.max")).unwrap(), "1000");
-        assert!(!group.path.join("cpu.max").exists());
+        assert_eq!(fs::read_to_string(group.path.join("cpu.max")).unwrap(), "");
         assert_eq!(hierarchy.names().unwrap(), ["one"]);
         assert_eq!(hierarchy.create("one", &limits).unwrap_err().kind(), io::ErrorKind::AlreadyExists);
         fs::write(group.path.join("memory.events"), "oom_kill 3\n").unwrap();
         assert_eq!((group.oom_kills(), hierarchy.group("other").oom_kills()), (3, 0));
+    }
+
+    /// A kernel may have the controller of disks, and no limit of them: that was told as in force.
+    #[test]
+    fn a_controller_without_its_limit_limits_nothing() {
+        let group = tempfile::tempdir().unwrap();
+        let all = BTreeSet::from(Controller::ALL);
+        assert!(limiting(group.path(), &all).is_empty());
+        for file in ["cpu.max", "memory.max", "pids.max", "io.stat"] {
+            fs::write(group.path().join(file), "").unwrap();
+        }
+        let some = BTreeSet::from([Controller::Cpu, Controller::Memory, Controller::Pids]);
+        assert_eq!(limiting(group.path(), &all), some);
+    }
+
+    #[test]
+    fn only_what_there_is_nothing_of_may_be_without_a_limit() {
+        let owner = format!("test-{}-missing", std::process::id());
+        let Some(hierarchy) = real(&owner) else { return };
+        let hierarchy = Hierarchy { controllers: BTreeSet::from(Controller::ALL), ..hierarchy };
+        let of = |file| [(Controller::Memory, file, "0".to_owned())];
+        let group = hierarchy.create("one", &of("memory.swap.max")).unwrap();
+        group.remove().unwrap();
+        let error = hierarchy.create("two", &of("memory.nothing")).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::NotFound);
+        assert_eq!(hierarchy.names().unwrap(), Vec::<String>::new());
+        hierarchy.close();
     }
 
     /// The kernel's own, if there is one that this process may write.
