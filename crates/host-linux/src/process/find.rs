@@ -19,14 +19,14 @@ pub struct Found {
 /// Zombies have no arguments and are not found.
 ///
 /// # Errors
-/// `/proc` cannot be read, or no pidfd can be had for a process that is there. Processes that end while
+/// `/proc` or a command line in it cannot be read, or no pidfd can be had for a process that is there. Processes that end while
 /// they are looked at are left out.
 pub fn find_by_argument(mark: &str) -> io::Result<Vec<Found>> {
     let mut found = Vec::new();
     for entry in fs::read_dir("/proc")? {
         let name = entry?.file_name();
         let Some(pid) = name.to_str().and_then(|name| name.parse::<u32>().ok()) else { continue };
-        let Ok(command_line) = fs::read(format!("/proc/{pid}/cmdline")) else { continue };
+        let Some(command_line) = command_line_of(pid)? else { continue };
         if argument_with(&command_line, mark).is_some() {
             found.extend(argument_of(pid, mark)?);
         }
@@ -48,10 +48,30 @@ pub fn argument_of(pid: u32, mark: &str) -> io::Result<Option<Found>> {
         }
         Err(error) => return Err(error),
     };
-    let Ok(command_line) = fs::read(format!("/proc/{pid}/cmdline")) else { return Ok(None) };
+    let Some(command_line) = command_line_of(pid)? else { return Ok(None) };
     match argument_with(&command_line, mark) {
         Some(argument) if process.is_alive()? => Ok(Some(Found { process, argument })),
         _ => Ok(None),
+    }
+}
+
+/// The command line of a process, in the form of `/proc/PID/cmdline`; none when it has ended.
+fn command_line_of(pid: u32) -> io::Result<Option<Vec<u8>>> {
+    unless_ended(fs::read(format!("/proc/{pid}/cmdline")))
+}
+
+/// Whatever else keeps a command line from being read is no reason to take its process for another one.
+fn unless_ended<T>(read: io::Result<T>) -> io::Result<Option<T>> {
+    use rustix::io::Errno;
+    match read {
+        Err(error)
+            if [Errno::NOENT, Errno::SRCH]
+                .map(|it| Some(it.raw_os_error()))
+                .contains(&error.raw_os_error()) =>
+        {
+            Ok(None)
+        }
+        read => read.map(Some),
     }
 }
 
@@ -66,7 +86,18 @@ fn argument_with(command_line: &[u8], mark: &str) -> Option<String> {
 
 #[cfg(test)]
 mod tests {
-    use super::argument_with;
+    use std::io;
+
+    use super::{argument_with, unless_ended};
+
+    #[test]
+    fn only_what_has_ended_has_no_command_line() {
+        for (number, is_ended) in [(2, true), (3, true), (5, false), (12, false), (13, false), (24, false)] {
+            let read = unless_ended::<()>(Err(io::Error::from_raw_os_error(number)));
+            assert_eq!(matches!(read, Ok(None)), is_ended, "{number}");
+            assert_eq!(read.is_err(), !is_ended, "{number}");
+        }
+    }
 
     #[test]
     fn a_mark_is_the_beginning_of_an_argument() {
