@@ -4,7 +4,7 @@
 //! passed, so its output is read here: each test that printed such a line counts as skipped, and is named.
 //!
 //! Tests that are marked for the lab run in it first, where there can be one ([`crate::lab::marked`]). One that passed
-//! there is skipped here without being counted again.
+//! there is not counted again here, where it passes or is skipped.
 //!
 //! `make soak` runs the same tests with `WRENN_SOAK=1`, by which a test does its full count instead of a sample.
 //! Such a test prints lines `soak: what, how often, seed, outcome`; they go to bench/SOAK.md. A test program whose output
@@ -123,7 +123,7 @@ pub(crate) struct Report {
     ignored: u64,
     /// Tests that said that they were skipped.
     skipped: u64,
-    /// Tests that were skipped here and passed in the lab, where they are counted.
+    /// Tests that passed or were skipped here and passed in the lab, where they are counted.
     elsewhere: u64,
     /// Tests that said that they passed. Those of the lab, which this run comes after, included.
     names: BTreeSet<String>,
@@ -174,6 +174,7 @@ impl Report {
         }
         if !self.in_successes {
             if let Some(name) = line.strip_prefix("test ").and_then(|line| line.strip_suffix(" ... ok")) {
+                self.elsewhere += u64::from(self.in_lab.contains(name));
                 self.names.insert(name.to_owned());
             }
             // With one test at a time the name of the test stands before what it prints.
@@ -196,7 +197,6 @@ impl Report {
         let test = self.test.take()?;
         self.names.remove(&test);
         if self.in_lab.contains(&test) {
-            self.elsewhere += 1;
             return Some(format!("ran in the lab: {test}"));
         }
         self.skipped += 1;
