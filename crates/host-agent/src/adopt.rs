@@ -295,7 +295,8 @@ async fn go_on(host: &Arc<Host>, registry: &Registry, ledger: Arc<Ledger>, fate:
             }
             Err(error) if error.is_gone() => {
                 tracing::warn!(%id, error = &error as &dyn std::error::Error, "a sandbox ended while nobody looked");
-                // Others go on meanwhile, so that no error of this one ends the start.
+                // Its directory and its control group were kept, because it might have been there. Others go on meanwhile,
+                // so that no error of this one ends the start.
                 if let Err(error) = end_uncontrolled(host, &record).await {
                     tracing::error!(%id, error = &error as &dyn std::error::Error, "its machine is left to be collected");
                 } else if let Err(error) = ledger.remove().await {

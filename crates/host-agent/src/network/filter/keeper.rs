@@ -277,10 +277,13 @@ impl Keeper {
         {
             spawn = spawn.control_group(group);
         }
-        let child = spawn.start().map_err(FilterError::Start)?;
+        let mut child = spawn.start().map_err(FilterError::Start)?;
         let process = child.process().clone();
         let mut running = Running { control, process };
         if let Err(source) = running.tell(&self.rules).await {
+            // None if it is there and does not listen.
+            let exit = child.try_wait().ok().flatten();
+            tracing::warn!(slot = %self.number, ?exit, "a domain filter did not begin");
             let _ = running.end().await;
             return Err(FilterError::Tell(source));
         }

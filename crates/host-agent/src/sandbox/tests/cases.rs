@@ -88,6 +88,20 @@ fn create(world: &World<'_>) -> SandboxId {
     id
 }
 
+/// Its directory was left, because its record had named it.
+#[test]
+fn of_a_machine_that_ended_while_nobody_looked_nothing_is_left() {
+    let ground = Ground::new();
+    let world = World::new(&ground);
+    let id = create(&world);
+    for machine in world.machines(&id) {
+        assert!(world.fake.end(&machine, ExitReason::VmmKilled { signal: 9 }));
+    }
+    in_an_agent(&world, |registry| Box::pin(async move { assert!(registry.get(&id).is_none()) }));
+    let remains = world.remains();
+    assert!(remains.is_empty(), "{remains:?}");
+}
+
 /// Nobody knew any more that the snapshot from which it was resumed was to be deleted.
 #[test]
 fn what_a_sandbox_was_resumed_from_is_deleted_by_the_next_agent_at_the_latest() {
