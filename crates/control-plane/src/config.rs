@@ -2,6 +2,8 @@
 
 use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
+use wrenn_types::{DiskMib, MemoryMib, bounds};
+
 /// The flags of `wrenn control-plane`.
 #[derive(Debug, Clone, clap::Args)]
 pub struct Config {
@@ -33,15 +35,9 @@ pub struct Bounds {
     pub database_patient: Duration,
     /// A create, a delete, a pause and so on until the answer is 202. Published clients give up after 30 seconds.
     pub lifecycle_answer: Duration,
-    /// A create in all. The first one of a shape boots the guest's kernel.
-    pub create: Duration,
-    /// A pause or a snapshot in all. All that a sandbox has in memory is written.
-    pub capture: Duration,
-    /// A resume or a rollback in all, and longer for each GiB that a sandbox has: one that was paused without its memory
-    /// boots, and its kernel clears all of that first.
-    pub resume: Duration,
-    /// See there.
-    pub resume_per_gib: Duration,
+    /// A create, a pause, a snapshot, a resume or a rollback in all. Absent: as long as a host may take for a sandbox of its
+    /// size ([`wrenn_types::bounds`]).
+    pub host_work: Option<Duration>,
     /// A destroy in all.
     pub destroy: Duration,
     /// A short question to the host agent.
@@ -68,10 +64,40 @@ pub struct Bounds {
 }
 
 impl Bounds {
-    /// A resume or a rollback of a sandbox of so many MiB.
-    pub(crate) fn resume_of(&self, memory_mib: i32) -> Duration {
-        let gibibytes = u32::try_from(memory_mib).unwrap_or_default().div_ceil(1024);
-        self.resume + self.resume_per_gib * gibibytes
+    /// A create, a resume or a rollback of a sandbox of that size.
+    pub(crate) fn bring_up(&self, size: Size) -> Duration {
+        self.host_work.unwrap_or_else(|| bounds::bring_up(size.memory, size.disk))
+    }
+
+    /// A pause or a snapshot of a sandbox of that size.
+    pub(crate) fn capture(&self, size: Size) -> Duration {
+        self.host_work.unwrap_or_else(|| bounds::capture(size.memory, size.disk))
+    }
+
+    /// A snapshot of a sandbox with whichever memory and the usual disk, and a fork's children from it. An unfinished one
+    /// that is older has lost its maker.
+    pub(crate) fn making(&self) -> Duration {
+        let size = Size::of(i32::MAX, None);
+        self.capture(size) + self.bring_up(size) + self.start_grace
+    }
+}
+
+/// What of a sandbox decides how long things take.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Size {
+    pub(crate) memory: MemoryMib,
+    pub(crate) disk: DiskMib,
+}
+
+impl Size {
+    /// From the MiB of memory and disk that the database has. A number out of bounds is taken for the largest; a disk that is
+    /// left to the host is that of most hosts.
+    pub(crate) fn of(memory_mb: i32, disk_mb: Option<i32>) -> Self {
+        let disk = disk_mb.map_or(Ok(DiskMib::USUAL), |mib| DiskMib::new(mib.into()));
+        Self {
+            memory: MemoryMib::new(memory_mb.into()).unwrap_or(MemoryMib::LARGEST),
+            disk: disk.unwrap_or(DiskMib::LARGEST),
+        }
     }
 }
 
@@ -82,10 +108,7 @@ impl Default for Bounds {
             database: Duration::from_secs(3),
             database_patient: Duration::from_secs(10),
             lifecycle_answer: Duration::from_secs(25),
-            create: Duration::from_secs(180),
-            capture: Duration::from_secs(300),
-            resume: Duration::from_secs(180),
-            resume_per_gib: Duration::from_secs(30),
+            host_work: None,
             destroy: Duration::from_secs(60),
             host: Duration::from_secs(5),
             tunnel: Duration::from_secs(8),
@@ -98,5 +121,25 @@ impl Default for Bounds {
             sweep: Duration::from_secs(30),
             drain: Duration::from_secs(10),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_large_sandbox_has_more_time_than_a_small_one_and_an_unknown_one_the_most() {
+        let bounds = Bounds::default();
+        let sizes = [Size::of(512, None), Size::of(4096, Some(20_480)), Size::of(65_536, Some(1_048_576))];
+        for (less, more) in sizes.iter().zip(&sizes[1..]) {
+            assert!(bounds.bring_up(*less) < bounds.bring_up(*more));
+            assert!(bounds.capture(*less) < bounds.capture(*more));
+        }
+        assert_eq!(Size::of(0, Some(-1)), sizes[2]);
+        assert_eq!(Size::of(4096, None), sizes[1]);
+        assert!(bounds.making() > bounds.capture(sizes[1]) + bounds.bring_up(sizes[1]));
+        let short = Bounds { host_work: Some(Duration::from_secs(2)), ..Bounds::default() };
+        assert_eq!(short.bring_up(sizes[2]), Duration::from_secs(2));
     }
 }

@@ -19,7 +19,10 @@
 use std::{collections::BTreeMap, io, sync::Arc, time::Duration};
 
 use camino::Utf8PathBuf;
-use wrenn_types::{DiskMib, InstanceId, MemoryMib, ResourceError, Shape, TemplateName};
+use wrenn_types::{
+    DiskMib, InstanceId, ResourceError, Shape, TemplateName,
+    bounds::{boot, build},
+};
 use wrenn_vmm::{BootMemory, DiskSpec, GuestBundle, MachineSpec, NetworkSpec, Vm, Vmm, VmmError};
 
 use crate::{
@@ -27,16 +30,10 @@ use crate::{
     images::Resolved,
     network::{Policy, Slot, SlotError, SlotPool},
     rootfs::{RootfsError, RootfsStore},
-    sandbox::{bounds::moving, host::Host},
+    sandbox::host::Host,
     snapshot_store::{Begin, Building, SnapshotStore, SnapshotStoreError, Subject, WarmSnapshot},
 };
 
-/// How long it may take until a small snapshot is there, made by us or by another stack.
-const BUILD_BOUND: Duration = Duration::from_secs(600);
-/// How long a guest may take to boot until its agent answers, and for each GiB of its memory, which its kernel
-/// clears before anything else.
-const BOOT_BOUND: Duration = Duration::from_secs(120);
-const BOOT_BOUND_PER_GIB: Duration = Duration::from_secs(30);
 /// How long it may take to grow its file system.
 const GROW_BOUND: Duration = Duration::from_secs(60);
 /// How long it may take to stand still.
@@ -96,18 +93,6 @@ pub enum WarmError {
         #[source]
         source: io::Error,
     },
-}
-
-/// How long a guest with so much memory may take to boot until its agent answers.
-pub(crate) fn boot_bound(memory: MemoryMib) -> Duration {
-    BOOT_BOUND + BOOT_BOUND_PER_GIB * memory.get().div_ceil(1024)
-}
-
-/// How long it may take until a snapshot of so much memory is there, made by us or by another stack: it boots, and its
-/// memory is written, read for its digest, and read once more by whoever did not make it.
-#[must_use]
-pub fn build_bound(memory: MemoryMib) -> Duration {
-    BUILD_BOUND + boot_bound(memory) + moving(memory.bytes()) * 3
 }
 
 impl WarmError {
@@ -249,13 +234,7 @@ impl Warm {
             }
             Err(error) => return Err(WarmError::Store(error)),
         }
-        match self
-            .parts
-            .store
-            .begin(&subject, build_bound(request.shape.memory))
-            .await
-            .map_err(WarmError::Store)?
-        {
+        match self.parts.store.begin(&subject, build(request.shape.memory)).await.map_err(WarmError::Store)? {
             Begin::Ready(snapshot) => {
                 let store = self.parts.store.clone();
                 blocking(move || store.verify_contents_once(&snapshot).map(|_| *snapshot))
@@ -364,7 +343,7 @@ impl Warm {
             disk_bytes: Some(request.disk.bytes()),
         };
         let up = async {
-            guest::wait_until_healthy(&connector, boot_bound(request.shape.memory)).await?;
+            guest::wait_until_healthy(&connector, boot(request.shape.memory)).await?;
             guest::initialise(&connector, &identity, None, GROW_BOUND).await?;
             for program in EXERCISES {
                 for _ in 0..EXERCISE_ROUNDS {
@@ -395,6 +374,7 @@ pub(crate) async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send 
 mod tests {
     use super::*;
     use proptest::prelude::*;
+    use wrenn_types::MemoryMib;
 
     fn disk(mib: u32) -> DiskMib {
         DiskMib::new(mib.into()).unwrap()
@@ -415,7 +395,7 @@ mod tests {
         for mib in 128..=65_536_u32 {
             let memory = MemoryMib::new(mib.into()).unwrap();
             let slow_disk = Duration::from_secs_f64(f64::from(mib) * 3.0 / 50.0);
-            assert!(build_bound(memory) >= boot_bound(memory) + slow_disk + GROW_BOUND, "{mib} MiB");
+            assert!(build(memory) >= boot(memory) + slow_disk + GROW_BOUND, "{mib} MiB");
         }
     }
 

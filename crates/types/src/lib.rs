@@ -1,5 +1,6 @@
 //! Plain data shared by every part of Wrenn.
 //!
+//! - [`bounds`]: how long a host may take for a sandbox of a size.
 //! - [`guest`]: what of a guest's agent is for the host alone, and must never be forwarded to it.
 //! - [`id`]: the ids that people and paths see. Text from the wire becomes an id by parsing, and only
 //!   an id may become part of a path, so that `../..` never gets that far.
@@ -11,6 +12,7 @@
 //! Nothing here does I/O, and nothing here knows a wire format other than the words themselves.
 #![warn(missing_docs)]
 
+pub mod bounds;
 pub mod guest;
 pub mod id;
 pub mod network;

@@ -30,6 +30,8 @@ macro_rules! bounded {
             pub const MINIMUM: u32 = $minimum;
             /// The largest value.
             pub const MAXIMUM: u32 = $maximum;
+            /// The same, as one of these.
+            pub const LARGEST: Self = Self($maximum);
 
             /// The value, if it is within the bounds.
             ///
@@ -120,6 +122,11 @@ impl DiskMib {
     pub fn bytes(self) -> u64 {
         u64::from(self.0) << 20
     }
+}
+
+impl DiskMib {
+    /// What a host gives where nobody says how much, unless it is configured otherwise.
+    pub const USUAL: Self = Self(20_480);
 }
 
 impl InactivityTimeout {

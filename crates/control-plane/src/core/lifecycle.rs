@@ -167,6 +167,7 @@ impl Core {
         let token = AccessToken::from_stored(row.access_token.clone());
         let generation = row.generation;
         let id = busy.id().clone();
+        let bound = self.bounds.bring_up(row.size());
         let _ = written.set(row);
 
         let command = CreateCommand {
@@ -182,7 +183,7 @@ impl Core {
         };
         // The row becomes durable while the host works, so that nobody waits for the disk.
         let patient = self.store.with_bound(self.bounds.database_patient);
-        let (created, flushed) = tokio::join!(self.host.create(command, self.bounds.create), patient.flush());
+        let (created, flushed) = tokio::join!(self.host.create(command, bound), patient.flush());
         let (observed, phases) = match created {
             Ok(created) => created,
             Err(error) => {

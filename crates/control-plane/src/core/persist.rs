@@ -195,15 +195,15 @@ impl Core {
         let generation = intent.generation;
         let commanded = match verb {
             Verb::Pause { disk_only } => {
-                let bound = self.bounds.capture;
+                let bound = self.bounds.capture(intent.size());
                 self.host.pause(id, generation, *disk_only, bound).await.map(|seen| (seen, Vec::new()))
             }
             Verb::Resume { timeout, .. } => {
-                let bound = self.bounds.resume_of(intent.memory_mb);
+                let bound = self.bounds.bring_up(intent.size());
                 self.host.resume(id, generation, *timeout, bound).await
             }
             Verb::Rollback { snapshot } => {
-                let bound = self.bounds.resume_of(intent.memory_mb);
+                let bound = self.bounds.bring_up(intent.size());
                 self.host.rollback(id, generation, snapshot, bound).await
             }
         };
@@ -300,8 +300,8 @@ impl Core {
                 }
             }
         };
-        let memory = self.row(team, id).await?.memory_mb;
-        match timeout(self.bounds.capture.max(self.bounds.resume_of(memory)), wait).await {
+        let size = self.row(team, id).await?.size();
+        match timeout(self.bounds.capture(size).max(self.bounds.bring_up(size)), wait).await {
             Ok(row) => row,
             Err(_) => Err(wrong_state(id, &self.row(team, id).await?)),
         }

@@ -210,7 +210,7 @@ impl Core {
                 return Err(error);
             }
         };
-        match self.host.snapshot(sandbox, generation, &id, self.bounds.capture).await {
+        match self.host.snapshot(sandbox, generation, &id, self.bounds.capture(before.size())).await {
             Ok(captured) => {
                 tracing::debug!(%sandbox, snapshot = %id, stopped = ?captured.stopped, "took a snapshot");
                 // Where the sandbox has been destroyed meanwhile, the snapshot is as good.
@@ -392,8 +392,7 @@ impl Core {
     async fn try_sweep(&self, host: &HostId) -> Result<(), CoreError> {
         let store = self.store.with_bound(self.bounds.database_patient);
         // That long a fork can be at it, whichever control plane does it.
-        let making = self.bounds.capture + self.bounds.create + self.bounds.start_grace;
-        let making = SignedDuration::try_from(making).unwrap_or(SignedDuration::MAX);
+        let making = SignedDuration::try_from(self.bounds.making()).unwrap_or(SignedDuration::MAX);
         let before = Timestamp::now().checked_sub(making).unwrap_or(Timestamp::MIN);
         store.doom_unfinished(host, before).await?;
         for id in store.doomed_snapshots(host).await? {

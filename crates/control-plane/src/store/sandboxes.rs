@@ -12,7 +12,10 @@ use wrenn_types::{
 };
 
 use super::{Metadata, Policy, Store, StoreError};
-use crate::host::{Deadline, Settings};
+use crate::{
+    config::Size,
+    host::{Deadline, Settings},
+};
 
 /// A row as the database has it.
 #[derive(Debug, Clone)]
@@ -64,6 +67,11 @@ impl SandboxRow {
     /// The state; the table's own check admits no other words.
     pub(crate) fn state(&self) -> SandboxState {
         SandboxState::from_word(&self.state).unwrap_or(SandboxState::Error)
+    }
+
+    /// What decides how long things take with it.
+    pub(crate) fn size(&self) -> Size {
+        Size::of(self.memory_mb, self.disk_size_mb)
     }
 
     /// How long it may be idle; the table's own check admits no number out of bounds.

@@ -161,11 +161,7 @@ async fn a_name_moves_to_a_newer_snapshot() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn orders_outlive_who_gave_them() {
-    let bounds = wrenn_control_plane::Bounds {
-        capture: Duration::from_secs(2),
-        create: Duration::from_secs(2),
-        ..short_bounds()
-    };
+    let bounds = wrenn_control_plane::Bounds { host_work: Some(Duration::from_secs(2)), ..short_bounds() };
     let mut world = World::with(bounds, Cluster::shared().database().await).await;
     let id = world.sandbox().await;
     assert_eq!(snapshot(&world, &id, "doomed").await.status, 201);
@@ -297,8 +293,7 @@ async fn a_fork_is_all_or_nothing() {
 async fn a_fork_that_takes_long_and_one_whose_maker_dies() {
     let bounds = wrenn_control_plane::Bounds {
         lifecycle_answer: Duration::from_millis(300),
-        capture: Duration::from_secs(2),
-        create: Duration::from_secs(3),
+        host_work: Some(Duration::from_secs(3)),
         ..short_bounds()
     };
     let mut world = World::with(bounds, Cluster::shared().database().await).await;

@@ -49,15 +49,15 @@ use super::{
 use crate::{
     guest::{self, Identity, IdleConnection},
     network::{GuestConnector, Policy, Slot},
-    warm::{blocking, boot_bound},
+    warm::blocking,
 };
 
 /// How long a machine may take to begin to boot, and one that is there until its CPUs run and its disk has its size.
-const RUN_BOUND: Duration = Duration::from_secs(30);
+const RUN_BOUND: Duration = bounds::RUN;
 /// How long a guest may take to become itself.
-const IDENTITY_BOUND: Duration = Duration::from_secs(20);
+const IDENTITY_BOUND: Duration = bounds::IDENTITY;
 /// How long it may take to get a network slot.
-const SLOT_BOUND: Duration = Duration::from_secs(20);
+const SLOT_BOUND: Duration = bounds::SLOT;
 
 /// Measures the steps, in the order in which they happen.
 #[derive(Debug)]
@@ -467,7 +467,7 @@ impl Started {
             .await;
         let boots = matches!(source.start, Start::Boot);
         if boots && resumed.is_ok() {
-            let bound = boot_bound(record.shape.memory);
+            let bound = bounds::boot(record.shape.memory);
             // Boxed: it is rare and large, as where a template is made.
             let answers = Box::pin(answers(&connector, bound, &mut exit));
             resumed = course.step("guest", bound + Duration::from_secs(1), answers).await;

@@ -39,11 +39,11 @@ use crate::{
 };
 
 /// How long a guest may take to stand still.
-const PREPARE_BOUND: Duration = Duration::from_secs(3);
+const PREPARE_BOUND: Duration = bounds::PREPARE;
 /// How long it may take that to write all that is to be on its disk, where only that is saved.
-const WRITE_BOUND: Duration = Duration::from_secs(30);
+const WRITE_BOUND: Duration = bounds::WRITE;
 /// How long a guest may take to open again.
-const THAW_BOUND: Duration = Duration::from_secs(20);
+const THAW_BOUND: Duration = bounds::THAW;
 
 /// How long after a machine or its guest did not go on that is tried again.
 const AGAIN: Duration = Duration::from_secs(5);

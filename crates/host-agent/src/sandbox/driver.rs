@@ -499,16 +499,10 @@ impl Driver {
     /// Deletes what a sandbox was saved as; whether that is gone.
     async fn forget_snapshot(&self, snapshot: SnapshotId) -> bool {
         let (snapshots, id) = (self.host.snapshots.clone(), snapshot.clone());
-        let deleted = within(bounds::REMOVE, move || match snapshots.delete(&id) {
-            // What has no manifest any more is collected.
-            Err(error) if snapshots.find(&id).is_ok_and(|kept| kept.is_none()) => Err((true, error)),
-            deleted => deleted.map_err(|error| (false, error)),
-        });
-        match deleted.await {
+        match within(bounds::REMOVE, move || snapshots.delete(&id)).await {
             Ok(Ok(_)) => return true,
-            Ok(Err((is_gone, error))) => {
+            Ok(Err(error)) => {
                 tracing::warn!(%snapshot, error = &error as &dyn std::error::Error, "a snapshot that is not needed stays until the next start");
-                return is_gone;
             }
             // It goes a moment later, or when the next agent starts.
             Err(Overdue(bound)) => {
@@ -516,6 +510,13 @@ impl Driver {
             }
         }
         false
+    }
+
+    /// Whether a snapshot is there, as far as can be said.
+    async fn has_snapshot(&self, id: SnapshotId) -> bool {
+        let snapshots = self.host.snapshots.clone();
+        let found = within(bounds::REMOVE, move || snapshots.find(&id)).await;
+        !matches!(found, Ok(Ok(None)))
     }
 
     /// Takes everything of a sandbox down: the machine, the way to it, what it was saved as, its layers, its record.
@@ -550,7 +551,8 @@ impl Driver {
         let record = ledger.record();
         let saved = record.obsolete.or_else(|| record.paused.map(|paused| paused.snapshot));
         let is_forgotten = match saved {
-            Some(saved) => self.forget_snapshot(saved).await,
+            // What has no manifest any more is collected.
+            Some(saved) => self.forget_snapshot(saved.clone()).await || !self.has_snapshot(saved).await,
             None => true,
         };
         if !is_forgotten {

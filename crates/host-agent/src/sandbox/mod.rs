@@ -20,7 +20,6 @@
 //! take the sandbox over is in its [`record`]. The tests of this module drive all of it against a model.
 
 pub mod activity;
-pub(crate) mod bounds;
 pub mod bring_up;
 pub mod capture;
 pub mod deadline;
@@ -45,6 +44,7 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 use tokio::sync::{Notify, oneshot, watch};
+pub(crate) use wrenn_types::bounds;
 use wrenn_types::{
     AccessToken, DiskMib, EndReason, InactivityTimeout, NetworkPolicy, SandboxId, Shape, SnapshotId,
     TemplateName, TimeoutAction,

@@ -19,7 +19,7 @@ use crate::{
     images::ImagesError,
     snapshot_store::SnapshotStoreError,
     snapshots::{Base, Extent, Kept, KeptMemory, SnapshotsResult},
-    warm::{WarmError, WarmRequest, blocking, build_bound},
+    warm::{WarmError, WarmRequest, blocking},
 };
 
 /// What to look for.
@@ -166,7 +166,7 @@ impl Source {
         let request = WarmRequest::for_disk(&template, outline.shape, outline.disk, host.default_disk)
             .map_err(SourceError::DiskTooSmall)?;
         let (warm, base) = course
-            .step("snapshot", build_bound(outline.shape.memory), async {
+            .step("snapshot", bounds::build(outline.shape.memory), async {
                 let warm = host.warm.get(&request).await.map_err(SourceError::Warm)?;
                 let (snapshots, held) = (host.snapshots.clone(), warm.clone());
                 let base = blocking(move || snapshots.hold(&held)).await.map_err(SourceError::Snapshot)?;

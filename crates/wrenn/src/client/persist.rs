@@ -18,7 +18,7 @@ use super::{
     path_of,
 };
 
-/// How long one of these may take in all. A server has shorter bounds of its own.
+/// How long a person waits for one of these. The server goes on with it, for as long as a large sandbox needs.
 const BOUND: Duration = Duration::from_secs(600);
 
 impl Client {

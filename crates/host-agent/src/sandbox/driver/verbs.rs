@@ -29,7 +29,7 @@ use crate::{
 /// How many layers a disk may have before the next capture waits until they are one.
 const LAYERS_LIMIT: usize = 32;
 /// How long that capture waits at most.
-const STREAM_BOUND: Duration = Duration::from_secs(600);
+const STREAM_BOUND: Duration = bounds::STREAM;
 
 impl Driver {
     /// Does one thing. The sandbox is what it was before if it fails.
