@@ -1,14 +1,23 @@
 //! `GET /metrics` on a socket of its own, so that who reads measurements can do nothing else: a Unix socket that only
 //! its owner can use, or an address of the loopback interface.
+//!
+//! Every user of the host reaches a loopback address, and the agent has other things to do: so only a few are served
+//! at once, one request each, and who takes too long to ask or to read loses the connection.
 
-use std::{io, net::SocketAddr, str::FromStr, sync::Arc, time::Duration};
+use std::{convert::Infallible, net::SocketAddr, str::FromStr, sync::Arc, time::Duration};
 
-use axum::{Router, extract::State, http::header, response::IntoResponse, routing::get};
+use bytes::Bytes;
 use camino::Utf8PathBuf;
+use http::{Method, Request, Response, StatusCode, header};
+use http_body_util::Full;
+use hyper::{body::Incoming, server::conn::http1, service::service_fn};
+use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::{
+    io::{AsyncRead, AsyncWrite},
     net::{TcpListener, UnixListener},
     sync::Mutex,
-    time::Instant,
+    task::JoinSet,
+    time::{Instant, sleep, timeout},
 };
 use tokio_util::sync::CancellationToken;
 
@@ -17,6 +26,22 @@ use crate::{agent::HostFacts, registry::Registry, sandbox::Stage, warm::blocking
 
 /// For how long what the snapshots take is not asked for again: that is a look at every one of their files.
 const SNAPSHOTS_OLD: Duration = Duration::from_secs(60);
+
+/// What those who read measurements may take.
+#[derive(Debug, Clone, Copy)]
+struct Allowance {
+    /// How many are served at once. Others wait until one of them is done.
+    connections: usize,
+    /// How long one may take to ask.
+    head: Duration,
+    /// How long it may take in all, with what it takes to read the answer.
+    whole: Duration,
+}
+
+const ALLOWANCE: Allowance =
+    Allowance { connections: 16, head: Duration::from_secs(5), whole: Duration::from_secs(30) };
+/// The pause after an accept that failed, as it does when there are no more file descriptors.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
 /// Where measurements are served.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -72,24 +97,78 @@ pub(crate) async fn serve(
     registry: Arc<Registry>,
     facts: Arc<HostFacts>,
     stop: CancellationToken,
-) -> io::Result<()> {
+) {
     let endpoint = Arc::new(Endpoint { registry, facts, snapshots: Mutex::default() });
-    let router = Router::new().route("/metrics", get(metrics)).with_state(endpoint);
-    let serving = async {
-        match listener {
-            Listener::Unix(listener) => axum::serve(listener, router).await,
-            Listener::Tcp(listener) => axum::serve(listener, router).await,
-        }
+    let text = move || {
+        let endpoint = Arc::clone(&endpoint);
+        async move { exposition::text(&endpoint.view().await) }
     };
-    tokio::select! {
-        outcome = serving => outcome,
-        () = stop.cancelled() => Ok(()),
+    stop.run_until_cancelled(accept(listener, ALLOWANCE, text)).await;
+}
+
+/// Serves what `text` gives, for ever. Dropping it drops every connection.
+async fn accept<F>(listener: Listener, allowance: Allowance, text: impl Fn() -> F + Clone + Send + 'static)
+where
+    F: Future<Output = String> + Send + 'static,
+{
+    let mut all = JoinSet::new();
+    loop {
+        while all.len() >= allowance.connections {
+            all.join_next().await;
+        }
+        while all.try_join_next().is_some() {}
+        let accepted = match &listener {
+            Listener::Unix(listener) => {
+                let accepted = listener.accept().await;
+                accepted.map(|(stream, _)| drop(all.spawn(connect(stream, allowance, text.clone()))))
+            }
+            Listener::Tcp(listener) => {
+                let accepted = listener.accept().await;
+                accepted.map(|(stream, _)| drop(all.spawn(connect(stream, allowance, text.clone()))))
+            }
+        };
+        if let Err(error) = accepted {
+            tracing::warn!(
+                error = &error as &dyn std::error::Error,
+                "a reader of measurements was not accepted"
+            );
+            sleep(ACCEPT_PAUSE).await;
+        }
     }
 }
 
-async fn metrics(State(endpoint): State<Arc<Endpoint>>) -> impl IntoResponse {
-    let view = endpoint.view().await;
-    ([(header::CONTENT_TYPE, exposition::CONTENT_TYPE)], exposition::text(&view))
+async fn connect<F>(
+    stream: impl AsyncRead + AsyncWrite + Unpin,
+    allowance: Allowance,
+    text: impl Fn() -> F + Clone,
+) where
+    F: Future<Output = String>,
+{
+    let service = service_fn(move |request: Request<Incoming>| {
+        let text = text.clone();
+        async move {
+            let status = match (request.method(), request.uri().path()) {
+                (&Method::GET | &Method::HEAD, "/metrics") => {
+                    let mut answer = Response::new(Full::from(text().await));
+                    let kind = header::HeaderValue::from_static(exposition::CONTENT_TYPE);
+                    answer.headers_mut().insert(header::CONTENT_TYPE, kind);
+                    return Ok::<_, Infallible>(answer);
+                }
+                (_, "/metrics") => StatusCode::METHOD_NOT_ALLOWED,
+                _ => StatusCode::NOT_FOUND,
+            };
+            let mut answer = Response::new(Full::<Bytes>::default());
+            *answer.status_mut() = status;
+            Ok(answer)
+        }
+    });
+    let connection = http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(allowance.head)
+        .keep_alive(false)
+        .serve_connection(TokioIo::new(stream), service);
+    // Who goes away or takes too long is not answered, and that is all.
+    let _ = timeout(allowance.whole, connection).await;
 }
 
 impl Endpoint {
@@ -140,7 +219,62 @@ impl Endpoint {
 
 #[cfg(test)]
 mod tests {
+    use tokio::{
+        io::{AsyncReadExt as _, AsyncWriteExt as _},
+        net::TcpStream,
+    };
+
     use super::*;
+
+    /// Sends this and reads until the other side ends.
+    async fn exchange(address: SocketAddr, request: &str) -> String {
+        let mut stream = TcpStream::connect(address).await.unwrap();
+        stream.write_all(request.as_bytes()).await.unwrap();
+        let mut answer = String::new();
+        timeout(Duration::from_secs(30), stream.read_to_string(&mut answer)).await.unwrap().unwrap();
+        answer
+    }
+
+    async fn served(allowance: Allowance, text: &'static str) -> (SocketAddr, JoinSet<()>) {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let mut serving = JoinSet::new();
+        serving.spawn(accept(Listener::Tcp(listener), allowance, move || async move { text.to_owned() }));
+        (address, serving)
+    }
+
+    #[tokio::test]
+    async fn only_measurements_are_served_one_request_for_each_connection() {
+        let (address, _serving) = served(ALLOWANCE, "measured 1\n").await;
+        let get = |path: &str| format!("GET {path} HTTP/1.1\r\nhost: x\r\n\r\n");
+        let answer = exchange(address, &get("/metrics").repeat(2)).await;
+        assert_eq!(answer.matches("HTTP/1.1 200 OK").count(), 1, "{answer}");
+        assert!(answer.contains("content-type: text/plain") && answer.ends_with("measured 1\n"), "{answer}");
+        let answer = exchange(address, &get("/metrics/").replace("HTTP/1.1", "HTTP/1.0")).await;
+        assert!(answer.starts_with("HTTP/1.0 404"), "{answer}");
+        let answer =
+            exchange(address, "POST /metrics HTTP/1.1\r\nhost: x\r\ncontent-length: 0\r\n\r\n").await;
+        assert!(answer.starts_with("HTTP/1.1 405"), "{answer}");
+    }
+
+    #[tokio::test]
+    async fn who_says_nothing_or_reads_nothing_keeps_others_waiting_and_no_more() {
+        let whole = Duration::from_millis(600);
+        let allowance = Allowance { connections: 2, head: Duration::from_millis(300), whole };
+        let large: &'static str = "x".repeat(64 << 20).leak();
+        let (address, _serving) = served(allowance, large).await;
+        let mut silent = TcpStream::connect(address).await.unwrap();
+        let mut slow = TcpStream::connect(address).await.unwrap();
+        slow.write_all(b"GET /metrics HTTP/1.1\r\nhost: x\r\n\r\n").await.unwrap();
+        // Both places are taken: this one waits for one of them.
+        let answer = exchange(address, "GET /nowhere HTTP/1.1\r\nhost: x\r\n\r\n").await;
+        assert!(answer.starts_with("HTTP/1.1 404"), "{answer}");
+        for stream in [&mut silent, &mut slow] {
+            let mut rest = Vec::new();
+            let read = timeout(Duration::from_secs(30), stream.read_to_end(&mut rest)).await;
+            assert!(read.is_ok() && rest.len() < large.len(), "{} bytes", rest.len());
+        }
+    }
 
     #[test]
     fn nothing_is_served_to_other_hosts() {
