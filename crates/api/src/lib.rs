@@ -8,7 +8,7 @@
 //! - [`metrics`]: what a sandbox has used, over time.
 //! - [`files`]: entries of the guest's file system.
 //! - [`stream`]: the JSON frames of `exec/stream`, `processes/{selector}/stream` and the terminal.
-//! - [`template`], [`health`]: what a sandbox starts from, and whether the server answers.
+//! - [`template`], [`host`], [`health`]: what a sandbox starts from and runs on, and whether the server answers.
 //! - [`error`]: the one envelope that every error has, and the codes in it.
 //!
 //! Requests tolerate unknown fields, and a field that is `null` is a field that is absent, because
@@ -20,6 +20,7 @@ pub mod error;
 pub mod exec;
 pub mod files;
 pub mod health;
+pub mod host;
 pub mod metrics;
 pub mod persist;
 pub mod sandbox;
@@ -34,6 +35,7 @@ pub use files::{
     EntryType, FileEntry, FileEntryBody, FileList, ListFilesRequest, MoveFileRequest, PathRequest,
 };
 pub use health::Health;
+pub use host::Host;
 pub use metrics::{Metrics, MetricsPoint, MetricsRange};
 pub use persist::{
     ForkRequest, Network, PauseRequest, ResumeRequest, RollbackRequest, SnapshotRequest, TimeoutRequest,

@@ -153,6 +153,11 @@ impl Limits {
         })
     }
 
+    /// By what no machine is limited here.
+    pub fn absent(&self) -> impl Iterator<Item = Controller> {
+        self.controllers().into_iter().filter(|(_, is_limited)| !is_limited).map(|(controller, _)| controller)
+    }
+
     /// Makes the group of a machine that is about to be started, and opens its entrance; none where there are none.
     ///
     /// # Errors
@@ -257,6 +262,16 @@ mod tests {
             ("io.max", "8:16 rbps=1048576 wbps=1048576"),
         ];
         assert_eq!(found, expected);
+    }
+
+    #[test]
+    fn without_control_groups_nothing_is_limited() {
+        let limits = Limits::Absent("no control groups here".to_owned());
+        assert!(limits.absent().eq(Controller::ALL));
+        assert_eq!(
+            limits.absent().map(Controller::name).collect::<Vec<_>>(),
+            ["cpu", "io", "memory", "pids"]
+        );
     }
 
     #[test]

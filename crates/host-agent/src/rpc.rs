@@ -543,6 +543,7 @@ impl wire::HostAgentService for Service {
             running: u32::try_from(running).unwrap_or(u32::MAX),
             default_disk_mib: host.default_disk.get().into(),
             limits: host.limits.to_string(),
+            unlimited: host.limits.absent().map(|controller| controller.name().to_owned()).collect(),
             ..Default::default()
         })
     }

@@ -14,6 +14,7 @@ mod error;
 mod exec;
 mod files;
 mod fork;
+mod hosts;
 mod lifecycle;
 mod metrics;
 mod persist;

@@ -182,6 +182,9 @@ pub(crate) struct HostFacts {
     pub(crate) vmm: String,
     pub(crate) vmm_version: String,
     pub(crate) accelerator: String,
+    /// What limits its machines, in words, and what does not, by the names of the controllers.
+    pub(crate) limits: String,
+    pub(crate) unlimited: Vec<String>,
 }
 
 /// What happens on a host.
@@ -376,6 +379,8 @@ impl HostClient {
             vmm: answer.vmm,
             vmm_version: answer.vmm_version,
             accelerator: answer.accelerator,
+            limits: answer.limits,
+            unlimited: answer.unlimited,
         })
     }
 

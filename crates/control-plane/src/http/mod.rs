@@ -5,16 +5,18 @@
 //! /v1/sandboxes/…   ┐
 //! /v1/capsules/…    │ one router, also under the prefix /api;
 //! /v1/snapshots     │ under /api/legacy terminals speak the older dialect
-//! /v1/templates     ┘
+//! /v1/templates     │
+//! /v1/hosts         ┘
 //! /health  /openapi.yaml  /docs
 //! ```
 //!
-//! The OpenAPI document describes `/v1/sandboxes` and `/v1/snapshots`; the other paths are aliases of them.
+//! The OpenAPI document describes `/v1/sandboxes`, `/v1/snapshots` and `/v1/hosts`; the other paths are aliases of them.
 
 mod error;
 mod exec;
 mod extract;
 mod files;
+mod hosts;
 mod metrics;
 mod multipart;
 mod persist;
@@ -113,10 +115,15 @@ fn template_routes() -> OpenApiRouter<Arc<Core>> {
         .routes(routes!(templates::get, templates::delete))
 }
 
+fn host_routes() -> OpenApiRouter<Arc<Core>> {
+    OpenApiRouter::new().routes(routes!(hosts::list))
+}
+
 fn documented() -> (Router<Arc<Core>>, utoipa::openapi::OpenApi) {
     OpenApiRouter::with_openapi(Document::openapi())
         .nest("/v1/sandboxes", sandbox_routes())
         .nest("/v1/snapshots", template_routes())
+        .nest("/v1/hosts", host_routes())
         .routes(routes!(health))
         .split_for_parts()
 }
@@ -131,9 +138,11 @@ pub fn openapi() -> utoipa::openapi::OpenApi {
 fn version_one() -> Router<Arc<Core>> {
     let (sandboxes, _) = sandbox_routes().split_for_parts();
     let (templates, _) = template_routes().split_for_parts();
+    let (hosts, _) = host_routes().split_for_parts();
     Router::new()
         .nest("/v1/sandboxes", sandboxes.clone())
         .nest("/v1/capsules", sandboxes)
+        .nest("/v1/hosts", hosts)
         .nest("/v1/templates", templates.clone())
         .nest("/v1/snapshots", templates)
 }

@@ -34,7 +34,7 @@ async fn without_a_known_key_nothing_is_answered_but_that() {
     let long = format!("wrn_{}", "a".repeat(10_000));
     for key in ["", "wrn_", "wrn_00000000000000000000000000000000", "x", &long] {
         let client = world.client.with_key(key);
-        for path in ["/v1/sandboxes", "/v1/capsules", "/api/v1/sandboxes", "/v1/templates"] {
+        for path in ["/v1/sandboxes", "/v1/capsules", "/api/v1/sandboxes", "/v1/templates", "/v1/hosts"] {
             let answer = client.get(path).await;
             assert_eq!((answer.status.as_u16(), answer.code().as_str()), (401, "unauthorized"), "{path}");
         }

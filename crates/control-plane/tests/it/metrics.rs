@@ -66,3 +66,22 @@ async fn a_range_that_is_none_and_a_sandbox_that_is_gone_are_refused() {
     assert_eq!(gone.json()["error"]["message"].as_str().map(|text| text.contains("stopped")), Some(true));
     assert_ne!(gone.json()["points"], Value::Array(Vec::new()));
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_host_says_what_does_not_limit_machines_there() {
+    let mut world = World::new().await;
+    let expected = json!([{
+        "status": "online", "version": "0.0.0", "vmm": "processes", "vmm_version": "0",
+        "accelerator": "none", "limits": "nothing limits what is no machine",
+        "unlimited": ["cpu", "memory", "pids", "io"],
+    }]);
+    for path in ["/v1/hosts", "/api/v1/hosts"] {
+        let mut hosts = world.client.get(path).await.json();
+        let id = hosts[0].as_object_mut().unwrap().remove("id").unwrap();
+        assert!(id.as_str().unwrap().parse::<wrenn_types::HostId>().is_ok(), "{id}");
+        assert_eq!(hosts, expected);
+    }
+    world.agent.go_away().await;
+    let answer = world.client.get("/v1/hosts").await;
+    assert_eq!((answer.status.as_u16(), answer.code().as_str()), (503, "host_unavailable"));
+}

@@ -292,6 +292,8 @@ impl wire::HostAgentService for Service {
             vmm: "processes".to_owned(),
             vmm_version: "0".to_owned(),
             accelerator: "none".to_owned(),
+            limits: "nothing limits what is no machine".to_owned(),
+            unlimited: ["cpu", "memory", "pids", "io"].map(str::to_owned).into(),
             ..Default::default()
         })
     }
