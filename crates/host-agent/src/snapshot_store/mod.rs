@@ -53,7 +53,7 @@ use std::{
     fs::{self, DirBuilder, File},
     io,
     os::unix::fs::DirBuilderExt,
-    sync::{Arc, Mutex},
+    sync::Arc,
 };
 
 use camino::{Utf8Path, Utf8PathBuf};
@@ -64,7 +64,7 @@ pub use digest::{Digest, ParseDigestError};
 pub use error::{Damage, SnapshotStoreError};
 pub use manifest::{FileRecord, Manifest, SnapshotKey, Subject};
 pub use verified::Verification;
-use verified::{Content, Form};
+use verified::{Content, Form, Readers};
 
 /// A shorthand for this module.
 pub type SnapshotStoreResult<T> = Result<T, SnapshotStoreError>;
@@ -83,8 +83,8 @@ struct Inner {
     directory: Utf8PathBuf,
     /// Where it is remembered which contents were verified since the host booted.
     verified: Utf8PathBuf,
-    /// One verification at a time: the second finds what the first remembers.
-    verifying: Mutex<()>,
+    /// One verification of each snapshot at a time: the second finds what the first remembers.
+    verifying: Readers,
 }
 
 /// A snapshot that can be restored.
@@ -119,7 +119,7 @@ impl SnapshotStore {
         let directory = directory
             .canonicalize_utf8()
             .map_err(|source| SnapshotStoreError::file("find", directory, source))?;
-        let store = Self { inner: Arc::new(Inner { directory, verified, verifying: Mutex::new(()) }) };
+        let store = Self { inner: Arc::new(Inner { directory, verified, verifying: Readers::default() }) };
         store.collect()?;
         store.forget_unused()?;
         Ok(store)

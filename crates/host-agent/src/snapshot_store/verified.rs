@@ -15,7 +15,12 @@
 //! A name that is given to a file, or taken from it, moves its time of change and leaves its bytes alone. So
 //! where the number of names is another one, the time of the last write decides.
 
-use std::{fs, io, os::unix::fs::MetadataExt, sync::Mutex};
+use std::{
+    collections::BTreeMap,
+    fs, io,
+    os::unix::fs::MetadataExt,
+    sync::{Arc, Mutex, PoisonError, Weak},
+};
 
 use camino::{Utf8Path, Utf8PathBuf};
 use serde::{Deserialize, Serialize};
@@ -128,6 +133,26 @@ impl Record {
     }
 }
 
+/// Who reads which set of files now: one at a time reads each, and nobody waits for the reading of another one.
+#[derive(Debug, Default)]
+pub(crate) struct Readers {
+    /// By the path of what is remembered of them; those that nobody reads go when the next one is read.
+    of: Mutex<BTreeMap<Utf8PathBuf, Weak<Mutex<()>>>>,
+}
+
+impl Readers {
+    fn of(&self, record: &Utf8Path) -> Arc<Mutex<()>> {
+        let mut of = self.of.lock().unwrap_or_else(PoisonError::into_inner);
+        of.retain(|_, reader| reader.strong_count() > 0);
+        if let Some(reader) = of.get(record).and_then(Weak::upgrade) {
+            return reader;
+        }
+        let reader = Arc::default();
+        of.insert(record.to_owned(), Arc::downgrade(&reader));
+        reader
+    }
+}
+
 /// Reads `contents` against what is recorded of them, unless `record` says that it was done since the host
 /// booted and the files are the same since. Of those that have to read, one at a time does: the second finds
 /// what the first remembers.
@@ -136,7 +161,7 @@ impl Record {
 /// [`SnapshotStoreError::Damaged`] names the file.
 pub(crate) fn verify_once(
     record: &Utf8Path,
-    one_at_a_time: &Mutex<()>,
+    readers: &Readers,
     contents: &[Content<'_>],
 ) -> SnapshotStoreResult<Verification> {
     for content in contents {
@@ -146,7 +171,8 @@ pub(crate) fn verify_once(
         return Ok(Verification::Remembered);
     }
     // A panic while it was held left nothing half done: the record is written last.
-    let _one = one_at_a_time.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+    let reader = readers.of(record);
+    let _one = reader.lock().unwrap_or_else(PoisonError::into_inner);
     // Taken before the files are read, so that a change while they are read is not taken for verified.
     let now = Record::now(contents)?;
     if known(record, &now).is_whole(|at| contents[at].path)? {

@@ -91,7 +91,7 @@ use crate::snapshot_store::{
     Damage, SnapshotStoreError, check_size,
     files::{remove_directory, sync},
     manifest,
-    verified::{self, Content, Form},
+    verified::{self, Content, Form, Readers},
 };
 
 /// The result of an operation on a snapshot of a sandbox. The errors are those of the warm snapshots' store.
@@ -124,8 +124,8 @@ struct Inner {
     reach: Mutex<()>,
     /// One base is made at a time: the second finds what the first made.
     holding: Mutex<()>,
-    /// One verification at a time: the second finds what the first remembers.
-    verifying: Mutex<()>,
+    /// One verification of each set of files at a time: the second finds what the first remembers.
+    verifying: Readers,
     /// One collect at a time: what is aside is removed by one.
     collecting: Mutex<()>,
 }
@@ -158,7 +158,7 @@ impl Snapshots {
             uses: Mutex::default(),
             reach: Mutex::new(()),
             holding: Mutex::new(()),
-            verifying: Mutex::new(()),
+            verifying: Readers::default(),
             collecting: Mutex::new(()),
         };
         for path in [&inner.bases, &inner.disks, &inner.digests, &inner.snapshots] {
