@@ -23,6 +23,9 @@ pub enum Damage {
     /// A byte in it is another one.
     #[error("its content has changed")]
     Content,
+    /// The disk does not give back what is in it.
+    #[error("the disk cannot read its content")]
+    Unreadable,
 }
 
 /// An operation on a snapshot that failed.

@@ -23,6 +23,7 @@ use std::{
 };
 
 use camino::{Utf8Path, Utf8PathBuf};
+use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
 pub(crate) use super::digest::Form;
@@ -54,10 +55,23 @@ pub(crate) struct Content<'a> {
 impl Content<'_> {
     fn check(&self) -> SnapshotStoreResult<()> {
         let found = match self.form {
-            Form::Plain => digest::of_file(self.path)?,
-            Form::Blocks => digest::of_large_file(self.path)?,
+            Form::Plain => digest::of_file(self.path),
+            Form::Blocks => digest::of_large_file(self.path),
         };
+        let found = found.map_err(unreadable_is_damaged)?;
         check_digest(self.path, &self.recorded.digest, &found)
+    }
+}
+
+/// What a disk cannot read is not there any more, as little as what has changed. Any other error tells of the moment.
+fn unreadable_is_damaged(error: SnapshotStoreError) -> SnapshotStoreError {
+    match error {
+        SnapshotStoreError::File { path, source, .. }
+            if source.raw_os_error() == Some(Errno::IO.raw_os_error()) =>
+        {
+            SnapshotStoreError::Damaged { path, damage: Damage::Unreadable }
+        }
+        error => error,
     }
 }
 
@@ -70,6 +84,9 @@ struct Record {
     /// The number of the file that is not as it was recorded, if one is not.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     damaged: Option<usize>,
+    /// Whether that is because it cannot be read.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    is_unreadable: bool,
 }
 
 /// What is known of files without reading them.
@@ -77,8 +94,8 @@ struct Record {
 pub(crate) enum Known {
     Nothing,
     Whole,
-    /// The content of the one with this number has changed.
-    Damaged(usize),
+    /// The one with this number is damaged in this way.
+    Damaged(usize, Damage),
 }
 
 /// A file as it was when it was read, and the digest that it had.
@@ -117,13 +134,18 @@ impl FileMark {
 }
 
 impl Record {
+    /// The same, with what is damaged of it.
+    fn with_damage(self, at: usize, damage: Damage) -> Self {
+        Self { damaged: Some(at), is_unreadable: damage == Damage::Unreadable, ..self }
+    }
+
     /// What would be remembered of the files as they are now.
     fn now(contents: &[Content<'_>]) -> SnapshotStoreResult<Self> {
         let boot_id = Utf8Path::new("/proc/sys/kernel/random/boot_id");
         let boot = fs::read_to_string(boot_id)
             .map_err(|source| SnapshotStoreError::file("read", boot_id, source))?;
         let files = contents.iter().map(FileMark::of).collect::<SnapshotStoreResult<_>>()?;
-        Ok(Self { boot: boot.trim().to_owned(), files, damaged: None })
+        Ok(Self { boot: boot.trim().to_owned(), files, damaged: None, is_unreadable: false })
     }
 
     fn still_holds(&self, now: &Self) -> bool {
@@ -180,8 +202,8 @@ pub(crate) fn verify_once(
     }
     for (at, content) in contents.iter().enumerate() {
         let checked = content.check();
-        if matches!(checked, Err(SnapshotStoreError::Damaged { .. })) {
-            write(record, &Record { damaged: Some(at), ..now });
+        if let Err(SnapshotStoreError::Damaged { damage, .. }) = checked {
+            write(record, &now.with_damage(at, damage));
             return checked.map(|()| Verification::Read);
         }
         checked?;
@@ -221,9 +243,11 @@ fn known(path: &Utf8Path, now: &Record) -> Known {
     }
     if record.files != now.files {
         // The names have changed: from now on it is this number of them that counts.
-        write(path, &Record { boot: now.boot.clone(), files: now.files.clone(), damaged: record.damaged });
+        write(path, &Record { boot: now.boot.clone(), files: now.files.clone(), ..record });
     }
-    record.damaged.filter(|at| *at < now.files.len()).map_or(Known::Whole, Known::Damaged)
+    let damage = if record.is_unreadable { Damage::Unreadable } else { Damage::Content };
+    let damaged = record.damaged.filter(|at| *at < now.files.len());
+    damaged.map_or(Known::Whole, |at| Known::Damaged(at, damage))
 }
 
 impl Known {
@@ -235,8 +259,8 @@ impl Known {
         match self {
             Self::Nothing => Ok(false),
             Self::Whole => Ok(true),
-            Self::Damaged(at) => {
-                Err(SnapshotStoreError::Damaged { path: path(at).to_owned(), damage: Damage::Content })
+            Self::Damaged(at, damage) => {
+                Err(SnapshotStoreError::Damaged { path: path(at).to_owned(), damage })
             }
         }
     }
@@ -291,9 +315,13 @@ impl Verifying {
         };
         let hashing = match &mut self.hashing {
             Some(hashing) => hashing,
-            none => none.insert(Hashing::open(path, *form)?),
+            none => none.insert(Hashing::open(path, *form).map_err(unreadable_is_damaged)?),
         };
-        match hashing.read(at_most)? {
+        let piece = match hashing.read(at_most).map_err(unreadable_is_damaged) {
+            Err(error @ SnapshotStoreError::Damaged { .. }) => return self.end_with_damage(error),
+            piece => piece?,
+        };
+        match piece {
             Piece::More(read) => Ok(Progress::More(read)),
             Piece::Last(read, digest) if digest == recorded.digest => {
                 self.hashing = None;
@@ -308,21 +336,32 @@ impl Verifying {
             }
             Piece::Last(..) => {
                 let damaged = SnapshotStoreError::Damaged { path: path.clone(), damage: Damage::Content };
-                match self.end(Some(self.at)) {
-                    Progress::Changed => Ok(Progress::Changed),
-                    _ => Err(damaged),
-                }
+                self.end_with_damage(damaged)
             }
         }
     }
 
+    /// Remembers that the file that is being read is damaged, if it is still that one.
+    fn end_with_damage(&mut self, error: SnapshotStoreError) -> SnapshotStoreResult<Progress> {
+        let damage =
+            if let SnapshotStoreError::Damaged { damage, .. } = &error { *damage } else { Damage::Content };
+        match self.end(Some((self.at, damage))) {
+            Progress::Changed => Ok(Progress::Changed),
+            _ => Err(error),
+        }
+    }
+
     /// Remembers what was found, if the files are still those.
-    fn end(&self, damaged: Option<usize>) -> Progress {
+    fn end(&self, damaged: Option<(usize, Damage)>) -> Progress {
         let contents =
             self.contents.iter().map(|(path, recorded, form)| Content { path, recorded, form: *form });
         match Record::now(&contents.collect::<Vec<_>>()) {
             Ok(now) if self.now.still_holds(&now) => {
-                write(&self.record, &Record { damaged, ..now });
+                let record = match damaged {
+                    Some((at, damage)) => now.with_damage(at, damage),
+                    None => now,
+                };
+                write(&self.record, &record);
                 Progress::Whole(0)
             }
             _ => Progress::Changed,
@@ -342,5 +381,51 @@ fn write(path: &Utf8Path, record: &Record) {
     if let Err(error) = written {
         tracing::warn!(%path, %error, "could not remember what was verified");
         let _ = fs::remove_file(&half);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nobody_waits_for_the_reading_of_something_else() {
+        let readers = Readers::default();
+        let (one, other) = (readers.of("one".into()), readers.of("other".into()));
+        let _reading = one.lock().unwrap();
+        assert!(other.try_lock().is_ok());
+        assert!(readers.of("one".into()).try_lock().is_err(), "the same is read once");
+        drop(other);
+        readers.of("a third".into());
+        assert_eq!(readers.of.lock().unwrap().len(), 2, "what nobody reads is forgotten");
+    }
+
+    /// An error of the disk was taken for one of the moment, and tried again for ever.
+    #[test]
+    fn what_the_disk_cannot_read_is_damaged_and_stays_so() {
+        // Nothing is there at its beginning, which the kernel calls an error of input. Held open, it is one file.
+        let path = Utf8Path::new("/proc/self/mem");
+        let _held = fs::File::open(path).unwrap();
+        let guard = tempfile::tempdir().unwrap();
+        let recorded = FileRecord { bytes: 0, digest: digest::Digest::of_bytes(b"") };
+        let contents = [Content { path, recorded: &recorded, form: Form::Plain }];
+        for by_pieces in [false, true] {
+            let record = Utf8Path::from_path(guard.path()).unwrap().join(by_pieces.to_string());
+            for is_known in [false, true] {
+                let failed = match by_pieces {
+                    false => verify_once(&record, &Readers::default(), &contents).map(drop),
+                    true => Verifying::begin(&record, &contents)
+                        .and_then(|mut reading| reading.read(u64::MAX))
+                        .map(drop),
+                };
+                let Err(SnapshotStoreError::Damaged { damage: Damage::Unreadable, path: named }) = failed
+                else {
+                    panic!("{failed:?}")
+                };
+                assert_eq!(named, path);
+                let known = look(&record, &contents).unwrap();
+                assert_eq!(known, Known::Damaged(0, Damage::Unreadable), "{is_known}");
+            }
+        }
     }
 }

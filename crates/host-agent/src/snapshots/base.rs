@@ -349,7 +349,7 @@ impl Snapshots {
     ) -> SnapshotsResult<()> {
         let contents = manifest.contents(base);
         let known = match (extent, verified::look(&base.dir.join(VERIFIED), &contents)?) {
-            (Extent::Machine, known) | (Extent::Disk, known @ Known::Damaged(DISK)) => known,
+            (Extent::Machine, known) | (Extent::Disk, known @ Known::Damaged(DISK, _)) => known,
             (Extent::Disk, _) => {
                 let known = verified::look(&base.dir.join(VERIFIED_DISK), &contents[DISK..])?;
                 return known.is_whole(|_| contents[DISK].path).map(drop);
@@ -362,8 +362,10 @@ impl Snapshots {
     fn verify_disk(&self, manifest: &BaseManifest, base: &Base) -> SnapshotsResult<()> {
         let contents = manifest.contents(base);
         match verified::look(&base.dir.join(VERIFIED), &contents)? {
-            known @ (Known::Whole | Known::Damaged(DISK)) => known.is_whole(|at| contents[at].path).map(drop),
-            Known::Nothing | Known::Damaged(_) => {
+            known @ (Known::Whole | Known::Damaged(DISK, _)) => {
+                known.is_whole(|at| contents[at].path).map(drop)
+            }
+            Known::Nothing | Known::Damaged(..) => {
                 let record = base.dir.join(VERIFIED_DISK);
                 verified::verify_once(&record, &self.inner.verifying, &contents[DISK..]).map(drop)
             }
