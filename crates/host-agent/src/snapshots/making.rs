@@ -17,7 +17,7 @@ use super::{
     remove_manifest, sealed,
 };
 use crate::snapshot_store::{
-    Damage, FileRecord, LARGEST_STATE, SnapshotStoreError, digest,
+    Damage, FileRecord, LARGEST_STATE, SnapshotStoreError, check_digest, digest,
     files::{length, make_durable, remove_directory, rename, sync, write_durably},
     manifest,
     verified::{self, Content, Form},
@@ -85,9 +85,22 @@ impl Making {
     /// There is no snapshot, and nothing of it is left; the layers are as they were, but may be read-only.
     /// [`SnapshotStoreError::Incomplete`] and [`SnapshotStoreError::Damaged`] name what is not as `about`
     /// says, or is known to be damaged.
-    pub fn commit(mut self, about: About) -> SnapshotsResult<Kept> {
+    pub fn commit(self, about: About) -> SnapshotsResult<Kept> {
+        self.commit_of(None, about)
+    }
+
+    /// As [`Self::commit`], where state and pages are the very files of another snapshot.
+    ///
+    /// # Errors
+    /// As those. [`SnapshotStoreError::Damaged`] names a file that is not what the other snapshot says of it: a digest
+    /// that is taken now would say that it is whole.
+    pub fn commit_copy(self, of: &Kept, about: About) -> SnapshotsResult<Kept> {
+        self.commit_of(Some(of), about)
+    }
+
+    fn commit_of(mut self, source: Option<&Kept>, about: About) -> SnapshotsResult<Kept> {
         let steps = &self.snapshots.inner.steps;
-        let manifest = self.record(about)?;
+        let manifest = self.record(source, about)?;
 
         let path = self.half.join(manifest::FILE_NAME);
         let unnamed = self.half.join("manifest.json.new");
@@ -114,7 +127,7 @@ impl Making {
     }
 
     /// Makes durable what the manifest will name, and says it.
-    fn record(&self, about: About) -> SnapshotsResult<Manifest> {
+    fn record(&self, source: Option<&Kept>, about: About) -> SnapshotsResult<Manifest> {
         let steps = &self.snapshots.inner.steps;
         let Some((base_manifest, base)) = self.snapshots.read_base(&about.base)? else {
             return Err(self.snapshots.no_base(&about.base));
@@ -127,7 +140,13 @@ impl Making {
         }
         steps.done(Step::LayersAreDurable)?;
         let memory = match about.extent {
-            Extent::Machine => Some(self.record_memory()?),
+            Extent::Machine => {
+                let memory = self.record_memory()?;
+                if let Some(source) = source {
+                    self.check_copy(source, &memory)?;
+                }
+                Some(memory)
+            }
             Extent::Disk => {
                 self.refuse_files()?;
                 None
@@ -161,6 +180,17 @@ impl Making {
             state: FileRecord { bytes: state_bytes, digest: digest::of_small_file(&state, LARGEST_STATE)? },
             pages: FileRecord { bytes: pages_bytes, digest: digest::of_file(&pages)? },
         })
+    }
+
+    /// Holds what was read against what is recorded of the snapshot that it is of.
+    fn check_copy(&self, source: &Kept, found: &MemoryRecord) -> SnapshotsResult<()> {
+        let recorded = self.snapshots.manifest(&source.id)?.and_then(|manifest| manifest.memory);
+        let Some(recorded) = recorded else {
+            let path = source.dir.join(manifest::FILE_NAME);
+            return Err(SnapshotStoreError::Damaged { path, damage: Damage::Missing });
+        };
+        check_digest(&source.state, &recorded.state.digest, &found.state.digest)?;
+        check_digest(&source.pages, &recorded.pages.digest, &found.pages.digest)
     }
 
     fn refuse_files(&self) -> SnapshotsResult<()> {

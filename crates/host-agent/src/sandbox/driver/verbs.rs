@@ -238,8 +238,8 @@ impl Driver {
                 let linked = std::fs::hard_link(from, &to);
                 linked.map_err(|source| SnapshotStoreError::file("link", &to, source))?;
             }
-            let about = About { created_at: Timestamp::now(), ..kept.about };
-            making.commit(about)
+            let about = About { created_at: Timestamp::now(), ..kept.about.clone() };
+            making.commit_copy(&kept, about)
         };
         let keeping = Keeping::default();
         let mut copied = Box::pin(keeping.keep(&self.host.snapshots, bound, copy));

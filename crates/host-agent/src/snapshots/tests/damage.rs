@@ -302,6 +302,35 @@ fn what_stands_on_known_damage_is_not_committed() {
     }
 }
 
+/// A copy had a digest of its own, taken of what had changed since, so that it was whole and its guest was not.
+#[test]
+fn a_copy_is_held_against_what_it_is_of() {
+    type Which = fn(&Kept) -> &Utf8Path;
+    let cases: [Option<Which>; 3] =
+        [None, Some(|kept| kept.state.as_path()), Some(|kept| kept.pages.as_path())];
+    for damaged in cases {
+        let it = Whole::new();
+        let found = it.get().unwrap().unwrap();
+        // After it was read.
+        if let Some(which) = damaged {
+            flip(which(&it.kept), 3_333, 5);
+        }
+        let making = it.store.begin(snapshot(2)).unwrap();
+        for (from, to) in [(&it.kept.state, making.state()), (&it.kept.pages, making.pages())] {
+            fs::hard_link(from, to).unwrap();
+        }
+        let copied = making.commit_copy(&found, it.kept.about.clone());
+        match (damaged, copied) {
+            (None, Ok(copy)) => assert_eq!(it.store.get(&snapshot(2)).unwrap().unwrap(), copy),
+            (Some(which), Err(SnapshotStoreError::Damaged { path, .. })) => {
+                assert_eq!(path, which(&it.kept));
+                assert_eq!(it.store.all().unwrap().len(), 1);
+            }
+            (_, copied) => panic!("{copied:?}"),
+        }
+    }
+}
+
 #[test]
 fn one_that_is_there_or_in_the_making_is_not_begun_again() {
     let it = Whole::new();
