@@ -539,6 +539,7 @@ impl Started {
             // disk and the namespace from under it. The next start collects it.
             let id = self.before.ledger.record().id;
             tracing::error!(%id, error = &stuck as &dyn std::error::Error, "the machine did not stop; it is left to be collected");
+            self.before.before.slot.leave();
             if let Some(former) = self.before.former {
                 self.before.ledger.put_back(former).await;
             }

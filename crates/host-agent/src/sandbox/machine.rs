@@ -64,7 +64,11 @@ impl Machine {
     /// The process is stuck in the kernel: then everything that it may still use is left as it is, and collected
     /// at the next start.
     pub async fn end(mut self, host: &Host) -> Result<(), VmmError> {
-        self.vm.stop().await?;
+        if let Err(error) = self.vm.stop().await {
+            // Given back, the namespace would be dismantled under the process that is in it.
+            self.slot.leave();
+            return Err(error);
+        }
         drop(self.vm);
         remove_run_dir(&self.run_dir);
         host.limits.end(&self.id, &self.name);

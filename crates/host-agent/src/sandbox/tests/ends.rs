@@ -7,6 +7,7 @@ use wrenn_vmm::ExitReason;
 use super::{
     Extent, Ground, RequestError, Stage, Verb, Vm, World,
     lives::{RESUME, ask, created, end, live},
+    quiet,
 };
 use crate::sandbox::{driver, queue::Denied};
 
@@ -41,6 +42,25 @@ fn each_end_of_a_machine_has_its_reason() {
         }
         end(&world, &registry).await;
     });
+}
+
+/// What a process that does not end may still use was said to be left to it, and its network was taken away.
+#[test]
+fn a_machine_that_does_not_stop_keeps_its_slot() {
+    let ground = Ground::new();
+    let world = World::new(&ground);
+    live(&world, async |registry| {
+        let handle = created(&registry).await;
+        let slot = handle.footing().unwrap().slot;
+        world.fake.fail_next(Vm::Stop);
+        registry.destroy(&handle.spec().id, None).await.unwrap();
+        quiet().await;
+        assert!(world.numbers.given().contains(&slot), "{:?}", world.numbers.given());
+    });
+    // The next start collects it.
+    world.calm();
+    world.collect();
+    assert!(world.remains().is_empty(), "{:?}", world.remains());
 }
 
 /// It is the sandbox until all of it is saved, and nothing of it any more after that.
