@@ -73,6 +73,7 @@ fn may_write(about: &str) -> bool {
 pub(super) mod tests {
     use std::{
         fs::File,
+        io::Read as _,
         process::{Child, Command, Stdio},
     };
 
@@ -85,8 +86,12 @@ pub(super) mod tests {
         pub(in crate::scrub) fn start(mark: &str, path: &Utf8Path) -> Self {
             let file = File::options().write(true).open(path).unwrap();
             let mut command = Command::new("sh");
-            command.args(["-c", "read line", mark]);
-            Self(command.stdin(Stdio::piped()).stdout(file).stderr(Stdio::null()).spawn().unwrap())
+            command.args(["-c", "echo >&2; read line", mark]);
+            let command = command.stdin(Stdio::piped()).stdout(file).stderr(Stdio::piped());
+            let mut child = command.spawn().unwrap();
+            // A process that was just started has no arguments yet.
+            child.stderr.as_mut().unwrap().read_exact(&mut [0]).unwrap();
+            Self(child)
         }
 
         pub(in crate::scrub) fn end(mut self) {
