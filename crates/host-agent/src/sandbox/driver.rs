@@ -345,7 +345,11 @@ impl Driver {
                 let Up { machine, ledger, .. } = up.as_mut();
                 let mut exit = machine.vm.exit();
                 let base = machine.base_disk.clone();
-                let too_deep = ledger.record().layers.len() > LAYERS && Instant::now() >= stream_after;
+                let too_deep = ledger.record().layers.len() > LAYERS;
+                let stream = async {
+                    sleep_until(stream_after).await;
+                    machine.vm.stream_disk(&base).await
+                };
                 tokio::select! {
                     biased;
                     reason = gone(&mut exit) => Event::Exited(reason),
@@ -353,7 +357,7 @@ impl Driver {
                     () = self.handle.inner.activity.expired(settings.timeout.duration()) => Event::Idle,
                     action = self.deadline(settings.deadline, again) => Event::Deadline(action),
                     () = sleep_until(go_on_at.unwrap_or_else(Instant::now)), if go_on_at.is_some() => Event::GoOn,
-                    done = machine.vm.stream_disk(&base), if too_deep => Event::Streamed(done),
+                    done = stream, if too_deep => Event::Streamed(done),
                 }
             }
             Residence::Paused(_) => {

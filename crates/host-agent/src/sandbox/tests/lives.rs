@@ -4,7 +4,7 @@ use std::{io::Read as _, sync::mpsc, time::Duration};
 
 use rustix::fs::{CWD, FileType, Mode, mknodat};
 use tokio::time::Instant;
-use wrenn_types::SandboxId;
+use wrenn_types::{SandboxId, SnapshotId};
 
 use super::{Disks, Extent, Ground, RequestError, Stage, Verb, Vm, World, record, world::spec};
 use crate::{
@@ -131,6 +131,28 @@ fn a_disk_that_takes_its_time_for_the_record_of_a_resume_holds_nobody_else_up() 
             end(&world, &registry).await;
         });
     }
+}
+
+/// It was tried again only after something else had happened to the sandbox.
+#[test]
+fn layers_that_could_not_be_made_one_are_when_nothing_else_happens() {
+    let ground = Ground::new();
+    let world = World::new(&ground);
+    live(&world, async |registry| {
+        let handle = created(&registry).await;
+        world.fake.fail_next(Vm::StreamDisk);
+        let store = &registry.host().snapshots;
+        for _ in 0..10 {
+            let into = SnapshotId::random();
+            ask(&handle, Verb::Snapshot { into: into.clone() }).await.unwrap();
+            store.delete(&into).unwrap();
+        }
+        let layers = || record::read(&world.at("sandboxes"), &handle.spec().id).unwrap().layers.len();
+        assert!(layers() > 8, "{} layers", layers());
+        tokio::time::sleep(Duration::from_secs(60)).await;
+        assert_eq!(layers(), 1);
+        end(&world, &registry).await;
+    });
 }
 
 /// A copy of a disk was kept as a layer of the next copy, for as long as the sandbox lived: one more for each resume.
