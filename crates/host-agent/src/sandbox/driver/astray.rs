@@ -56,7 +56,9 @@ impl Driver {
                 }
                 None => {}
             }
-            match regain(&self.host, ledger).await {
+            // What is broken off has left the machine as it is, or has it in hand: either way it is ended then.
+            let Some(regained) = self.unless_overtaken(regain(&self.host, ledger)).await else { continue };
+            match regained {
                 Ok(up) => {
                     self.status.send_modify(|status| status.last_failure = None);
                     return Found::Up(Box::new(up));

@@ -14,7 +14,7 @@ use super::{
 use crate::{
     config::OnStop,
     registry::Registry,
-    sandbox::{Handle, bounds, driver::OperationError},
+    sandbox::{Handle, bounds, driver::OperationError, regain::REGAIN_AGAIN},
 };
 
 /// Longer than everything may take.
@@ -96,6 +96,23 @@ fn a_destroy_overtakes_a_guest_that_does_not_answer() {
             overtake(&world, &registry, &handle, verb).await;
         });
     }
+}
+
+/// A destroy waited for the end of what was being tried.
+#[test]
+fn a_destroy_overtakes_a_machine_that_does_not_let_itself_be_taken_over() {
+    let ground = Ground::new();
+    let world = World::new(&ground);
+    let id = live(&world, async |registry| created(&registry).await.spec().id.clone());
+    world.fake.fail_next(Vm::Adopt);
+    live(&world, async |registry| {
+        let handle = registry.get(&id).unwrap();
+        assert!(handle.footing().is_none());
+        world.fake.delay(Vm::Adopt, FOR_EVER);
+        // By then it is tried again.
+        tokio::time::sleep(2 * REGAIN_AGAIN).await;
+        destroy(&registry, &handle).await;
+    });
 }
 
 /// Ten minutes was what a destroy waited at most for a disk of many layers, before the capture began.
