@@ -1,6 +1,10 @@
 //! Orders that once ended badly, each at every moment at which it may be broken off.
 
-use std::{fs, pin::Pin};
+use std::{
+    fs,
+    pin::Pin,
+    sync::{Arc, Mutex},
+};
 
 use wrenn_types::{SandboxId, SnapshotId};
 use wrenn_vmm::ExitReason;
@@ -109,18 +113,33 @@ fn what_a_sandbox_was_resumed_from_is_deleted_by_the_next_agent_at_the_latest() 
     let world = World::new(&ground);
     let id = SandboxId::random();
     let obsolete = || record::read(&world.at("sandboxes"), &id).unwrap().obsolete;
-    let control = world.control.clone();
+    let (fake, at, moved) = (world.fake.clone(), world.at("agent/snapshots"), Arc::new(Mutex::new(None)));
+    let told = Arc::clone(&moved);
     let wanted = spec(id.clone(), None);
     in_an_agent(&world, |registry| {
         Box::pin(async move {
             let handle = registry.create(wanted).unwrap();
             handle.settled().await;
             handle.request(Verb::Pause(Extent::Machine), None).await.unwrap();
-            control.fill_disk_after(Some(0));
+            let saved = handle.status().paused.unwrap().snapshot;
+            let (manifest, aside) = (at.join(saved.as_str()).join("manifest.json"), at.join("aside"));
+            *told.lock().unwrap() = Some((manifest.clone(), aside.clone()));
+            // When it has been read, something that cannot be removed is in its place.
+            fake.observe(move |step| {
+                if step == Vm::Resume {
+                    fs::rename(&manifest, &aside).unwrap();
+                    fs::create_dir_all(manifest.join("in the way")).unwrap();
+                }
+                true
+            });
             handle.request(Verb::Resume { timeout: None }, None).await.unwrap();
         })
     });
     assert!(obsolete().is_some());
+    world.fake.observe(|_| true);
+    let (manifest, aside) = moved.lock().unwrap().take().unwrap();
+    fs::remove_dir_all(&manifest).unwrap();
+    fs::rename(aside, manifest).unwrap();
     let same = id.clone();
     in_an_agent(&world, |registry| {
         Box::pin(async move { assert_eq!(registry.get(&same).unwrap().stage(), Stage::Running) })
