@@ -246,6 +246,20 @@ impl Warm {
         }
     }
 
+    /// The snapshot, made anew: what is kept of the present one cannot be used.
+    ///
+    /// # Errors
+    /// As [`Self::get`].
+    pub async fn replace(
+        &self,
+        request: &WarmRequest,
+        present: WarmSnapshot,
+    ) -> Result<WarmSnapshot, WarmError> {
+        let store = self.parts.store.clone();
+        blocking(move || store.condemn(&present)).await;
+        self.get(request).await
+    }
+
     async fn build(&self, request: &WarmRequest, building: Building) -> Result<WarmSnapshot, WarmError> {
         let begin = tokio::time::Instant::now();
         tracing::info!(template = %request.template, shape = ?request.shape, "making the template's snapshot");

@@ -14,10 +14,11 @@ use wrenn_vmm::{DiskSpec, SnapshotFiles};
 use super::{
     bounds,
     bring_up::{BringUpError, Course, Outline},
+    host::Host,
 };
 use crate::{
     images::ImagesError,
-    snapshot_store::SnapshotStoreError,
+    snapshot_store::{SnapshotStoreError, WarmSnapshot},
     snapshots::{Base, Extent, Kept, KeptMemory, SnapshotsResult},
     warm::{WarmError, WarmRequest, blocking},
 };
@@ -121,6 +122,12 @@ pub(super) struct Source {
     pub(super) environment: BTreeMap<String, String>,
 }
 
+/// Keeps a template's snapshot as a base.
+async fn hold(host: &Host, warm: &WarmSnapshot) -> SnapshotsResult<Base> {
+    let (snapshots, held) = (host.snapshots.clone(), warm.clone());
+    blocking(move || snapshots.hold(&held)).await
+}
+
 impl Source {
     /// Finds it, and makes a template's snapshot if there is none yet.
     pub(super) async fn find(
@@ -167,10 +174,22 @@ impl Source {
             .map_err(SourceError::DiskTooSmall)?;
         let (warm, base) = course
             .step("snapshot", bounds::build(outline.shape.memory), async {
-                let warm = host.warm.get(&request).await.map_err(SourceError::Warm)?;
-                let (snapshots, held) = (host.snapshots.clone(), warm.clone());
-                let base = blocking(move || snapshots.hold(&held)).await.map_err(SourceError::Snapshot)?;
-                Ok((warm, base))
+                let mut warm = host.warm.get(&request).await.map_err(SourceError::Warm)?;
+                let mut base = hold(&host, &warm).await;
+                // Where the base is a copy, the snapshot may be whole and what is kept of it damaged. One that is made
+                // anew is another base, beside the one that machines run on.
+                if let Err(error) = &base
+                    && error.is_unusable()
+                {
+                    tracing::warn!(
+                        error = error as &dyn std::error::Error,
+                        "a template's base cannot be used; its snapshot is made anew"
+                    );
+                    let anew = host.warm.replace(&request, warm).await;
+                    warm = anew.map_err(SourceError::Warm)?;
+                    base = hold(&host, &warm).await;
+                }
+                Ok((warm, base.map_err(SourceError::Snapshot)?))
             })
             .await?;
         Ok(Self {

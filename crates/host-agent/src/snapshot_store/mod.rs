@@ -197,8 +197,8 @@ impl SnapshotStore {
         self.inner.verified.join(snapshot.manifest.key.as_str())
     }
 
-    /// Takes the manifest away. The files stay for the machines that run on them.
-    fn condemn(&self, snapshot: &WarmSnapshot) {
+    /// Takes the manifest away, so that the snapshot is made anew. The files stay for the machines that run on them.
+    pub(crate) fn condemn(&self, snapshot: &WarmSnapshot) {
         let manifest = snapshot.dir.join(manifest::FILE_NAME);
         if let Err(error) = fs::rename(&manifest, snapshot.dir.join("manifest.damaged.json")) {
             tracing::error!(path = %manifest, %error, "a damaged snapshot could not be set aside");

@@ -353,6 +353,24 @@ fn a_machine_on_a_damaged_base_is_reached_and_goes_on() {
     assert!(world.remains().is_empty(), "{:?}", world.remains());
 }
 
+/// The cache's own file was whole, so that nothing was made anew, and no sandbox came of the template any more.
+#[test]
+fn a_template_whose_base_is_a_damaged_copy_is_made_anew() {
+    let ground = Ground::new();
+    let world = World::new(&ground);
+    let id = create(&world);
+    let bases = || world.at("agent/bases").read_dir_utf8().unwrap().map(|it| it.unwrap().into_path());
+    let memory = bases().next().unwrap().join("memory");
+    // As where the cache is on another file system.
+    let copy = world.at("copy");
+    fs::copy(&memory, &copy).unwrap();
+    flip(&copy, 100, 1);
+    fs::rename(&copy, &memory).unwrap();
+    let other = create(&world);
+    assert_eq!((world.machines(&id).len(), world.machines(&other).len()), (1, 1));
+    assert_eq!(bases().count(), 2);
+}
+
 /// A power cut can empty a record that was not synced. It stayed for ever as one that nobody can read, and no layer of
 /// any sandbox was collected any more.
 #[test]
