@@ -4,7 +4,7 @@
 //!  records ─► which machines are somebody's (pure) ─► end the others ─► remove free slots, at once or later
 //!     │
 //!     └─► each record ─► none yet, or an empty one  : half-made, or emptied by a power cut that ended it; removed
-//!                        one that cannot be read    : nothing of it is touched, its machine goes on
+//!                        one that cannot be read    : nothing of it is touched, its machine goes on, and it is told as such
 //!                        paused                     : known again, as it is, also if what is saved cannot be read
 //!                        a delete of a paused one   : deleted
 //!                        a pause that was committed : the same; its machine was among the others
@@ -22,7 +22,12 @@
 
 mod fate;
 
-use std::{collections::BTreeSet, io, sync::Arc, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    io,
+    sync::Arc,
+    time::Duration,
+};
 
 use camino::Utf8Path;
 use fate::{Fate, decide, saved_as};
@@ -76,8 +81,8 @@ pub struct Stock {
     left: Vec<(Ledger, Fate)>,
     /// Directories of what is half-made.
     remains: Vec<SandboxDir>,
-    /// Sandboxes of which nobody can say what they are. What there is of them stays for a person to look at.
-    unusable: BTreeSet<SandboxId>,
+    /// Sandboxes of which nobody can say what they are, and why. What there is of them stays for a person to look at.
+    unusable: BTreeMap<SandboxId, String>,
     /// The machines of what goes on.
     pub(crate) machines: BTreeSet<String>,
     /// The names of their directories.
@@ -145,7 +150,8 @@ pub(crate) fn examine(
                     Ok(_) => "it is another instance's".to_owned(),
                 };
                 tracing::error!(dir = %dir.path(), why, "a sandbox is left as it is, because its record cannot be used");
-                stock.unusable.extend(dir.path().file_name().and_then(|name| name.parse().ok()));
+                let id = dir.path().file_name().and_then(|name| name.parse().ok());
+                stock.unusable.extend(id.map(|id| (id, why)));
                 continue;
             }
         };
@@ -226,7 +232,8 @@ impl Stock {
         if self.machines.contains(machine) {
             return true;
         }
-        let Some((_, directory)) = owner(mark, machine).filter(|(id, _)| self.unusable.contains(id)) else {
+        let Some((_, directory)) = owner(mark, machine).filter(|(id, _)| self.unusable.contains_key(id))
+        else {
             return false;
         };
         self.directories.insert(directory.to_owned());
@@ -251,6 +258,7 @@ impl Stock {
 /// What is half-made could not be removed.
 pub async fn take_over(host: &Arc<Host>, registry: &Registry, stock: Stock) -> Result<Taken, CollectError> {
     let mut taken = Taken::default();
+    registry.leave_unreadable(stock.unusable);
     let mut ways = futures::stream::iter(stock.left)
         .map(|(ledger, fate)| go_on(host, registry, Arc::new(ledger), fate))
         .buffer_unordered(AT_ONCE);

@@ -42,6 +42,8 @@ struct Sandboxes {
     known: BTreeMap<SandboxId, Handle>,
     /// Ended ones, the oldest first.
     ended: VecDeque<SandboxId>,
+    /// Those of which nobody can say what they are, and why. They have no driver.
+    unreadable: BTreeMap<SandboxId, String>,
     /// Set at the stop of the agent: nothing new is begun.
     closed: bool,
 }
@@ -102,6 +104,17 @@ impl Registry {
     /// Takes a sandbox over that an earlier agent began.
     pub fn take_over(&self, spec: SandboxSpec, beginning: Beginning) -> Handle {
         self.begin(&mut self.lock(), spec, beginning)
+    }
+
+    /// Keeps in mind what is left as it is, because its record cannot be read: it is not gone.
+    pub fn leave_unreadable(&self, unreadable: BTreeMap<SandboxId, String>) {
+        self.lock().unreadable = unreadable;
+    }
+
+    /// The sandboxes that are left as they are, and why the record of each cannot be read.
+    #[must_use]
+    pub fn unreadable(&self) -> BTreeMap<SandboxId, String> {
+        self.lock().unreadable.clone()
     }
 
     fn begin(&self, sandboxes: &mut Sandboxes, spec: SandboxSpec, beginning: Beginning) -> Handle {

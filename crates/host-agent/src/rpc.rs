@@ -118,6 +118,10 @@ fn parse_create(
     })
 }
 
+fn cannot_be_read(id: &SandboxId, why: &str) -> ConnectError {
+    ConnectError::failed_precondition(format!("the record of {id} on this host cannot be read: {why}"))
+}
+
 fn denied(error: Denied) -> ConnectError {
     match error {
         Denied::Busy => ConnectError::resource_exhausted(error.to_string()),
@@ -239,6 +243,16 @@ fn sandbox(handle: &Handle, status: &Status) -> wire::Sandbox {
     message
 }
 
+/// What is told of a sandbox whose record cannot be read.
+fn unreadable(id: &SandboxId, why: &str) -> wire::Sandbox {
+    wire::Sandbox {
+        sandbox_id: id.to_string(),
+        state: wire::SandboxState::SANDBOX_STATE_UNREADABLE.into(),
+        last_failure: why.to_owned(),
+        ..Default::default()
+    }
+}
+
 fn phases(status: &Status) -> Vec<wire::Phase> {
     let phases = status.phases.iter().map(|phase| wire::Phase {
         name: phase.name.to_owned(),
@@ -282,6 +296,10 @@ impl wire::HostAgentService for Service {
         request: ServiceRequest<'_, wire::DestroySandboxRequest>,
     ) -> ServiceResult<wire::DestroySandboxResponse> {
         let id = parse_id(request.sandbox_id)?;
+        if let Some(why) = self.registry.unreadable().get(&id) {
+            // It is here, and nobody knows what there is to be removed.
+            return Err(cannot_be_read(&id, why));
+        }
         self.registry.destroy(&id, Some(request.generation)).await.map_err(denied)?;
         Response::ok(wire::DestroySandboxResponse::default())
     }
@@ -291,6 +309,11 @@ impl wire::HostAgentService for Service {
         _context: RequestContext,
         request: ServiceRequest<'_, wire::GetSandboxRequest>,
     ) -> ServiceResult<wire::GetSandboxResponse> {
+        let id = parse_id(request.sandbox_id)?;
+        if let Some(why) = self.registry.unreadable().get(&id) {
+            let sandbox = unreadable(&id, why).into();
+            return Response::ok(wire::GetSandboxResponse { sandbox, ..Default::default() });
+        }
         let handle = self.find(request.sandbox_id)?;
         let status = handle.status();
         let mut message = sandbox(&handle, &status);
@@ -308,7 +331,10 @@ impl wire::HostAgentService for Service {
         _context: RequestContext,
         _request: ServiceRequest<'_, wire::ListSandboxesRequest>,
     ) -> ServiceResult<wire::ListSandboxesResponse> {
-        let sandboxes = self.registry.all().iter().map(|handle| sandbox(handle, &handle.status())).collect();
+        let known = self.registry.all();
+        let known = known.iter().map(|handle| sandbox(handle, &handle.status()));
+        let left = self.registry.unreadable();
+        let sandboxes = known.chain(left.iter().map(|(id, why)| unreadable(id, why))).collect();
         Response::ok(wire::ListSandboxesResponse { sandboxes, ..Default::default() })
     }
 
@@ -552,6 +578,9 @@ impl wire::HostAgentService for Service {
 impl Service {
     fn find(&self, id: &str) -> Result<Handle, ConnectError> {
         let id = parse_id(id)?;
+        if let Some(why) = self.registry.unreadable().get(&id) {
+            return Err(cannot_be_read(&id, why));
+        }
         self.registry
             .get(&id)
             .ok_or_else(|| ConnectError::not_found(format!("there is no sandbox {id} here")))

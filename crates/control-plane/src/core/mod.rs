@@ -223,7 +223,9 @@ impl Core {
         // The connection may have broken because of what has happened to the sandbox a moment ago.
         let state = match self.host.sandbox(id).await {
             Ok(Some(observed)) => match observed.stage {
-                Stage::Starting | Stage::Running | Stage::Snapshotting => return error.into(),
+                Stage::Starting | Stage::Running | Stage::Snapshotting | Stage::Unreadable => {
+                    return error.into();
+                }
                 Stage::Stopping | Stage::Stopped => SandboxState::Stopped,
                 stage @ (Stage::Pausing | Stage::Paused | Stage::Resuming) => stage.state(),
             },

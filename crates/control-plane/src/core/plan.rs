@@ -23,6 +23,8 @@
 //! stopping              │ anything but stopped   │ it is destroyed again
 //! stopping              │ stopped, or nothing    │ it has stopped, as was asked
 //! ended, or nothing     │ anything but stopped   │ nobody knows it: it is destroyed
+//! anything              │ something that cannot  │ nothing changes: what it is is known again once that can be
+//!                       │   be read              │   read, and then it is settled like any other
 //! ```
 //!
 //! What a host is in the middle of is waited for: it has bounds of its own. What this process is itself
@@ -109,7 +111,7 @@ pub(crate) fn compare(
     }
     let live: HashSet<&SandboxId> = known.iter().map(|row| &row.id).collect();
     for observed in seen.values() {
-        let ends = matches!(observed.stage, Stage::Stopping | Stage::Stopped);
+        let ends = matches!(observed.stage, Stage::Stopping | Stage::Stopped | Stage::Unreadable);
         if !ends && !live.contains(&observed.id) && !busy.contains(&observed.id) {
             let generation = observed.generation.saturating_add(1);
             actions.push(Action::DestroyUnknown { id: observed.id.clone(), generation });
@@ -127,6 +129,8 @@ pub(crate) fn settle(row: &Known, observed: &Observed, young_since: Timestamp) -
     let run = Action::Run { id: id.clone(), generation, seen };
     let pause = Action::Pause { id: id.clone(), generation, seen };
     match (row.state, observed.stage) {
+        // It is not gone, and nobody knows what it is.
+        (_, Stage::Unreadable) => None,
         (State::Stopping, Stage::Stopped) => Some(ended(row, observed, State::Stopped, EndReason::Requested)),
         // The host is at it already.
         (State::Stopping, Stage::Stopping) => None,
@@ -306,6 +310,11 @@ mod tests {
             (Stopping, 0, Some(Stage::Stopping), "nothing"),
             (Stopping, 0, Some(Stage::Stopped), "stopped Requested"),
             (Stopping, 0, None, "stopped Requested"),
+            (Starting, 99, Some(Stage::Unreadable), "nothing"),
+            (Running, 99, Some(Stage::Unreadable), "nothing"),
+            (Paused, 99, Some(Stage::Unreadable), "nothing"),
+            (Resuming, 99, Some(Stage::Unreadable), "nothing"),
+            (Stopping, 99, Some(Stage::Unreadable), "nothing"),
         ] {
             let row = row(state, age);
             assert_eq!(word(&decide(&row, stage.map(|stage| (stage, 2)))), expected, "{state} {stage:?}");
@@ -357,6 +366,25 @@ mod tests {
             assert_eq!(compare(&[], &seen, &busy, now()), []);
             let starting = Known { id: id.clone(), ..row(SandboxState::Starting, 99) };
             assert_eq!(compare(&[starting], &HashMap::new(), &busy, now()), []);
+        }
+    }
+
+    /// A record that could not be read ended its sandbox here, and destroyed it once it could be read again.
+    #[test]
+    fn what_a_host_cannot_read_is_left_as_it_is() {
+        let id = SandboxId::random();
+        let seen = HashMap::from([(id.clone(), observed(&id, Stage::Unreadable, 0))]);
+        assert_eq!(compare(&[], &seen, &HashSet::new(), young()), []);
+        for state in SandboxState::ALL {
+            for age in [0, 99] {
+                let row = Known { id: id.clone(), ..row(state, age) };
+                assert_eq!(
+                    compare(std::slice::from_ref(&row), &seen, &HashSet::new(), young()),
+                    [],
+                    "{state}"
+                );
+                assert_eq!(settle(&row, &seen[&id], Timestamp::MAX), None, "{state}");
+            }
         }
     }
 

@@ -136,10 +136,12 @@ pub(crate) enum Stage {
     Snapshotting,
     Stopping,
     Stopped,
+    /// There is something of it, and its host cannot say what.
+    Unreadable,
 }
 
 impl Stage {
-    /// The state that says the same.
+    /// The state that says the same, or as little.
     pub(crate) fn state(self) -> SandboxState {
         match self {
             Self::Starting => SandboxState::Starting,
@@ -150,6 +152,7 @@ impl Stage {
             Self::Snapshotting => SandboxState::Snapshotting,
             Self::Stopping => SandboxState::Stopping,
             Self::Stopped => SandboxState::Stopped,
+            Self::Unreadable => SandboxState::Missing,
         }
     }
 }
@@ -449,6 +452,7 @@ fn observed(sandbox: proto::Sandbox) -> Result<Observed, HostError> {
         Some(State::SANDBOX_STATE_PAUSED) => Stage::Paused,
         Some(State::SANDBOX_STATE_RESUMING) => Stage::Resuming,
         Some(State::SANDBOX_STATE_SNAPSHOTTING) => Stage::Snapshotting,
+        Some(State::SANDBOX_STATE_UNREADABLE) => Stage::Unreadable,
         Some(State::SANDBOX_STATE_UNSPECIFIED) | None => {
             return Err(HostError::Malformed { what: "the state of a sandbox" });
         }

@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 use connectrpc::ConnectError;
 use serde_json::json;
 use wrenn_control_plane::Bounds;
+use wrenn_proto::hostagent::v1 as wire;
 
 use super::support::{World, agent::QUIET, eventually, postgres::Cluster, short_bounds};
 
@@ -125,6 +126,40 @@ async fn a_host_that_goes_away_and_comes_back() {
     assert_eq!(world.agent.sandboxes(), std::slice::from_ref(&kept));
     assert_eq!(world.client.shell(&kept, "echo still here").await.json()["stdout"], "still here\n");
     assert_eq!(rows(&world).await, 3, "the create that was refused has left a row");
+}
+
+/// What its host could not read was called ended, and destroyed once it could be read again.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_host_cannot_read_is_there_when_it_can_again() {
+    use wire::SandboxState::{SANDBOX_STATE_PAUSED, SANDBOX_STATE_RUNNING, SANDBOX_STATE_UNREADABLE};
+    let mut world = World::new().await;
+    let (runs, sleeps) = (world.sandbox().await, world.sandbox().await);
+    let answer = world.client.post(&format!("/v1/sandboxes/{sleeps}/pause"), json!({})).await;
+    assert_eq!(answer.status, 200, "{}", answer.text());
+    let lost = world.sandbox().await;
+    world.agent.go_away().await;
+    world.agent.lose(&lost);
+    world.agent.make_unknown("sb-0badcafe").await;
+    for id in [runs.as_str(), sleeps.as_str(), "sb-0badcafe"] {
+        world.agent.tell(id, SANDBOX_STATE_UNREADABLE);
+    }
+    world.agent.serve();
+    // What is not there at all is called ended when the two are compared.
+    eventually("they are compared", async || status(&world, &lost).await == "stopped").await;
+    assert!(["running", "missing"].contains(&status(&world, &runs).await.as_str()));
+    assert_eq!(status(&world, &sleeps).await, "paused");
+    world.agent.lose("sb-0badcafe");
+
+    let lost = world.sandbox().await;
+    world.agent.go_away().await;
+    world.agent.lose(&lost);
+    world.agent.tell(&runs, SANDBOX_STATE_RUNNING);
+    world.agent.tell(&sleeps, SANDBOX_STATE_PAUSED);
+    world.agent.serve();
+    eventually("they are compared", async || status(&world, &lost).await == "stopped").await;
+    eventually("it runs", async || status(&world, &runs).await == "running").await;
+    assert_eq!(status(&world, &sleeps).await, "paused");
+    assert_eq!(world.agent.destroyed(), []);
 }
 
 #[tokio::test(flavor = "multi_thread")]

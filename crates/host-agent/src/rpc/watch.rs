@@ -11,7 +11,7 @@ use futures::{Stream, StreamExt as _};
 use tokio::sync::broadcast::error::RecvError;
 use wrenn_proto::hostagent::v1 as wire;
 
-use super::{millis, sandbox};
+use super::{millis, sandbox, unreadable};
 use crate::{
     config::OnControlPlaneLoss,
     control_plane_loss::{Report, Sessions},
@@ -59,7 +59,9 @@ pub(super) fn events(
     let known = registry.all();
     let known = known.into_iter().map(|handle| changed(&handle));
     let in_sync = message(wire::watch_sandboxes_response::InSync::default());
-    let first = futures::stream::iter(first.chain(known).chain([in_sync]));
+    // Those do not change before another agent looks at them.
+    let left = registry.unreadable().into_iter().map(|(id, why)| message(unreadable(&id, &why)));
+    let first = futures::stream::iter(first.chain(known).chain(left).chain([in_sync]));
     // The session lasts as long as the stream.
     let open = Some((events, reports, registry, session));
     let changes = futures::stream::unfold(open, |open| async {

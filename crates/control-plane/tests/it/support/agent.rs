@@ -254,6 +254,12 @@ impl FakeAgent {
         self.inner.guests.lock().unwrap().remove(id).unwrap();
     }
 
+    /// What the agent says of a sandbox from now on, when it is asked.
+    pub(crate) fn tell(&self, id: &str, state: wire::SandboxState) {
+        let mut guests = self.inner.guests.lock().unwrap();
+        guests.get_mut(id).unwrap().sandbox.state = state.into();
+    }
+
     /// A sandbox that no control plane has asked for.
     pub(crate) async fn make_unknown(&self, id: &str) {
         let request = wire::CreateSandboxRequest {

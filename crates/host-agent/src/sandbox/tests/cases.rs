@@ -266,13 +266,20 @@ fn a_record_that_cannot_be_read_is_no_reason_to_end_a_sandbox() {
     for damaged in [text.replacen("\"format\":2", "\"format\":3", 1), text[1..].to_owned()] {
         fs::write(&path, damaged).unwrap();
         let same = id.clone();
-        in_an_agent(&world, |registry| Box::pin(async move { assert!(registry.get(&same).is_none()) }));
+        in_an_agent(&world, |registry| {
+            Box::pin(async move {
+                assert!(registry.get(&same).is_none());
+                // Nobody is to take it for gone.
+                assert_eq!(registry.unreadable().keys().collect::<Vec<_>>(), [&same]);
+            })
+        });
         assert_eq!(world.machines(&id).len(), 1);
     }
     fs::write(&path, text).unwrap();
     let same = id.clone();
     in_an_agent(&world, |registry| {
         Box::pin(async move {
+            assert!(registry.unreadable().is_empty());
             registry.get(&same).unwrap().request(Verb::Pause(Extent::Machine), None).await.unwrap();
         })
     });
