@@ -259,13 +259,14 @@ mod tests {
 
     #[tokio::test]
     async fn who_says_nothing_or_reads_nothing_keeps_others_waiting_and_no_more() {
-        let whole = Duration::from_millis(600);
-        let allowance = Allowance { connections: 2, head: Duration::from_millis(300), whole };
+        // The one that reads nothing comes first, so that it is over when there is a place for the third.
+        let bound = Duration::from_millis(300);
+        let allowance = Allowance { connections: 2, head: bound, whole: bound };
         let large: &'static str = "x".repeat(64 << 20).leak();
         let (address, _serving) = served(allowance, large).await;
-        let mut silent = TcpStream::connect(address).await.unwrap();
         let mut slow = TcpStream::connect(address).await.unwrap();
         slow.write_all(b"GET /metrics HTTP/1.1\r\nhost: x\r\n\r\n").await.unwrap();
+        let mut silent = TcpStream::connect(address).await.unwrap();
         // Both places are taken: this one waits for one of them.
         let answer = exchange(address, "GET /nowhere HTTP/1.1\r\nhost: x\r\n\r\n").await;
         assert!(answer.starts_with("HTTP/1.1 404"), "{answer}");
