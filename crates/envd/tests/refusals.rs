@@ -6,12 +6,9 @@ mod harness;
 
 use std::{
     fs::{self, File},
-    os::unix::{
-        fs::{PermissionsExt, symlink},
-        process::CommandExt,
-    },
+    os::unix::fs::{PermissionsExt, symlink},
     path::Path,
-    process::{Command, Stdio},
+    process::Stdio,
 };
 
 use connectrpc::ErrorCode;
@@ -19,7 +16,6 @@ use harness::{Agent, as_user, command, encode, mounts, run_as};
 use http::Request;
 use serde_json::{Value, json};
 
-const NOBODY: u32 = 65534;
 /// How many entries one list may hold.
 const MAXIMUM_ENTRIES: usize = 100_000;
 
@@ -46,12 +42,6 @@ async fn files_refused(agent: &Agent, path: &str, status: u16, down: &str, up: &
 #[tokio::test]
 async fn an_agent_that_is_not_root_says_what_it_may_not() {
     let directory = tempfile::tempdir().unwrap();
-    // Where the program was built may be closed to others.
-    let program = directory.path().join("envd");
-    fs::copy(env!("CARGO_BIN_EXE_envd"), &program).unwrap();
-    for path in [directory.path(), &program] {
-        fs::set_permissions(path, fs::Permissions::from_mode(0o755)).unwrap();
-    }
     let closed = directory.path().join("closed");
     fs::create_dir(&closed).unwrap();
     fs::write(closed.join("file"), "x").unwrap();
@@ -59,10 +49,7 @@ async fn an_agent_that_is_not_root_says_what_it_may_not() {
     for path in [&closed, &directory.path().join("ours")] {
         fs::set_permissions(path, fs::Permissions::from_mode(0o700)).unwrap();
     }
-    let mut start = Command::new(&program);
-    start.args(["agent", "--listen", "127.0.0.1:0", "--user", "nobody"]).uid(NOBODY).gid(NOBODY);
-    start.current_dir("/").stdin(Stdio::null());
-    let agent = Agent::start_command(start);
+    let agent = Agent::start_as_nobody(directory.path());
 
     let of = |name: &str| path(directory.path(), name);
     let (closed, inside, ours) = (of("closed"), of("closed/file"), of("ours"));

@@ -10,8 +10,11 @@ pub(crate) mod mounts;
 pub(crate) mod observe;
 
 use std::{
+    fs,
     io::{BufRead, BufReader},
     net::SocketAddr,
+    os::unix::{fs::PermissionsExt, process::CommandExt},
+    path::Path,
     process::{Child, Command, Stdio},
     time::Duration,
 };
@@ -38,6 +41,7 @@ use wrenn_proto::{
     },
 };
 
+const NOBODY: u32 = 65534;
 /// No wait of a test is longer.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -64,6 +68,19 @@ impl Agent {
     pub(crate) fn start_with(options: &[&str], errors: Stdio) -> Self {
         let mut command = Command::new(env!("CARGO_BIN_EXE_envd"));
         command.args(["agent", "--listen", "127.0.0.1:0"]).args(options).stdin(Stdio::null()).stderr(errors);
+        Self::start_command(command)
+    }
+
+    /// Starts it as the user `nobody`, from a copy in `directory`: where it was built may be closed to others.
+    pub(crate) fn start_as_nobody(directory: &Path) -> Self {
+        let program = directory.join("envd");
+        fs::copy(env!("CARGO_BIN_EXE_envd"), &program).unwrap();
+        for path in [directory, &program] {
+            fs::set_permissions(path, fs::Permissions::from_mode(0o755)).unwrap();
+        }
+        let mut command = Command::new(&program);
+        command.args(["agent", "--listen", "127.0.0.1:0", "--user", "nobody"]).uid(NOBODY).gid(NOBODY);
+        command.current_dir("/").stdin(Stdio::null());
         Self::start_command(command)
     }
 
