@@ -200,24 +200,26 @@ async fn there_is_no_moment_without_rules() {
     }
     let world = World::new().await;
     let pool = world.pool(0).await;
-    let mut slot = pool.take().await.unwrap();
-    let deny = policy(&[&format!("deny {INTERNET}")]);
-    slot.apply(&deny).await.unwrap();
+    let slot = pool.take().await.unwrap();
     let vmm = Holder::new(slot.lock().unwrap());
     let guest = Guest::on(&slot, "guest").await;
     let mut number: SlotNumber = slot.leave();
-    assert_eq!(guest.space.ask_udp(RESOLVER, PORT).await, answered("outside"));
-    world.callers.take();
-
-    let sent = flooded(&guest.space, INTERNET, async {
-        for _ in 0..ADOPTIONS {
-            number = pool.adopt(number, &deny).await.unwrap().leave();
-        }
-    })
-    .await;
-    assert_eq!(world.callers.take(), [] as [IpAddr; 0], "{sent} were sent");
-    assert_eq!(guest.space.ask(RESOLVER, PORT).await, answered("outside"));
-    let slot = pool.adopt(number, &deny).await.unwrap();
+    let open = internet();
+    // One forbids by what is not in a set, the other by what is.
+    for policy in [format!("deny {INTERNET}"), "offline".to_owned()].map(|said| policy(&[&said])) {
+        number = pool.adopt(number, &open).await.unwrap().leave();
+        assert_eq!(guest.space.ask_udp(INTERNET, PORT).await, answered("outside"));
+        number = pool.adopt(number, &policy).await.unwrap().leave();
+        world.callers.take();
+        let sent = flooded(&guest.space, INTERNET, async {
+            for _ in 0..ADOPTIONS {
+                number = pool.adopt(number, &policy).await.unwrap().leave();
+            }
+        })
+        .await;
+        assert_eq!(world.callers.take(), [] as [IpAddr; 0], "{sent} were sent under {policy:?}");
+    }
+    let slot = pool.adopt(number, &open).await.unwrap();
     vmm.end().await;
     pool.release(slot).await;
     pool.shutdown().await;
