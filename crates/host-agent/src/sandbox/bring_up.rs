@@ -44,20 +44,12 @@ use super::{
     machine::{Machine, gone, remove_run_dir},
     record::{FORMAT, Ledger, MachineRecord, Record},
     source::{Source, Start},
-    within::{Overdue, within},
 };
 use crate::{
     guest::{self, Identity, IdleConnection},
     network::{GuestConnector, Policy, Slot},
     warm::blocking,
 };
-
-/// How long a machine may take to begin to boot, and one that is there until its CPUs run and its disk has its size.
-const RUN_BOUND: Duration = bounds::RUN;
-/// How long a guest may take to become itself.
-const IDENTITY_BOUND: Duration = bounds::IDENTITY;
-/// How long it may take to get a network slot.
-const SLOT_BOUND: Duration = bounds::SLOT;
 
 /// Measures the steps, in the order in which they happen.
 #[derive(Debug)]
@@ -287,7 +279,7 @@ impl WithDisk {
         let host = Arc::clone(&self.course.host);
         let taken = self
             .course
-            .step("slot", SLOT_BOUND, async { host.slots.take().await.map_err(BringUpError::Slot) })
+            .step("slot", bounds::SLOT, async { host.slots.take().await.map_err(BringUpError::Slot) })
             .await;
         let mut slot = match taken {
             Ok(slot) => slot,
@@ -295,7 +287,7 @@ impl WithDisk {
         };
         let applied = self
             .course
-            .step("policy", SLOT_BOUND, async { slot.apply(policy).await.map_err(BringUpError::Policy) })
+            .step("policy", bounds::SLOT, async { slot.apply(policy).await.map_err(BringUpError::Policy) })
             .await;
         let with_slot = WithSlot { before: self, slot };
         match applied {
@@ -306,16 +298,7 @@ impl WithDisk {
 
     async fn undo(self, error: BringUpError) -> BringUpError {
         let host = Arc::clone(&self.course.host);
-        let path = self.disk.path;
-        match within(bounds::REMOVE, move || host.disks.remove(&path)).await {
-            Ok(Ok(())) => {}
-            Ok(Err(error)) => {
-                tracing::warn!(layer = %self.layer, error = &error as &dyn std::error::Error, "the layer stays until the next collection");
-            }
-            Err(Overdue(bound)) => {
-                tracing::warn!(layer = %self.layer, ?bound, "the layer stays for now: its removal takes long");
-            }
-        }
+        host.remove_layer(&self.layer).await;
         error
     }
 }
@@ -422,7 +405,7 @@ impl Recorded {
                 Start::Boot => {
                     let memory = BootMemory::Zeros(&source.base.memory);
                     let boot = async { host.vmm.boot(machine, memory).await.map_err(BringUpError::Boot) };
-                    course.step("boot", RUN_BOUND, boot).await
+                    course.step("boot", bounds::RUN, boot).await
                 }
             },
             Err(error) => Err(error),
@@ -457,7 +440,7 @@ impl Started {
         let (vm, grows) = (&mut self.vm, source.grows);
         let mut exit = vm.exit();
         let mut resumed = course
-            .step("resume", RUN_BOUND, async {
+            .step("resume", bounds::RUN, async {
                 vm.resume().await.map_err(BringUpError::Restore)?;
                 if let Some(disk) = grows {
                     vm.resize_disk(disk.bytes()).await.map_err(BringUpError::Restore)?;
@@ -490,10 +473,10 @@ impl Started {
                 identity.disk_bytes = grows.map(DiskMib::bytes);
                 let token = source.guest_token.as_ref();
                 course
-                    .step("identity", IDENTITY_BOUND + Duration::from_secs(1), async {
+                    .step("identity", bounds::IDENTITY + Duration::from_secs(1), async {
                         tokio::select! {
                             biased;
-                            outcome = guest::initialise(&connector, &identity, token, IDENTITY_BOUND) => {
+                            outcome = guest::initialise(&connector, &identity, token, bounds::IDENTITY) => {
                                 outcome.map_err(BringUpError::Identity)
                             }
                             gone = gone(&mut exit) => Err(BringUpError::Exited(gone)),
@@ -508,8 +491,7 @@ impl Started {
             Ok(idle) => {
                 let up =
                     |record: &mut Record| record.machine.iter_mut().for_each(|machine| machine.up = true);
-                let noted = if record.paused.is_some() { ledger.change(up).await } else { ledger.note(up) };
-                noted.map(|()| idle).map_err(BringUpError::Record)
+                ledger.keep(up).await.map(|()| idle).map_err(BringUpError::Record)
             }
             Err(error) => Err(error),
         };

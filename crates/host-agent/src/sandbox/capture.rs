@@ -38,13 +38,6 @@ use crate::{
     warm::blocking,
 };
 
-/// How long a guest may take to stand still.
-const PREPARE_BOUND: Duration = bounds::PREPARE;
-/// How long it may take that to write all that is to be on its disk, where only that is saved.
-const WRITE_BOUND: Duration = bounds::WRITE;
-/// How long a guest may take to open again.
-const THAW_BOUND: Duration = bounds::THAW;
-
 /// How long after a machine or its guest did not go on that is tried again.
 const AGAIN: Duration = Duration::from_secs(5);
 
@@ -150,9 +143,9 @@ pub(super) async fn capture(
         Kind::Pause(_) => None,
     };
     let (is_pause, prepare_bound) = match kind {
-        Kind::Pause(Extent::Disk) => (true, WRITE_BOUND),
-        Kind::Pause(Extent::Machine) => (true, PREPARE_BOUND),
-        Kind::Live => (false, PREPARE_BOUND),
+        Kind::Pause(Extent::Disk) => (true, bounds::WRITE),
+        Kind::Pause(Extent::Machine) => (true, bounds::PREPARE),
+        Kind::Live => (false, bounds::PREPARE),
     };
     let about_to = CaptureRecord { snapshot: into.clone(), pause: is_pause, next_layer: next.clone() };
     let stood = Instant::now();
@@ -378,6 +371,7 @@ pub async fn open(host: &Host, up: &mut Up, record: &Record) -> Result<(), OpenE
     identity.access_token = Some(record.access_token.expose());
     let connector = up.machine.connector();
     let token = Some(&record.access_token);
-    up.idle = guest::initialise(&connector, &identity, token, THAW_BOUND).await.map_err(OpenError::Guest)?;
+    up.idle =
+        guest::initialise(&connector, &identity, token, bounds::THAW).await.map_err(OpenError::Guest)?;
     Ok(())
 }

@@ -447,10 +447,7 @@ impl Driver {
     /// with it that the order was seen.
     async fn note_generation(&self, ledger: &Arc<Ledger>) {
         let generation = self.handle.generation();
-        let keep = |record: &mut Record| record.generation = generation;
-        let is_paused = ledger.record().paused.is_some();
-        let kept = if is_paused { ledger.change(keep).await } else { ledger.note(keep) };
-        if let Err(error) = kept {
+        if let Err(error) = ledger.keep(|record| record.generation = generation).await {
             tracing::warn!(id = %self.handle.spec().id, error = &error as &dyn std::error::Error, "the record has an older generation");
         }
     }
@@ -519,7 +516,7 @@ impl Driver {
     /// Whether a snapshot is there, as far as can be said.
     async fn has_snapshot(&self, id: SnapshotId) -> bool {
         let snapshots = self.host.snapshots.clone();
-        let found = within(bounds::REMOVE, move || snapshots.find(&id)).await;
+        let found = within(bounds::LOOK, move || snapshots.find(&id)).await;
         !matches!(found, Ok(Ok(None)))
     }
 
@@ -567,16 +564,7 @@ impl Driver {
         // What lies below may be somebody else's too; and a layer may be made a moment after it was given up.
         let is_more = own.len() != 1 || ledger.record().layers.len() > 1;
         for layer in own {
-            let (disks, path) = (Arc::clone(&self.host.disks), self.host.snapshots.layer_path(&layer));
-            match within(bounds::REMOVE, move || disks.remove(&path)).await {
-                Ok(Ok(())) => {}
-                Ok(Err(error)) => {
-                    tracing::warn!(%id, error = &error as &dyn std::error::Error, "a layer stays until the next collection");
-                }
-                Err(Overdue(bound)) => {
-                    tracing::warn!(%id, ?bound, "a layer stays for now: its removal takes long")
-                }
-            }
+            self.host.remove_layer(&layer).await;
         }
         if is_more {
             self.host.collect_soon();

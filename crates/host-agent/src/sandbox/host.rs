@@ -8,7 +8,12 @@ use tokio::sync::Notify;
 use wrenn_types::{DiskMib, InstanceId, LayerId, SandboxId};
 use wrenn_vmm::{DiskFormat, DiskSpec, Vmm};
 
-use super::{bounds, machine::Maker, record, within::within};
+use super::{
+    bounds,
+    machine::Maker,
+    record,
+    within::{Overdue, within},
+};
 use crate::{
     images::Images,
     limits::Limits,
@@ -123,6 +128,21 @@ impl Host {
     /// Has layers and bases that nothing stands on collected in a moment.
     pub fn collect_soon(&self) {
         self.unreachable.notify_one();
+    }
+
+    /// Removes a layer that nothing stands on and no machine writes to. One that cannot be removed is found by the next
+    /// collection, and one that takes long goes a moment later.
+    pub(super) async fn remove_layer(&self, layer: &LayerId) {
+        let (disks, path) = (Arc::clone(&self.disks), self.snapshots.layer_path(layer));
+        match within(bounds::REMOVE, move || disks.remove(&path)).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => {
+                tracing::warn!(%layer, error = &error as &dyn std::error::Error, "a layer stays until the next collection");
+            }
+            Err(Overdue(bound)) => {
+                tracing::warn!(%layer, ?bound, "a layer stays for now: its removal takes long");
+            }
+        }
     }
 
     /// A layer, as a disk of this host's format.

@@ -28,8 +28,6 @@ use crate::{
 
 /// How many layers a disk may have before the next capture waits until they are one.
 const LAYERS_LIMIT: usize = 32;
-/// How long that capture waits at most.
-const STREAM_BOUND: Duration = bounds::STREAM;
 
 impl Driver {
     /// Does one thing. The sandbox is what it was before if it fails.
@@ -376,7 +374,7 @@ impl Driver {
             return;
         }
         let base = up.machine.base_disk.clone();
-        let until = sleep_until(Instant::now() + STREAM_BOUND);
+        let until = sleep_until(Instant::now() + bounds::STREAM);
         let done = tokio::select! {
             done = up.machine.vm.stream_disk(&base) => done,
             () = until => return,

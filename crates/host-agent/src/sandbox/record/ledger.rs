@@ -126,6 +126,15 @@ impl Ledger {
         self.dir.replace(&record, false)
     }
 
+    /// Keeps what the next agent is to know of a sandbox for as long as there is something of it: a [`Self::change`] of
+    /// one that is paused, as it is until its resume is done, and a [`Self::note`] of any other.
+    ///
+    /// # Errors
+    /// As those.
+    pub async fn keep(self: &Arc<Self>, change: impl FnOnce(&mut Record)) -> Result<(), RecordError> {
+        if self.record().paused.is_some() { self.change(change).await } else { self.note(change) }
+    }
+
     /// Removes the directory with the record, and all that is in it.
     ///
     /// # Errors
