@@ -89,16 +89,11 @@ pub(super) fn empty_overlay(overlay: &Overlay<'_>) -> Result<Image, HeaderError>
     if !name.starts_with('/') || name.len() > LONGEST_NAME || name.contains(|c: char| c.is_control()) {
         return Err(HeaderError::BackingFile(name.to_owned()));
     }
-    let size = overlay.virtual_bytes;
-    if size == 0 || !size.is_multiple_of(512) || size > LARGEST_VIRTUAL_BYTES {
-        return Err(HeaderError::Size(size));
-    }
-    let entries = size.div_ceil(BYTES_PER_FIRST_LEVEL_ENTRY);
-    let table_clusters = (entries * 8).div_ceil(CLUSTER);
+    let entries = first_level_entries(overlay.virtual_bytes)?;
+    let table_clusters = (u64::from(entries) * 8).div_ceil(CLUSTER);
     let clusters = 3 + table_clusters;
     // The bound on the size keeps the table under 513 clusters, far from a second block of counts.
     debug_assert!(clusters <= CLUSTERS_PER_BLOCK);
-    let entries = u32::try_from(entries).map_err(|_| HeaderError::Size(size))?;
 
     let counts = (0..clusters).flat_map(|_| 1_u16.to_be_bytes()).collect();
     Ok(Image {
@@ -120,12 +115,17 @@ pub(super) fn empty_overlay(overlay: &Overlay<'_>) -> Result<Image, HeaderError>
 
 /// The header of a file that stands on nothing, whose first-level table is at `table`.
 pub(super) fn alone(virtual_bytes: u64, table: u64) -> Result<Vec<u8>, HeaderError> {
-    if virtual_bytes > LARGEST_VIRTUAL_BYTES {
-        return Err(HeaderError::Size(virtual_bytes));
-    }
-    let entries = u32::try_from(virtual_bytes.div_ceil(BYTES_PER_FIRST_LEVEL_ENTRY));
-    let entries = entries.map_err(|_| HeaderError::Size(virtual_bytes))?;
+    let entries = first_level_entries(virtual_bytes)?;
     Ok(header(virtual_bytes, None, (entries, table)))
+}
+
+/// How many entries the first-level table of a disk has, if a disk can have that size.
+fn first_level_entries(virtual_bytes: u64) -> Result<u32, HeaderError> {
+    let error = HeaderError::Size(virtual_bytes);
+    if virtual_bytes == 0 || !virtual_bytes.is_multiple_of(512) || virtual_bytes > LARGEST_VIRTUAL_BYTES {
+        return Err(error);
+    }
+    u32::try_from(virtual_bytes.div_ceil(BYTES_PER_FIRST_LEVEL_ENTRY)).map_err(|_| error)
 }
 
 /// A header; `table` is how many entries the first-level table has, and where it is.
