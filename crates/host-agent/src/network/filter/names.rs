@@ -8,7 +8,7 @@ use std::{
 };
 
 use tokio::{
-    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    io::AsyncWriteExt as _,
     net::{TcpListener, TcpStream, UdpSocket},
     sync::Semaphore,
     time::timeout,
@@ -17,7 +17,7 @@ use tokio::{
 use super::{
     Shared,
     dns::{self, Code, MESSAGE_LIMIT, Question},
-    streams::accept_each,
+    streams::{accept_each, framed},
 };
 
 /// How many questions are under way at the same time. One more is lost, as a datagram may be, and asked again.
@@ -69,22 +69,11 @@ pub(super) async fn connections(shared: Arc<Shared>, listener: TcpListener) -> i
 
 async fn converse(shared: &Shared, mut stream: TcpStream) -> io::Result<()> {
     for _ in 0..QUESTIONS_PER_CONNECTION {
-        let message = timeout(SILENCE, framed(&mut stream)).await??;
+        let message = timeout(SILENCE, framed(&mut stream, MESSAGE_LIMIT)).await??;
         let Some(answer) = respond(shared, &message).await else { return Ok(()) };
         timeout(SILENCE, stream.write_all(&dns::with_length(&answer))).await??;
     }
     Ok(())
-}
-
-/// A message with its length before it.
-async fn framed(stream: &mut TcpStream) -> io::Result<Vec<u8>> {
-    let length = usize::from(stream.read_u16().await?);
-    if length > MESSAGE_LIMIT {
-        return Err(io::ErrorKind::InvalidData.into());
-    }
-    let mut message = vec![0; length];
-    stream.read_exact(&mut message).await?;
-    Ok(message)
 }
 
 /// The answer to what a guest sent; none to what deserves none.

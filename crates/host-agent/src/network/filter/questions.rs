@@ -23,13 +23,16 @@ use std::{
 };
 
 use tokio::{
-    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    io::AsyncWriteExt as _,
     net::{TcpStream, UdpSocket},
     sync::watch,
     time::timeout,
 };
 
-use super::dns::{self, Answer, Code, MESSAGE_LIMIT};
+use super::{
+    dns::{self, Answer, Code, MESSAGE_LIMIT},
+    streams::framed,
+};
 
 /// How many questions are under way at the same time. One more fails.
 const UNDER_WAY: usize = 160;
@@ -137,9 +140,7 @@ async fn ask(server: SocketAddrV4, name: &str) -> io::Result<Answer> {
     }
     let mut stream = TcpStream::connect(server).await?;
     stream.write_all(&dns::with_length(&question)).await?;
-    let length = usize::from(stream.read_u16().await?);
-    let mut message = vec![0; length];
-    stream.read_exact(&mut message).await?;
+    let message = framed(&mut stream, usize::from(u16::MAX)).await?;
     dns::read_answer(&message, id, &name).ok_or_else(|| io::ErrorKind::InvalidData.into())
 }
 

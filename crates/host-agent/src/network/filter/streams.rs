@@ -73,6 +73,17 @@ pub(super) async fn accept_each<W: Future<Output = ()> + Send + 'static>(
     }
 }
 
+/// A message of the name service with its length before it, if it is not longer than this.
+pub(super) async fn framed(stream: &mut TcpStream, at_most: usize) -> io::Result<Vec<u8>> {
+    let length = usize::from(stream.read_u16().await?);
+    if length > at_most {
+        return Err(io::ErrorKind::InvalidData.into());
+    }
+    let mut message = vec![0; length];
+    stream.read_exact(&mut message).await?;
+    Ok(message)
+}
+
 /// Whether a failed accept says nothing about the next one.
 pub(super) fn is_of_one_connection(error: &io::Error) -> bool {
     matches!(
