@@ -26,14 +26,11 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     io,
     sync::Arc,
-    time::Duration,
 };
 
 use camino::Utf8Path;
 use fate::{Fate, decide, saved_as};
 use futures::StreamExt as _;
-use tokio::time::timeout;
-use wrenn_host_linux::process::find_by_argument;
 use wrenn_types::{InstanceId, SandboxId};
 
 use crate::{
@@ -44,14 +41,13 @@ use crate::{
         SandboxSpec, bounds,
         driver::{Beginning, chain},
         host::Host,
+        machine,
         record::{self, Ledger, Left, Record, RecordError, SandboxDir},
         regain::{end_uncontrolled, regain},
         within::{Overdue, within},
     },
 };
 
-/// How long a killed process may take to be gone.
-const KILL_BOUND: Duration = Duration::from_secs(10);
 /// How many sandboxes are taken over at the same time.
 const AT_ONCE: usize = 16;
 
@@ -121,7 +117,8 @@ pub async fn take_stock(
 ) -> Result<Stock, CollectError> {
     let mut stock = examine(instance, snapshots, sandboxes_dir)?;
     let mark = Host::machine_mark(instance);
-    stock.ended = stock.end_machines(&mark).await.map_err(CollectError::Machines)?;
+    let ended = machine::end_uncontrolled(&mark, |name| stock.keeps(&mark, name)).await;
+    stock.ended = ended.map_err(CollectError::Machines)?;
     limits.keep_only(|name| stock.machines.contains(&format!("{mark}{name}")));
     stock.clear(machines_dir)?;
     Ok(stock)
@@ -213,20 +210,6 @@ pub(crate) fn owner<'a>(mark: &str, machine: &'a str) -> Option<(SandboxId, &'a 
 }
 
 impl Stock {
-    /// Kills the machines with this mark that are nobody's, and waits until each is gone.
-    async fn end_machines(&mut self, mark: &str) -> io::Result<usize> {
-        let mut ended = 0;
-        for machine in &find_by_argument(&format!("guest={mark}"))? {
-            let name = machine.argument.strip_prefix("guest=").unwrap_or(&machine.argument);
-            let name = name.split(',').next().unwrap_or(name);
-            if !self.keeps(mark, name) {
-                timeout(KILL_BOUND, machine.process.kill_and_wait()).await??;
-                ended += 1;
-            }
-        }
-        Ok(ended)
-    }
-
     /// Whether a machine is to go on: it is in a record, or nobody can say that it is in none.
     pub(crate) fn keeps(&mut self, mark: &str, machine: &str) -> bool {
         if self.machines.contains(machine) {

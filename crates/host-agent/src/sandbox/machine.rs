@@ -5,6 +5,7 @@ use std::io;
 use camino::{Utf8Path, Utf8PathBuf};
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
+use wrenn_host_linux::process::find_by_argument;
 use wrenn_types::{LayerId, SandboxId};
 use wrenn_vmm::{ExitReason, Vm, VmmError, VmmIdentity};
 
@@ -81,6 +82,24 @@ impl Machine {
         self.vm.release().await;
         self.slot.leave();
     }
+}
+
+/// Kills the machines whose names begin with `mark`, but those that `keeps` names, and waits until each is gone; how many
+/// there were. Nobody controls them.
+///
+/// # Errors
+/// Processes cannot be looked for, or one is stuck in the kernel: those after it may live.
+pub(crate) async fn end_uncontrolled(mark: &str, mut keeps: impl FnMut(&str) -> bool) -> io::Result<usize> {
+    let mut ended = 0;
+    for machine in find_by_argument(&format!("guest={mark}"))? {
+        let name = machine.argument.strip_prefix("guest=").unwrap_or(&machine.argument);
+        let name = name.split(',').next().unwrap_or(name);
+        if !keeps(name) {
+            machine.process.kill_and_wait().await?;
+            ended += 1;
+        }
+    }
+    Ok(ended)
 }
 
 /// Removes the directory of a machine's sockets; what cannot be removed is collected at the next start.

@@ -4,8 +4,7 @@
 
 use std::{io, sync::Arc, time::Duration};
 
-use tokio::time::{Instant, timeout};
-use wrenn_host_linux::process::find_by_argument;
+use tokio::time::Instant;
 use wrenn_vmm::{AdoptedMachine, VmmError};
 
 use super::{
@@ -13,7 +12,7 @@ use super::{
     bring_up::Up,
     capture,
     host::Host,
-    machine::{Machine, Maker, remove_run_dir},
+    machine::{self, Machine, Maker, remove_run_dir},
     record::{Ledger, Record},
     within::{Overdue, within},
 };
@@ -21,9 +20,6 @@ use crate::{
     network::{Policy, PolicyError, SlotError, addresses::SlotNumber},
     snapshot_store::SnapshotStoreError,
 };
-
-/// How long a killed process may take to be gone.
-const KILL_BOUND: Duration = Duration::from_secs(10);
 
 /// How long after it failed it is tried again.
 pub const REGAIN_AGAIN: Duration = Duration::from_secs(2);
@@ -135,9 +131,7 @@ pub async fn regain(host: &Arc<Host>, ledger: &Arc<Ledger>) -> Result<Up, Regain
 pub async fn end_uncontrolled(host: &Host, record: &Record) -> io::Result<()> {
     let Some(machine) = &record.machine else { return Ok(()) };
     let name = Host::machine_name(&host.instance, &record.id, &machine.name);
-    for found in find_by_argument(&format!("guest={name}"))? {
-        timeout(KILL_BOUND, found.process.kill_and_wait()).await??;
-    }
+    machine::end_uncontrolled(&name, |_| false).await?;
     remove_run_dir(&host.run_dir(&machine.name));
     host.limits.end(&record.id, &machine.name);
     Ok(())
