@@ -28,7 +28,7 @@ use serde::{Deserialize, Serialize};
 
 pub(crate) use super::digest::Form;
 use super::{
-    Damage, FileRecord, SnapshotStoreError, SnapshotStoreResult, check_digest, check_size,
+    Damage, FileRecord, SnapshotStoreError, SnapshotStoreResult, check_size,
     digest::{self, Hashing, Piece},
 };
 
@@ -52,27 +52,9 @@ pub(crate) struct Content<'a> {
     pub(crate) form: Form,
 }
 
-impl Content<'_> {
-    fn check(&self) -> SnapshotStoreResult<()> {
-        let found = match self.form {
-            Form::Plain => digest::of_file(self.path),
-            Form::Blocks => digest::of_large_file(self.path),
-        };
-        let found = found.map_err(unreadable_is_damaged)?;
-        check_digest(self.path, &self.recorded.digest, &found)
-    }
-}
-
 /// What a disk cannot read is not there any more, as little as what has changed. Any other error tells of the moment.
-fn unreadable_is_damaged(error: SnapshotStoreError) -> SnapshotStoreError {
-    match error {
-        SnapshotStoreError::File { path, source, .. }
-            if source.raw_os_error() == Some(Errno::IO.raw_os_error()) =>
-        {
-            SnapshotStoreError::Damaged { path, damage: Damage::Unreadable }
-        }
-        error => error,
-    }
+fn is_unreadable(error: &SnapshotStoreError) -> bool {
+    matches!(error, SnapshotStoreError::File { source, .. } if Errno::from_io_error(source) == Some(Errno::IO))
 }
 
 /// What is remembered of one set of files.
@@ -186,30 +168,30 @@ pub(crate) fn verify_once(
     readers: &Readers,
     contents: &[Content<'_>],
 ) -> SnapshotStoreResult<Verification> {
-    for content in contents {
-        check_size(content.path, content.recorded.bytes)?;
-    }
-    if known(record, &Record::now(contents)?).is_whole(|at| contents[at].path)? {
+    if Verifying::begin(record, contents)?.is_remembered {
         return Ok(Verification::Remembered);
     }
     // A panic while it was held left nothing half done: the record is written last.
     let reader = readers.of(record);
     let _one = reader.lock().unwrap_or_else(PoisonError::into_inner);
-    // Taken before the files are read, so that a change while they are read is not taken for verified.
-    let now = Record::now(contents)?;
-    if known(record, &now).is_whole(|at| contents[at].path)? {
+    let mut verifying = Verifying::begin(record, contents)?;
+    if verifying.is_remembered {
         return Ok(Verification::Remembered);
     }
-    for (at, content) in contents.iter().enumerate() {
-        let checked = content.check();
-        if let Err(SnapshotStoreError::Damaged { damage, .. }) = checked {
-            write(record, &now.with_damage(at, damage));
-            return checked.map(|()| Verification::Read);
+    loop {
+        match verifying.next(u64::MAX)? {
+            Next::More(_) => {}
+            Next::Whole(_) => {
+                verifying.remember(None);
+                return Ok(Verification::Read);
+            }
+            // It is refused also where it is another one by now: it was read for somebody who is to use it.
+            Next::Damaged(path, damage) => {
+                verifying.remember(Some(damage));
+                return Err(SnapshotStoreError::Damaged { path, damage });
+            }
         }
-        checked?;
     }
-    write(record, &now);
-    Ok(Verification::Read)
 }
 
 /// Remembers files whose digests were just taken, or which are the same files as others that were verified.
@@ -271,8 +253,11 @@ impl Known {
 pub(crate) struct Verifying {
     record: Utf8PathBuf,
     contents: Vec<(Utf8PathBuf, FileRecord, Form)>,
-    /// The files as they were before the first byte was read.
+    /// The files as they were before the first byte was read, so that a change while they are read is not taken for
+    /// verified.
     now: Record,
+    /// Whether they were read before, and found whole.
+    is_remembered: bool,
     /// The number of the file that is being read.
     at: usize,
     hashing: Option<Hashing>,
@@ -289,6 +274,16 @@ pub enum Progress {
     Changed,
 }
 
+/// What came of reading a piece of the contents.
+enum Next {
+    /// So many bytes were read, and there is more.
+    More(u64),
+    /// So many bytes were read, and they were the last.
+    Whole(u64),
+    /// The file that is being read, which is here, is damaged.
+    Damaged(Utf8PathBuf, Damage),
+}
+
 impl Verifying {
     /// Begins to read `contents`, of which `record` remembers.
     ///
@@ -299,10 +294,10 @@ impl Verifying {
             check_size(content.path, content.recorded.bytes)?;
         }
         let now = Record::now(contents)?;
-        known(record, &now).is_whole(|at| contents[at].path)?;
+        let is_remembered = known(record, &now).is_whole(|at| contents[at].path)?;
         let owned = |content: &Content<'_>| (content.path.to_owned(), content.recorded.clone(), content.form);
         let contents = contents.iter().map(owned).collect();
-        Ok(Self { record: record.to_owned(), contents, now, at: 0, hashing: None })
+        Ok(Self { record: record.to_owned(), contents, now, is_remembered, at: 0, hashing: None })
     }
 
     /// Reads about so many bytes more.
@@ -310,61 +305,54 @@ impl Verifying {
     /// # Errors
     /// [`SnapshotStoreError::Damaged`] names the file; whoever uses it is told so without reading from now on.
     pub(crate) fn read(&mut self, at_most: u64) -> SnapshotStoreResult<Progress> {
-        let Some((path, recorded, form)) = self.contents.get(self.at) else {
-            return Ok(self.end(None));
-        };
-        let hashing = match &mut self.hashing {
-            Some(hashing) => hashing,
-            none => none.insert(Hashing::open(path, *form).map_err(unreadable_is_damaged)?),
-        };
-        let piece = match hashing.read(at_most).map_err(unreadable_is_damaged) {
-            Err(error @ SnapshotStoreError::Damaged { .. }) => return self.end_with_damage(error),
-            piece => piece?,
+        match self.next(at_most)? {
+            Next::More(read) => Ok(Progress::More(read)),
+            Next::Whole(read) if self.remember(None) => Ok(Progress::Whole(read)),
+            Next::Damaged(path, damage) if self.remember(Some(damage)) => {
+                Err(SnapshotStoreError::Damaged { path, damage })
+            }
+            Next::Whole(_) | Next::Damaged(..) => Ok(Progress::Changed),
+        }
+    }
+
+    /// Reads about so many bytes more, and remembers nothing.
+    fn next(&mut self, at_most: u64) -> SnapshotStoreResult<Next> {
+        let Some((path, recorded, form)) = self.contents.get(self.at) else { return Ok(Next::Whole(0)) };
+        let piece = match &mut self.hashing {
+            Some(hashing) => hashing.read(at_most),
+            none => Hashing::open(path, *form).and_then(|hashing| none.insert(hashing).read(at_most)),
         };
         match piece {
-            Piece::More(read) => Ok(Progress::More(read)),
-            Piece::Last(read, digest) if digest == recorded.digest => {
+            Ok(Piece::More(read)) => Ok(Next::More(read)),
+            Ok(Piece::Last(_, digest)) if digest != recorded.digest => {
+                Ok(Next::Damaged(path.clone(), Damage::Content))
+            }
+            Ok(Piece::Last(read, _)) => {
                 self.hashing = None;
                 self.at += 1;
-                if self.at < self.contents.len() {
-                    return Ok(Progress::More(read));
-                }
-                Ok(match self.end(None) {
-                    Progress::Whole(_) => Progress::Whole(read),
-                    other => other,
-                })
+                let is_more = self.at < self.contents.len();
+                Ok(if is_more { Next::More(read) } else { Next::Whole(read) })
             }
-            Piece::Last(..) => {
-                let damaged = SnapshotStoreError::Damaged { path: path.clone(), damage: Damage::Content };
-                self.end_with_damage(damaged)
-            }
+            Err(error) if is_unreadable(&error) => Ok(Next::Damaged(path.clone(), Damage::Unreadable)),
+            Err(error) => Err(error),
         }
     }
 
-    /// Remembers that the file that is being read is damaged, if it is still that one.
-    fn end_with_damage(&mut self, error: SnapshotStoreError) -> SnapshotStoreResult<Progress> {
-        let damage =
-            if let SnapshotStoreError::Damaged { damage, .. } = &error { *damage } else { Damage::Content };
-        match self.end(Some((self.at, damage))) {
-            Progress::Changed => Ok(Progress::Changed),
-            _ => Err(error),
-        }
-    }
-
-    /// Remembers what was found, if the files are still those.
-    fn end(&self, damaged: Option<(usize, Damage)>) -> Progress {
+    /// Remembers that all is whole, or what is wrong with the file that is being read, if the files are still those;
+    /// whether they are.
+    fn remember(&self, damage: Option<Damage>) -> bool {
         let contents =
             self.contents.iter().map(|(path, recorded, form)| Content { path, recorded, form: *form });
         match Record::now(&contents.collect::<Vec<_>>()) {
             Ok(now) if self.now.still_holds(&now) => {
-                let record = match damaged {
-                    Some((at, damage)) => now.with_damage(at, damage),
+                let record = match damage {
+                    Some(damage) => now.with_damage(self.at, damage),
                     None => now,
                 };
                 write(&self.record, &record);
-                Progress::Whole(0)
+                true
             }
-            _ => Progress::Changed,
+            _ => false,
         }
     }
 }
