@@ -33,6 +33,7 @@ use std::{
 pub use rustix::process::Signal;
 use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
+    io::Errno,
     process::{Pid, PidfdFlags, WaitId, WaitIdOptions, pidfd_open, pidfd_send_signal, waitid},
 };
 use tokio::io::{Interest, unix::AsyncFd};
@@ -146,7 +147,7 @@ impl Process {
     /// The kernel says so.
     pub fn reap_if_ours(&self) -> io::Result<()> {
         match reap(self, WaitIdOptions::EXITED | WaitIdOptions::NOHANG) {
-            Err(error) if error.raw_os_error() == Some(rustix::io::Errno::CHILD.raw_os_error()) => Ok(()),
+            Err(error) if Errno::from_io_error(&error) == Some(Errno::CHILD) => Ok(()),
             outcome => outcome.map(drop),
         }
     }

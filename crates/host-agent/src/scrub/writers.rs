@@ -57,7 +57,7 @@ impl Written {
 
 fn is_gone(error: &io::Error) -> bool {
     // ESRCH, of a process that has ended since its directory was opened.
-    error.kind() == io::ErrorKind::NotFound || error.raw_os_error() == Some(Errno::SRCH.raw_os_error())
+    error.kind() == io::ErrorKind::NotFound || Errno::from_io_error(error) == Some(Errno::SRCH)
 }
 
 /// Whether the content of a file of `/proc/PID/fdinfo` is of a descriptor that can be written to: the two lowest bits

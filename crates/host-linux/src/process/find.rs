@@ -2,6 +2,8 @@
 
 use std::{fs, io};
 
+use rustix::io::Errno;
+
 use super::Process;
 
 /// A process whose command line carries the mark that was looked for.
@@ -43,7 +45,7 @@ pub fn argument_of(pid: u32, mark: &str) -> io::Result<Option<Found>> {
     // Hold the process first and read then: what is read while the held one lives is its own.
     let process = match Process::open(pid) {
         Ok(process) => process,
-        Err(error) if error.raw_os_error() == Some(rustix::io::Errno::SRCH.raw_os_error()) => {
+        Err(error) if Errno::from_io_error(&error) == Some(Errno::SRCH) => {
             return Ok(None);
         }
         Err(error) => return Err(error),
@@ -62,15 +64,8 @@ fn command_line_of(pid: u32) -> io::Result<Option<Vec<u8>>> {
 
 /// Whatever else keeps a command line from being read is no reason to take its process for another one.
 fn unless_ended<T>(read: io::Result<T>) -> io::Result<Option<T>> {
-    use rustix::io::Errno;
     match read {
-        Err(error)
-            if [Errno::NOENT, Errno::SRCH]
-                .map(|it| Some(it.raw_os_error()))
-                .contains(&error.raw_os_error()) =>
-        {
-            Ok(None)
-        }
+        Err(error) if matches!(Errno::from_io_error(&error), Some(Errno::NOENT | Errno::SRCH)) => Ok(None),
         read => read.map(Some),
     }
 }

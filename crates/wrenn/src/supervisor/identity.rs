@@ -6,7 +6,7 @@
 
 use std::{fmt, fs, io, str::FromStr, time::Duration};
 
-use rustix::process::Signal;
+use rustix::{io::Errno, process::Signal};
 use wrenn_host_linux::process::Process;
 
 /// One process of this boot, and no later one with the same id.
@@ -65,7 +65,7 @@ impl ProcessIdentity {
         let Ok(pid) = u32::try_from(self.pid) else { return Ok(None) };
         match Process::open(pid) {
             Ok(process) => Ok(self.is_alive().then_some(process)),
-            Err(error) if error.raw_os_error() == Some(rustix::io::Errno::SRCH.raw_os_error()) => Ok(None),
+            Err(error) if Errno::from_io_error(&error) == Some(Errno::SRCH) => Ok(None),
             Err(error) => Err(error),
         }
     }
