@@ -93,7 +93,7 @@ impl Size {
     /// From the MiB of memory and disk that the database has. A number out of bounds is taken for the largest; a disk that is
     /// left to the host is that of most hosts.
     pub(crate) fn of(memory_mb: i32, disk_mb: Option<i32>) -> Self {
-        let disk = disk_mb.map_or(Ok(DiskMib::USUAL), |mib| DiskMib::new(mib.into()));
+        let disk = disk_mb.map_or_else(|| Ok(DiskMib::default()), |mib| DiskMib::new(mib.into()));
         Self {
             memory: MemoryMib::new(memory_mb.into()).unwrap_or(MemoryMib::LARGEST),
             disk: disk.unwrap_or(DiskMib::LARGEST),

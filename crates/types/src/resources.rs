@@ -102,6 +102,7 @@ impl Default for MemoryMib {
     }
 }
 
+/// What a host gives where nobody says how much, unless it is configured otherwise.
 impl Default for DiskMib {
     fn default() -> Self {
         Self(20 * 1024)
@@ -122,11 +123,6 @@ impl DiskMib {
     pub fn bytes(self) -> u64 {
         u64::from(self.0) << 20
     }
-}
-
-impl DiskMib {
-    /// What a host gives where nobody says how much, unless it is configured otherwise.
-    pub const USUAL: Self = Self(20_480);
 }
 
 impl InactivityTimeout {
