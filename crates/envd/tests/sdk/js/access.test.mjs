@@ -1,18 +1,14 @@
 // A locked agent: its token, and links that are signed with it.
 
-import { after, before, test } from "node:test";
+import { test } from "node:test";
 import assert from "node:assert/strict";
 import { e2b, openWith, refused, start } from "./agent.mjs";
 
 const { AuthenticationError } = e2b;
 const TOKEN = "a-token-for-the-tests-of-the-sdk";
 
-let agent, sandbox;
-before(async () => {
-  agent = await start("access", { accessToken: TOKEN });
-  sandbox = openWith(agent, TOKEN);
-});
-after(() => agent.stop());
+const agent = await start("access", { accessToken: TOKEN });
+const sandbox = openWith(agent, TOKEN);
 
 /** What somebody gets who has only the link. */
 async function followed(url, body) {

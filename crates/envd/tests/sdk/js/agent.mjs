@@ -11,6 +11,7 @@ import { spawn } from "node:child_process";
 import { chownSync, mkdirSync, readFileSync, writeFileSync } from "node:fs";
 import { createRequire } from "node:module";
 import { createInterface } from "node:readline";
+import { after } from "node:test";
 import { fileURLToPath } from "node:url";
 import assert from "node:assert/strict";
 
@@ -20,7 +21,7 @@ const NAMESPACES = ["--mount", "--propagation", "private", "--pid", "--fork", "-
 
 export const e2b = createRequire(`${process.env.MODULES}/package.json`)("e2b");
 
-/** Starts an agent, says the values of its /init, and gives its address and how to end it. */
+/** An agent for the tests of a file, which is told these values in its /init and ends after them: its address. */
 export async function start(name, values) {
   const state = `${process.env.STATE}/${name}`;
   mkdirSync(`${state}/home/user`, { recursive: true });
@@ -34,6 +35,10 @@ export async function start(name, values) {
     env: { ...process.env, STATE: state },
   });
   const ended = new Promise((resolve) => child.once("exit", resolve));
+  after(async () => {
+    child.kill("SIGKILL");
+    await ended;
+  });
   const [line] = await Promise.race([
     new Promise((resolve) => createInterface(child.stdout).once("line", (line) => resolve([line]))),
     ended.then((code) => assert.fail(`the agent ended with ${code}`)),
@@ -45,19 +50,24 @@ export async function start(name, values) {
     headers: { "content-type": "application/json" },
   });
   assert.equal(answer.status, 204);
-  const stop = async () => {
-    child.kill("SIGKILL");
-    await ended;
-  };
-  return { url, stop };
+  return url;
 }
 
 /** A sandbox of the SDK that is the agent behind an address. */
-export const open = ({ url }) => e2b.Sandbox.create({ debug: true, sandboxUrl: url });
+export const open = (sandboxUrl) => e2b.Sandbox.create({ debug: true, sandboxUrl });
 
 /** The same with a token, as the API hands it out with a sandbox. */
-export const openWith = ({ url }, envdAccessToken) =>
-  new e2b.Sandbox({ sandboxId: "debug_sandbox_id", envdVersion: "0.6.13", envdAccessToken, debug: true, sandboxUrl: url });
+export const openWith = (sandboxUrl, envdAccessToken) =>
+  new e2b.Sandbox({ sandboxId: "debug_sandbox_id", envdVersion: "0.6.13", envdAccessToken, debug: true, sandboxUrl });
+
+let directories = 0;
+/** A new directory of the user. */
+export async function directory({ files }) {
+  directories += 1;
+  const path = `/home/user/directory-${directories}`;
+  assert.equal(await files.makeDir(path), true);
+  return path;
+}
 
 /** Waits until the condition holds and gives what it gave. */
 export async function waitFor(what, condition) {

@@ -1,7 +1,7 @@
 // Programs: output, input, ends, and what is around them.
 
 import { createHash } from "node:crypto";
-import { after, before, test } from "node:test";
+import { test } from "node:test";
 import assert from "node:assert/strict";
 import { e2b, open, promised, refused, start, waitFor } from "./agent.mjs";
 
@@ -9,13 +9,8 @@ const { AuthenticationError, CommandExitError, InvalidArgumentError, NotFoundErr
 const NOBODY = 4_194_000;
 const numbers = (last) => Array.from({ length: last }, (_, index) => `${index + 1}\n`).join("");
 
-let agent, sandbox, commands;
-before(async () => {
-  agent = await start("commands", { envVars: { FROM_THE_TEMPLATE: "yes" } });
-  sandbox = await open(agent);
-  commands = sandbox.commands;
-});
-after(() => agent.stop());
+const sandbox = await open(await start("commands", { envVars: { FROM_THE_TEMPLATE: "yes" } }));
+const { commands } = sandbox;
 
 const background = (command, options) => commands.run(command, { background: true, ...options });
 

@@ -1,28 +1,14 @@
 // Whole files up and down, and the tree they are in.
 
-import { after, before, test } from "node:test";
+import { test } from "node:test";
 import assert from "node:assert/strict";
-import { e2b, everyByte, open, refused, start } from "./agent.mjs";
+import { directory, e2b, everyByte, open, refused, start } from "./agent.mjs";
 
 const { AuthenticationError, FileNotFoundError, FileType, InvalidArgumentError, NotFoundError, SandboxError } = e2b;
 const BYTES = everyByte(180_000);
 
-let agent, sandbox, files;
-before(async () => {
-  agent = await start("files");
-  sandbox = await open(agent);
-  files = sandbox.files;
-});
-after(() => agent.stop());
-
-/** A new directory of the user. */
-let made = 0;
-async function directory() {
-  made += 1;
-  const path = `/home/user/directory-${made}`;
-  assert.equal(await files.makeDir(path), true);
-  return path;
-}
+const sandbox = await open(await start("files"));
+const { files } = sandbox;
 
 async function gathered(stream) {
   const pieces = [];
@@ -42,7 +28,7 @@ const streamed = (bytes) =>
 const same = (found, expected) => assert.ok(Buffer.from(found).equals(Buffer.from(expected)), "other bytes");
 
 async function readInEveryFormat(options) {
-  const path = `${await directory()}/new/deep/file`;
+  const path = `${await directory(sandbox)}/new/deep/file`;
   for (const content of [BYTES.buffer, new Blob([BYTES]), streamed(BYTES)]) {
     const info = await files.write(path, content, options);
     assert.deepEqual([info.name, info.path, info.type], ["file", path, FileType.FILE]);
@@ -65,7 +51,7 @@ test("what is written raw is read in every format", () => readInEveryFormat({ us
 test("what is written compressed is read in every format", () => readInEveryFormat({ gzip: true }));
 
 test("a file without content is read in every format", async () => {
-  const path = `${await directory()}/empty`;
+  const path = `${await directory(sandbox)}/empty`;
   await files.write(path, "");
   assert.equal(await files.read(path), "");
   assert.equal((await files.read(path, { format: "bytes" })).length, 0);
@@ -74,7 +60,7 @@ test("a file without content is read in every format", async () => {
 });
 
 test("shorter content leaves no tail", async () => {
-  const path = `${await directory()}/file`;
+  const path = `${await directory(sandbox)}/file`;
   for (const content of ["a long first content", "short", ""]) {
     await files.write(path, content);
     assert.equal(await files.read(path), content);
@@ -82,7 +68,7 @@ test("shorter content leaves no tail", async () => {
 });
 
 async function manyAtOnce(options) {
-  const place = await directory();
+  const place = await directory(sandbox);
   const all = Array.from({ length: 30 }, (_, number) => ({
     path: `${place}/sub${number % 3}/ü ${number}.txt`,
     data: `content ${number}`,
@@ -99,7 +85,7 @@ test("many files in one form", () => manyAtOnce({}));
 test("many files, each raw", () => manyAtOnce({ useOctetStream: true }));
 
 test("a file belongs to who wrote it", async () => {
-  const place = await directory();
+  const place = await directory(sandbox);
   await files.write(`${place}/sub/file`, "12345");
   const file = await files.getInfo(`${place}/sub/file`);
   assert.deepEqual([file.owner, file.group, file.mode, file.permissions], ["user", "user", 0o644, "-rw-r--r--"]);
@@ -112,7 +98,7 @@ test("a file belongs to who wrote it", async () => {
 });
 
 test("relative paths begin at home", async () => {
-  const place = await directory();
+  const place = await directory(sandbox);
   const name = place.slice("/home/user/".length);
   for (const path of [`${name}/file`, `~/${name}/file`, `./${name}/../${name}/file`]) {
     await files.write(path, path);
@@ -121,7 +107,7 @@ test("relative paths begin at home", async () => {
 });
 
 test("what is missing is said to be", async () => {
-  const missing = `${await directory()}/missing`;
+  const missing = `${await directory(sandbox)}/missing`;
   for (const format of ["text", "bytes", "blob", "stream"]) {
     await refused(FileNotFoundError, files.read(missing, { format }));
   }
@@ -132,7 +118,7 @@ test("what is missing is said to be", async () => {
 });
 
 test("what is no file is not read, and what is no directory not listed", async () => {
-  const place = await directory();
+  const place = await directory(sandbox);
   await files.write(`${place}/file`, "");
   await refused(InvalidArgumentError, files.read(place));
   await refused(InvalidArgumentError, files.list(`${place}/file`));
@@ -148,7 +134,7 @@ test("an unknown user is refused", async () => {
 });
 
 test("directories are made once", async () => {
-  const place = await directory();
+  const place = await directory(sandbox);
   assert.equal(await files.makeDir(`${place}/a/b/c`), true);
   assert.equal(await files.makeDir(`${place}/a/b/c`), false);
   assert.equal((await files.getInfo(`${place}/a`)).owner, "user");
@@ -156,7 +142,7 @@ test("directories are made once", async () => {
 });
 
 test("a list goes as deep as asked", async () => {
-  const place = await directory();
+  const place = await directory(sandbox);
   await files.writeFiles(["b/c/d/e", "b/a", "a"].map((path) => ({ path: `${place}/${path}`, data: "" })));
   const listed = async (depth) => {
     const entries = await files.list(place, depth === undefined ? {} : { depth });
@@ -170,7 +156,7 @@ test("a list goes as deep as asked", async () => {
 });
 
 test("a link shows where it leads", async () => {
-  const place = await directory();
+  const place = await directory(sandbox);
   await files.write(`${place}/file`, "content");
   await sandbox.commands.run("ln -s file link; ln -s link again; ln -s / root; ln -s nowhere broken", { cwd: place });
   const again = await files.getInfo(`${place}/again`);
@@ -184,7 +170,7 @@ test("a link shows where it leads", async () => {
 });
 
 test("a move takes everything along", async () => {
-  const place = await directory();
+  const place = await directory(sandbox);
   await files.write(`${place}/from/sub/file`, "content");
   const info = await files.rename(`${place}/from`, `${place}/new/to`);
   assert.deepEqual([info.name, info.path, info.type], ["to", `${place}/new/to`, FileType.DIR]);
@@ -193,7 +179,7 @@ test("a move takes everything along", async () => {
 });
 
 test("remove takes a whole tree", async () => {
-  const place = await directory();
+  const place = await directory(sandbox);
   const all = Array.from({ length: 20 }, (_, number) => ({ path: `${place}/tree/${number}/${number}`, data: "" }));
   await files.writeFiles(all);
   await files.remove(`${place}/tree`);
@@ -207,7 +193,7 @@ test("files of proc have no size but a content", async () => {
 });
 
 test("metadata stays with a file", async (context) => {
-  const place = await directory();
+  const place = await directory(sandbox);
   const path = `${place}/file`;
   const kept = { author: "Ann", kind: "a b; c=d" };
   for (const useOctetStream of [false, true]) {

@@ -1,7 +1,7 @@
 // Terminals: size, input, ends, and coming back to one.
 
 import { createHash } from "node:crypto";
-import { after, before, test } from "node:test";
+import { test } from "node:test";
 import assert from "node:assert/strict";
 import { e2b, open, refused, start, waitFor } from "./agent.mjs";
 
@@ -9,13 +9,8 @@ const { CommandExitError, NotFoundError } = e2b;
 const NOBODY = 4_194_000;
 const bytes = (text) => new TextEncoder().encode(text);
 
-let agent, sandbox, pty;
-before(async () => {
-  agent = await start("pty");
-  sandbox = await open(agent);
-  pty = sandbox.pty;
-});
-after(() => agent.stop());
+const sandbox = await open(await start("pty"));
+const { pty } = sandbox;
 
 /** A terminal, or another look at one that is there, and what it printed since. */
 async function terminal(options = {}, attach) {

@@ -1,27 +1,14 @@
 // Watches: the counts the SDK's users rely on, and following a tree as it grows.
 
-import { after, before, test } from "node:test";
+import { test } from "node:test";
 import assert from "node:assert/strict";
-import { e2b, open, promised, refused, start, waitFor } from "./agent.mjs";
+import { directory, e2b, open, promised, refused, start, waitFor } from "./agent.mjs";
 
 const { FileNotFoundError, FilesystemEventType, FileType, InvalidArgumentError, TimeoutError } = e2b;
 const { CHMOD, CREATE, REMOVE, RENAME, WRITE } = FilesystemEventType;
 
-let agent, sandbox, files;
-before(async () => {
-  agent = await start("watch");
-  sandbox = await open(agent);
-  files = sandbox.files;
-});
-after(() => agent.stop());
-
-let made = 0;
-async function directory() {
-  made += 1;
-  const path = `/home/user/directory-${made}`;
-  await files.makeDir(path);
-  return path;
-}
+const sandbox = await open(await start("watch"));
+const { files } = sandbox;
 
 async function watch(path, options) {
   const events = [];
@@ -36,7 +23,7 @@ async function watch(path, options) {
 }
 
 test("a new file is three events", async () => {
-  const place = await directory();
+  const place = await directory(sandbox);
   const seen = await watch(place);
   await files.write(`${place}/file`, "content");
   await files.write(`${place}/last`, "content");
@@ -47,7 +34,7 @@ test("a new file is three events", async () => {
 });
 
 test("every kind of event", async () => {
-  const place = await directory();
+  const place = await directory(sandbox);
   const seen = await watch(place);
   await sandbox.commands.run("echo x > a; chmod 600 a; mv a b; rm b; mkdir last", { cwd: place });
   await seen.until(CREATE, "last");
@@ -59,7 +46,7 @@ test("every kind of event", async () => {
 });
 
 test("only the directory itself unless told otherwise", async () => {
-  const place = await directory();
+  const place = await directory(sandbox);
   await files.makeDir(`${place}/sub`);
   const seen = await watch(place);
   await files.write(`${place}/sub/file`, "content");
@@ -70,7 +57,7 @@ test("only the directory itself unless told otherwise", async () => {
 });
 
 test("a watch follows new directories", async () => {
-  const place = await directory();
+  const place = await directory(sandbox);
   const seen = await watch(place, { recursive: true });
   for (const path of ["one", "one/two", "one/two/three"]) {
     await files.makeDir(`${place}/${path}`);
@@ -82,7 +69,7 @@ test("a watch follows new directories", async () => {
 });
 
 test("a directory made and filled at once is not missed", async () => {
-  const place = await directory();
+  const place = await directory(sandbox);
   const seen = await watch(place, { recursive: true });
   for (let number = 0; number < 10; number += 1) {
     await sandbox.commands.run(`mkdir -p d${number}/e && touch d${number}/e/file`, { cwd: place });
@@ -92,7 +79,7 @@ test("a directory made and filled at once is not missed", async () => {
 });
 
 test("a directory moved in is followed", async () => {
-  const place = await directory();
+  const place = await directory(sandbox);
   await files.write(`${place}/outside/file`, "content");
   await files.makeDir(`${place}/watched`);
   const seen = await watch(`${place}/watched`, { recursive: true });
@@ -104,7 +91,7 @@ test("a directory moved in is followed", async () => {
 });
 
 test("an event can carry its entry", async () => {
-  const place = await directory();
+  const place = await directory(sandbox);
   const seen = await watch(place, { includeEntry: true });
   await files.write(`${place}/file`, "content");
   const { entry } = await seen.until(WRITE, "file");
@@ -116,7 +103,7 @@ test("an event can carry its entry", async () => {
 });
 
 test("a stopped watch says nothing more, and that it ended", async () => {
-  const place = await directory();
+  const place = await directory(sandbox);
   const ended = promised();
   const seen = await watch(place, { onExit: ended.fulfil });
   await files.write(`${place}/one`, "1");
@@ -133,12 +120,12 @@ test("a stopped watch says nothing more, and that it ended", async () => {
 
 test("a watch ends at its time limit", async () => {
   const ended = promised();
-  await watch(await directory(), { timeoutMs: 300, onExit: ended.fulfil });
+  await watch(await directory(sandbox), { timeoutMs: 300, onExit: ended.fulfil });
   assert.ok((await ended.promise) instanceof TimeoutError);
 });
 
 test("many events all arrive, in order", async () => {
-  const place = await directory();
+  const place = await directory(sandbox);
   const seen = await watch(place);
   await sandbox.commands.run("for n in $(seq 1 1500); do : > file$n; done", { cwd: place });
   await seen.until(CREATE, "file1500");
@@ -148,7 +135,7 @@ test("many events all arrive, in order", async () => {
 });
 
 test("what cannot be watched", async () => {
-  const place = await directory();
+  const place = await directory(sandbox);
   const nothing = () => {};
   await refused(FileNotFoundError, files.watchDir(`${place}/missing`, nothing));
   await files.write(`${place}/file`, "");
@@ -156,7 +143,7 @@ test("what cannot be watched", async () => {
 });
 
 test("network mounts may be allowed", async () => {
-  const place = await directory();
+  const place = await directory(sandbox);
   const seen = await watch(place, { allowNetworkMounts: true });
   await files.write(`${place}/file`, "");
   await seen.until(CREATE, "file");
