@@ -39,10 +39,7 @@ pub(crate) fn run(repository: &Repository, arguments: &[String]) -> Result<()> {
     step::announce("running the tests");
     let mut report = Report::beside(in_lab);
     follow(&mut command, &mut report)?;
-    dependencies::give(repository, &Cache::open()?)?;
-    println!("\n{report}");
-    ensure!(report.is_good(), "tests failed");
-    Ok(())
+    conclude(repository, &report)
 }
 
 /// Runs all tests with their full counts and writes what they say about it to bench/SOAK.md.
@@ -60,15 +57,20 @@ pub(crate) fn soak(repository: &Repository, arguments: &[String]) -> Result<()> 
     step::announce("running the tests");
     let mut report = Report::default();
     follow(&mut command, &mut report)?;
-    dependencies::give(repository, &Cache::open()?)?;
     let path = repository.path("bench/SOAK.md");
     let before = fs::read_to_string(&path).unwrap_or_default();
     let run = Run { commit: commit.trim(), arguments, counts: report.to_string(), said: &report.soak };
     fs::write(&path, soak_report::after(&before, &run))
         .with_context(|| format!("writing {}", path.display()))?;
+    conclude(repository, &report)
+}
+
+/// Says how it went. That compiled dependencies cannot be shared hides no failure.
+fn conclude(repository: &Repository, report: &Report) -> Result<()> {
     println!("\n{report}");
+    let shared = Cache::open().and_then(|cache| dependencies::give(repository, &cache));
     ensure!(report.is_good(), "tests failed");
-    Ok(())
+    shared
 }
 
 fn prepare(repository: &Repository, arguments: &[String]) -> Result<Command> {
@@ -86,13 +88,18 @@ fn prepare(repository: &Repository, arguments: &[String]) -> Result<Command> {
     Ok(command)
 }
 
-/// What of the arguments is for cargo, and what for the test programs. Without a package it is all of them.
+/// What of the arguments is for cargo, and what for the test programs. Where they name no package it is all of them.
 fn split(arguments: &[String]) -> (Vec<String>, &[String]) {
     let (for_cargo, for_tests) = match arguments.iter().position(|argument| argument == "--") {
         Some(at) => (&arguments[..at], &arguments[at + 1..]),
         None => (arguments, &[][..]),
     };
-    let names_package = for_cargo.iter().any(|argument| matches!(argument.as_str(), "-p" | "--package"));
+    // With a value behind them or in them; and cargo does not want to be told twice that it is all of them.
+    let names = |argument: &String| {
+        let word = argument.split('=').next().unwrap_or_default();
+        word.starts_with("-p") || matches!(word, "--package" | "--workspace" | "--all")
+    };
+    let names_package = for_cargo.iter().any(names);
     let workspace = (!names_package).then(|| "--workspace".to_owned());
     (workspace.into_iter().chain(for_cargo.iter().cloned()).collect(), for_tests)
 }
@@ -140,12 +147,12 @@ pub(crate) struct Report {
 }
 
 impl Report {
-    /// A report that goes on counting after that of the lab.
+    /// A report that goes on counting after that of the lab. What was skipped there is counted by what becomes of it here.
     fn beside(lab: Option<Self>) -> Self {
-        let Some(Self { passed, failed, ignored, skipped, names, soak, .. }) = lab else {
+        let Some(Self { passed, failed, skipped, names, soak, .. }) = lab else {
             return Self::default();
         };
-        Self { passed, failed, ignored, skipped, in_lab: names, soak, ..Self::default() }
+        Self { passed: passed.saturating_sub(skipped), failed, in_lab: names, soak, ..Self::default() }
     }
 
     /// Notes that the run failed. If no test did, something did not compile, or a program ended before it could count.
@@ -273,18 +280,33 @@ test result: ok. 1 passed; 0 failed; 0 ignored; 0 measured; 0 filtered out; fini
         let mut lab = Report::default();
         for line in [
             "test a::one ... ok",
+            "test a::two ... ok",
             "test a::six ... ok",
             "successes:",
+            "---- a::two stdout ----",
+            "skipped: not there, and it passes here",
             "---- a::six stdout ----",
-            "skipped: not even here",
-            "test result: ok. 2 passed; 0 failed; 0 ignored; 0 measured",
+            "skipped: not even there",
+            "test result: ok. 3 passed; 0 failed; 0 ignored; 0 measured",
         ] {
             lab.line(line);
         }
-        assert_eq!(lab.to_string(), "1 passed, 0 failed, 1 skipped");
+        assert_eq!(lab.to_string(), "1 passed, 0 failed, 2 skipped");
         let mut report = Report::beside(Some(lab));
-        let shown: Vec<String> = OUTPUT.lines().filter_map(|line| report.line(line)).collect();
-        assert!(shown.contains(&"ran in the lab: a::one".to_owned()), "{shown:#?}");
+        let mut shown: Vec<String> = OUTPUT.lines().filter_map(|line| report.line(line)).collect();
+        assert_eq!(report.to_string(), "3 passed, 1 failed, 1 skipped", "{report:?}");
+        for line in [
+            "test a::six ... ok",
+            "successes:",
+            "---- a::six stdout ----",
+            "skipped: nor here",
+            "test result: ok. 1 passed; 0 failed; 0 ignored; 0 measured",
+        ] {
+            shown.extend(report.line(line));
+        }
+        for line in ["ran in the lab: a::one", "skipped a::six: nor here"] {
+            assert!(shown.contains(&line.to_owned()), "{shown:#?}");
+        }
         assert_eq!(report.to_string(), "3 passed, 1 failed, 2 skipped", "{report:?}");
         assert!(Report::beside(None).is_good() && !report.is_good());
     }
@@ -295,6 +317,10 @@ test result: ok. 1 passed; 0 failed; 0 ignored; 0 measured; 0 filtered out; fini
         let arguments = words("-p envd --test files -- --nocapture name");
         assert_eq!(split(&arguments), (words("-p envd --test files"), &words("--nocapture name")[..]));
         assert_eq!(split(&words("name")), (words("--workspace name"), &[][..]));
+        for named in ["-penvd", "--package=envd", "--workspace --lib", "--all"] {
+            assert_eq!(split(&words(named)), (words(named), &[][..]));
+        }
+        assert_eq!(split(&words("--lib --profile=x")).0, words("--workspace --lib --profile=x"));
     }
 
     #[test]
