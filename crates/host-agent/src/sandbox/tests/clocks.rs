@@ -10,8 +10,8 @@ use tokio::{
 use wrenn_types::{EndReason, InactivityTimeout, SandboxId, TimeoutAction};
 
 use super::{
-    Extent, Ground, Stage, Verb, Vm, World,
-    lives::{RESUME, ask, end, live},
+    Extent, Stage, Verb, Vm,
+    lives::{RESUME, ask, end, live_alone},
     world::{spec, wall},
 };
 use crate::{
@@ -60,9 +60,7 @@ fn exact(found: Instant, expected: Instant) {
 /// neither does its end, nor whoever asks how the sandbox is.
 #[test]
 fn every_byte_is_activity_and_an_open_connection_is_not() {
-    let ground = Ground::new();
-    let world = World::new(&ground);
-    live(&world, async |registry| {
+    live_alone(async |world, registry| {
         let handle = created(&registry, |settings| settings.timeout = idle(60)).await;
         let ((mut caller, ours), (theirs, mut guest)) = (duplex(64), duplex(64));
         let ((from_caller, to_caller), (from_guest, to_guest)) = (split(ours), split(theirs));
@@ -89,15 +87,13 @@ fn every_byte_is_activity_and_an_open_connection_is_not() {
         carried_up.and(carried_down).unwrap();
         exact(when(&handle, |status| status.stage != Stage::Running).await, last + seconds(60));
         assert_eq!(handle.settled().await.stage, Stage::Paused);
-        end(&world, &registry).await;
+        end(world, &registry).await;
     });
 }
 
 #[test]
 fn a_pause_for_inactivity_that_fails_is_told_and_done_later() {
-    let ground = Ground::new();
-    let world = World::new(&ground);
-    live(&world, async |registry| {
+    live_alone(async |world, registry| {
         let handle = created(&registry, |settings| settings.timeout = idle(60)).await;
         let begun = Instant::now();
         world.fake.fail_next(Vm::Snapshot);
@@ -115,15 +111,13 @@ fn a_pause_for_inactivity_that_fails_is_told_and_done_later() {
         let paused = when(&handle, |status| status.stage == Stage::Paused).await;
         exact(paused, failed + seconds(60));
         assert_eq!(handle.status().last_failure, None);
-        end(&world, &registry).await;
+        end(world, &registry).await;
     });
 }
 
 #[test]
 fn a_pause_at_a_deadline_that_fails_is_told_and_tried_again() {
-    let ground = Ground::new();
-    let world = World::new(&ground);
-    live(&world, async |registry| {
+    live_alone(async |world, registry| {
         let (begun, asked) = (Instant::now(), deadline(seconds(100), PAUSE));
         let handle = created(&registry, |settings| settings.deadline = asked).await;
         world.fake.fail_next(Vm::Snapshot);
@@ -151,22 +145,20 @@ fn a_pause_at_a_deadline_that_fails_is_told_and_tried_again() {
         ask(&handle, RESUME).await.unwrap();
         tokio::time::sleep(seconds(10_000)).await;
         assert_eq!(handle.stage(), Stage::Running);
-        end(&world, &registry).await;
+        end(world, &registry).await;
     });
 }
 
 #[test]
 fn a_deadline_that_kills_ends_what_is_paused() {
-    let ground = Ground::new();
-    let world = World::new(&ground);
-    live(&world, async |registry| {
+    live_alone(async |world, registry| {
         let (begun, asked) = (Instant::now(), deadline(seconds(1000), KILL));
         let handle = created(&registry, |settings| settings.deadline = asked).await;
         ask(&handle, Verb::Pause(Extent::Machine)).await.unwrap();
         let stopped = when(&handle, |status| status.stage == Stage::Stopped).await;
         exact(stopped, begun + seconds(1000));
         assert_eq!(handle.status().end.unwrap().reason, EndReason::Deadline);
-        end(&world, &registry).await;
+        end(world, &registry).await;
     });
 }
 
@@ -174,9 +166,7 @@ fn a_deadline_that_kills_ends_what_is_paused() {
 #[test]
 fn with_thousands_each_clock_is_exact() {
     const COUNT: u64 = 2000;
-    let ground = Ground::new();
-    let world = World::new(&ground);
-    live(&world, async |registry| {
+    live_alone(async |_, registry| {
         // It makes the template's snapshot, for which the others would wait.
         created(&registry, |_| {}).await;
         let lives = (0..COUNT).map(|number| {

@@ -6,7 +6,7 @@ use wrenn_vmm::ExitReason;
 
 use super::{
     Extent, Ground, RequestError, Stage, Verb, Vm, World,
-    lives::{RESUME, ask, created, end, live},
+    lives::{RESUME, ask, created, end, live, live_alone},
     quiet,
 };
 use crate::sandbox::{driver, queue::Denied};
@@ -24,9 +24,7 @@ fn table() -> [(ExitReason, EndReason, &'static str); 5] {
 
 #[test]
 fn each_end_of_a_machine_has_its_reason() {
-    let ground = Ground::new();
-    let world = World::new(&ground);
-    live(&world, async |registry| {
+    live_alone(async |world, registry| {
         for (exit, reason, words) in table() {
             let handle = created(&registry).await;
             let [machine] = &world.machines(&handle.spec().id)[..] else { panic!("not one machine") };
@@ -40,7 +38,7 @@ fn each_end_of_a_machine_has_its_reason() {
             let late = ask(&handle, Verb::Pause(Extent::Machine)).await.unwrap_err();
             assert!(matches!(late, RequestError::Denied(Denied::Ended)), "{late:?}");
         }
-        end(&world, &registry).await;
+        end(world, &registry).await;
     });
 }
 
@@ -66,9 +64,7 @@ fn a_machine_that_does_not_stop_keeps_its_slot() {
 /// It is the sandbox until all of it is saved, and nothing of it any more after that.
 #[test]
 fn a_machine_that_ends_while_it_is_saved_has_crashed_unless_all_is_saved() {
-    let ground = Ground::new();
-    let world = World::new(&ground);
-    live(&world, async |registry| {
+    live_alone(async |world, registry| {
         let handle = created(&registry).await;
         world.fake.crash_after(Vm::Pause);
         let told = ask(&handle, Verb::Pause(Extent::Machine)).await;
@@ -80,7 +76,7 @@ fn a_machine_that_ends_while_it_is_saved_has_crashed_unless_all_is_saved() {
         ask(&handle, Verb::Pause(Extent::Machine)).await.unwrap();
         ask(&handle, RESUME).await.unwrap();
         assert_eq!(handle.stage(), Stage::Running);
-        end(&world, &registry).await;
+        end(world, &registry).await;
     });
 }
 

@@ -7,8 +7,8 @@ use std::{fs, process::Command};
 use wrenn_types::SnapshotId;
 
 use super::{
-    Extent, Ground, Verb, World,
-    lives::{RESUME, ask, created, end, live},
+    Extent, Verb,
+    lives::{RESUME, ask, created, end, live_alone},
     quiet,
 };
 use crate::{registry::Registry, sandbox::Handle};
@@ -71,9 +71,7 @@ fn many_pauses_and_resumes_leave_nothing_open() {
         assert!(output.status.success() && said.contains("1 passed"), "{said}\n{failed}");
         return;
     }
-    let ground = Ground::new();
-    let world = World::new(&ground);
-    live(&world, async |registry| {
+    live_alone(async |world, registry| {
         let handle = created(&registry).await;
         for number in 0..WARM {
             round(&registry, &handle, number).await;
@@ -94,6 +92,6 @@ fn many_pauses_and_resumes_leave_nothing_open() {
         assert!(after.files.len() <= before.files.len(), "{before:#?}\n{after:#?}");
         assert!(after.threads <= before.threads + THREADS, "{} and {}", before.threads, after.threads);
         assert_eq!((before.children, after.children), (0, 0));
-        end(&world, &registry).await;
+        end(world, &registry).await;
     });
 }

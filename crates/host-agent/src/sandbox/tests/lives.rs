@@ -26,6 +26,13 @@ pub(super) fn live<T>(world: &World<'_>, life: impl AsyncFnOnce(Registry) -> T) 
     outcome
 }
 
+/// The same in a world of its own.
+pub(super) fn live_alone(life: impl AsyncFnOnce(&World<'_>, Registry)) {
+    let ground = Ground::new();
+    let world = World::new(&ground);
+    live(&world, async |registry| life(&world, registry).await);
+}
+
 pub(super) async fn created(registry: &Registry) -> Handle {
     let handle = registry.create(spec(SandboxId::random(), None)).unwrap();
     assert_eq!(handle.settled().await.stage, Stage::Running);
@@ -49,9 +56,7 @@ pub(super) async fn end(world: &World<'_>, registry: &Registry) {
 /// Half a minute was all that a restore had, whatever there was to be written into the machine.
 #[test]
 fn a_restore_has_time_for_its_pages_and_no_more() {
-    let ground = Ground::new();
-    let world = World::new(&ground);
-    live(&world, async |registry| {
+    live_alone(async |world, registry| {
         let handle = created(&registry).await;
         let [machine] = &world.machines(&handle.spec().id)[..] else { panic!("not one machine") };
         for page in 100..100 + (60 << 20) / 4096 {
@@ -73,7 +78,7 @@ fn a_restore_has_time_for_its_pages_and_no_more() {
 
         world.fake.delay(Vm::Restore, bound - Duration::from_secs(1));
         ask(&handle, RESUME).await.unwrap();
-        end(&world, &registry).await;
+        end(world, &registry).await;
     });
 }
 
@@ -136,9 +141,7 @@ fn a_disk_that_takes_its_time_for_the_record_of_a_resume_holds_nobody_else_up() 
 /// It was tried again only after something else had happened to the sandbox.
 #[test]
 fn layers_that_could_not_be_made_one_are_when_nothing_else_happens() {
-    let ground = Ground::new();
-    let world = World::new(&ground);
-    live(&world, async |registry| {
+    live_alone(async |world, registry| {
         let handle = created(&registry).await;
         world.fake.fail_next(Vm::StreamDisk);
         let store = &registry.host().snapshots;
@@ -151,7 +154,7 @@ fn layers_that_could_not_be_made_one_are_when_nothing_else_happens() {
         assert!(layers() > 8, "{} layers", layers());
         tokio::time::sleep(Duration::from_secs(60)).await;
         assert_eq!(layers(), 1);
-        end(&world, &registry).await;
+        end(world, &registry).await;
     });
 }
 

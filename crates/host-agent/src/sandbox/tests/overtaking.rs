@@ -8,7 +8,7 @@ use wrenn_types::SnapshotId;
 
 use super::{
     Call, DESTROY_BOUND, Extent, Ground, Manner, RequestError, Stage, Verb, Vm, World,
-    lives::{RESUME, ask, created, end, live},
+    lives::{RESUME, ask, created, end, live, live_alone},
     quiet, record,
 };
 use crate::{
@@ -118,9 +118,7 @@ fn a_destroy_overtakes_a_machine_that_does_not_let_itself_be_taken_over() {
 /// Ten minutes was what a destroy waited at most for a disk of many layers, before the capture began.
 #[test]
 fn a_destroy_overtakes_the_streaming_of_layers() {
-    let ground = Ground::new();
-    let world = World::new(&ground);
-    live(&world, async |registry| {
+    live_alone(async |world, registry| {
         let handle = created(&registry).await;
         world.fake.delay(Vm::StreamDisk, FOR_EVER);
         let store = registry.host().snapshots.clone();
@@ -129,7 +127,7 @@ fn a_destroy_overtakes_the_streaming_of_layers() {
             ask(&handle, Verb::Snapshot { into: into.clone() }).await.unwrap();
             store.delete(&into).unwrap();
         }
-        overtake(&world, &registry, &handle, saved()).await;
+        overtake(world, &registry, &handle, saved()).await;
     });
 }
 
@@ -173,9 +171,7 @@ fn a_destroy_overtakes_a_disk_that_hangs() {
 /// nobody writes.
 #[test]
 fn a_snapshot_that_the_disk_keeps_is_not_waited_for_for_ever() {
-    let ground = Ground::new();
-    let world = World::new(&ground);
-    live(&world, async |registry| {
+    live_alone(async |world, registry| {
         let handle = created(&registry).await;
         let into = SnapshotId::random();
         ask(&handle, Verb::Snapshot { into: into.clone() }).await.unwrap();
@@ -205,7 +201,7 @@ fn a_snapshot_that_the_disk_keeps_is_not_waited_for_for_ever() {
         std::fs::write(&manifest, &text).unwrap();
         ask(&handle, rollback).await.unwrap();
         registry.host().snapshots.delete(&into).unwrap();
-        end(&world, &registry).await;
+        end(world, &registry).await;
     });
 }
 

@@ -5,7 +5,7 @@ use wrenn_vmm::Vmm as _;
 
 use super::{
     CONTENT, Call, Extent, Ground, Manner, RequestError, Stage, Verb, World,
-    lives::{RESUME, ask, created, end, live},
+    lives::{RESUME, ask, created, end, live, live_alone},
     world::spec,
 };
 use crate::sandbox::{Handle, bring_up::BringUpError, driver::OperationError, source::SourceError};
@@ -22,9 +22,7 @@ async fn refused(handle: &Handle, verb: Verb) -> (SourceError, String) {
 
 #[test]
 fn what_did_not_stand_still_is_resumed_and_nothing_else() {
-    let ground = Ground::new();
-    let world = World::new(&ground);
-    live(&world, async |registry| {
+    live_alone(async |world, registry| {
         let store = registry.host().snapshots.clone();
         let handle = created(&registry).await;
         world.guests.fail_next(Call::Prepare, Manner::Refuse);
@@ -56,7 +54,7 @@ fn what_did_not_stand_still_is_resumed_and_nothing_else() {
         let child = registry.create(spec(SandboxId::random(), Some(into.clone()))).unwrap();
         assert_eq!(child.settled().await.stage, Stage::Running);
         store.delete(&into).unwrap();
-        end(&world, &registry).await;
+        end(world, &registry).await;
     });
 }
 
