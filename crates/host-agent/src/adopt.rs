@@ -117,7 +117,7 @@ pub async fn take_stock(
 ) -> Result<Stock, CollectError> {
     let mut stock = examine(instance, snapshots, sandboxes_dir)?;
     let mark = Host::machine_mark(instance);
-    let ended = machine::end_uncontrolled(&mark, |name| stock.keeps(&mark, name)).await;
+    let ended = machine::end_marked(&mark, |name| stock.keeps(&mark, name)).await;
     stock.ended = ended.map_err(CollectError::Machines)?;
     limits.keep_only(|name| stock.machines.contains(&format!("{mark}{name}")));
     stock.clear(machines_dir)?;

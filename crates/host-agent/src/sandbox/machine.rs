@@ -89,7 +89,7 @@ impl Machine {
 ///
 /// # Errors
 /// Processes cannot be looked for, or one is stuck in the kernel: those after it may live.
-pub(crate) async fn end_uncontrolled(mark: &str, mut keeps: impl FnMut(&str) -> bool) -> io::Result<usize> {
+pub(crate) async fn end_marked(mark: &str, mut keeps: impl FnMut(&str) -> bool) -> io::Result<usize> {
     let mut ended = 0;
     for machine in find_by_argument(&format!("guest={mark}"))? {
         let name = machine.argument.strip_prefix("guest=").unwrap_or(&machine.argument);

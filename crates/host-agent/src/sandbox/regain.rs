@@ -131,7 +131,7 @@ pub async fn regain(host: &Arc<Host>, ledger: &Arc<Ledger>) -> Result<Up, Regain
 pub async fn end_uncontrolled(host: &Host, record: &Record) -> io::Result<()> {
     let Some(machine) = &record.machine else { return Ok(()) };
     let name = Host::machine_name(&host.instance, &record.id, &machine.name);
-    machine::end_uncontrolled(&name, |_| false).await?;
+    machine::end_marked(&name, |_| false).await?;
     remove_run_dir(&host.run_dir(&machine.name));
     host.limits.end(&record.id, &machine.name);
     Ok(())
