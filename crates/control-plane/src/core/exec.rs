@@ -62,16 +62,19 @@ impl Session {
         self.pid
     }
 
-    /// The next thing that happens; none after the end. May be dropped between polls.
-    pub(crate) async fn next(&mut self) -> Result<Option<ProcessEvent>, CoreError> {
+    /// The next thing that happens, up to its end. May be dropped between polls.
+    ///
+    /// # Errors
+    /// What the guest says, or that it says nothing more.
+    pub(crate) async fn next(&mut self) -> Result<ProcessEvent, CoreError> {
         match self.stream.next().await {
             Ok(Some(event)) => {
                 self.ended |= matches!(event, ProcessEvent::Ended(_));
-                Ok(Some(event))
+                Ok(event)
             }
             Ok(None) => {
-                self.ended = true;
-                Ok(None)
+                let lost = "the stream of a process ended before it did".into();
+                Err(guest::GuestError::Lost(lost).into())
             }
             Err(error) => Err(self.core.explain(&self.caller, &self.id, error).await),
         }
@@ -248,17 +251,14 @@ impl Core {
         let mut stdout = Output::default();
         let mut stderr = Output::default();
         let follow = async {
-            while let Some(event) = session.next().await? {
-                match event {
+            loop {
+                match session.next().await? {
                     ProcessEvent::Stdout(piece) => stdout.keep(&piece),
                     ProcessEvent::Stderr(piece) | ProcessEvent::Terminal(piece) => stderr.keep(&piece),
-                    ProcessEvent::Ended(end) => return Ok(end),
+                    ProcessEvent::Ended(end) => return Ok::<_, CoreError>(end),
                     ProcessEvent::Started { .. } => {}
                 }
             }
-            Err(CoreError::from(guest::GuestError::Lost(
-                "the stream of a process ended before it did".into(),
-            )))
         };
         // The input is fed while the output is read: a command may write before it has read everything. One
         // that ends without reading it is no error.

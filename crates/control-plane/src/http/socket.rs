@@ -1,4 +1,4 @@
-//! What the WebSockets share: sending within a bound, reading frames, and a proper end.
+//! What the WebSockets share: sending within a bound, reading frames, the two halves of a conversation, and a proper end.
 
 use std::time::Duration;
 
@@ -10,6 +10,10 @@ use futures::{
 use serde::Serialize;
 
 use super::error::{ApiError, Parts, log};
+use crate::{
+    core::{Core, CoreError},
+    guest::GuestError,
+};
 
 /// How long a client may take to read a frame. Output waits for the client until then, and the process
 /// waits for its output to be taken: nothing is dropped.
@@ -22,6 +26,27 @@ pub(super) const MESSAGE: usize = 4 << 20;
 /// The client has gone.
 #[derive(Debug)]
 pub(super) struct Gone;
+
+/// Why what happens to a process is not shown any more, before its end was.
+#[derive(Debug)]
+pub(super) enum Broken {
+    /// Nobody looks.
+    Gone,
+    /// It is to be told to the client.
+    Failed(CoreError),
+}
+
+impl From<Gone> for Broken {
+    fn from(Gone: Gone) -> Self {
+        Self::Gone
+    }
+}
+
+impl From<CoreError> for Broken {
+    fn from(error: CoreError) -> Self {
+        Self::Failed(error)
+    }
+}
 
 /// The sending half.
 pub(super) struct Sender(SplitSink<WebSocket, Message>);
@@ -78,6 +103,28 @@ impl Receiver {
     pub(super) async fn first(&mut self) -> Option<Said> {
         tokio::time::timeout(FIRST_FRAME, self.next()).await.unwrap_or(None)
     }
+}
+
+/// A conversation about a process: `show` tells the client what happens to it, `listen` passes on what the client says.
+/// The first of them that ends ends both. Answers what the client is to be told then.
+pub(super) async fn both(
+    core: &Core,
+    show: impl Future<Output = Result<(), Broken>>,
+    listen: impl Future<Output = Result<(), CoreError>>,
+) -> Option<CoreError> {
+    tokio::select! {
+        shown = show => match shown {
+            Err(Broken::Failed(error)) => Some(error),
+            Ok(()) | Err(Broken::Gone) => None,
+        },
+        heard = listen => heard.err(),
+        () = core.stopping() => Some(CoreError::TooMany("the server is stopping")),
+    }
+}
+
+/// Whether a guest did not say what became of what it was sent: then nothing after it may be read as if it were there.
+pub(super) fn is_lost(error: &CoreError) -> bool {
+    matches!(error, CoreError::Guest(error) if !matches!(error, GuestError::Refused { .. }))
 }
 
 /// The parts of an error that is told over the socket, logged as a REST answer would be.

@@ -4,7 +4,7 @@
 //! says to the process. When the first ends, the command has ended; when the second ends, the client has
 //! gone, or what it said could not be passed on, and a command that was started here is killed.
 
-use std::{sync::Arc, time::Duration};
+use std::{pin::pin, sync::Arc, time::Duration};
 
 use axum::{
     extract::{
@@ -21,12 +21,12 @@ use wrenn_api::{
 use super::{
     error::{ApiError, Errors},
     extract::{Id, Process, parse_json},
-    socket::{Gone, MESSAGE, Receiver, Said, Sender, split, told},
+    socket::{Broken, MESSAGE, Receiver, Said, Sender, both, is_lost, split, told},
     text::Utf8Pieces,
 };
 use crate::{
     core::{Caller, Control, Core, CoreError, Session, spec},
-    guest::{GuestError, Input, ProcessEvent, Signal},
+    guest::{Input, ProcessEvent, Signal},
 };
 
 /// How long a command has between SIGTERM and SIGKILL.
@@ -138,27 +138,13 @@ async fn converse(
         ping: core.bounds.ping,
     };
     let show = async {
-        let shown = tokio::select! {
-            shown = output.show(&mut session, sender) => shown,
-            () = expired(timeout) => Ok(Err(CoreError::CommandTimedOut(timeout.unwrap_or_default()))),
-            () = core.stopping() => Ok(Err(CoreError::TooMany("the server is stopping"))),
-        };
-        if let Ok(Err(error)) = shown {
-            refuse(sender, error.into()).await;
-        }
+        let timeout = timeout.unwrap_or(Duration::MAX);
+        let shown = tokio::time::timeout(timeout, output.show(&mut session, sender)).await;
+        shown.unwrap_or_else(|_| Err(CoreError::CommandTimedOut(timeout).into()))
     };
-    tokio::select! {
-        () = show => {}
-        heard = listen(control, receiver, owned) => if let Err(error) = heard {
-            refuse(sender, error.into()).await;
-        }
-    }
-}
-
-async fn expired(timeout: Option<Duration>) {
-    match timeout {
-        Some(timeout) => tokio::time::sleep(timeout).await,
-        None => std::future::pending().await,
+    let broken = both(core, pin!(show), pin!(listen(control, receiver, owned))).await;
+    if let Some(error) = broken {
+        refuse(sender, error.into()).await;
     }
 }
 
@@ -172,33 +158,29 @@ struct Written {
 }
 
 impl Written {
-    async fn show(
-        &mut self,
-        session: &mut Session,
-        sender: &mut Sender,
-    ) -> Result<Result<(), CoreError>, Gone> {
+    async fn show(&mut self, session: &mut Session, sender: &mut Sender) -> Result<(), Broken> {
         sender.json(&ExecServerFrame::Start { pid: session.pid() }).await?;
         let mut ping = tokio::time::interval_at(tokio::time::Instant::now() + self.ping, self.ping);
         loop {
             let event = tokio::select! {
-                event = session.next() => event,
+                event = session.next() => event?,
                 _ = ping.tick() => {
                     sender.send(Message::Ping(bytes::Bytes::new())).await?;
                     continue;
                 }
             };
             match event {
-                Ok(Some(ProcessEvent::Stdout(piece) | ProcessEvent::Terminal(piece))) => {
+                ProcessEvent::Stdout(piece) | ProcessEvent::Terminal(piece) => {
                     if let Some(data) = text(self.encoding, &mut self.stdout, &piece) {
                         sender.json(&ExecServerFrame::Stdout { data }).await?;
                     }
                 }
-                Ok(Some(ProcessEvent::Stderr(piece))) => {
+                ProcessEvent::Stderr(piece) => {
                     if let Some(data) = text(self.encoding, &mut self.stderr, &piece) {
                         sender.json(&ExecServerFrame::Stderr { data }).await?;
                     }
                 }
-                Ok(Some(ProcessEvent::Ended(end))) => {
+                ProcessEvent::Ended(end) => {
                     if let Some(data) = self.stdout.finish() {
                         sender.json(&ExecServerFrame::Stdout { data }).await?;
                     }
@@ -207,14 +189,9 @@ impl Written {
                     }
                     let (exit_code, status) = (end.exit_code, end.status);
                     sender.json(&ExecServerFrame::Exit { exit_code, status }).await?;
-                    return Ok(Ok(()));
+                    return Ok(());
                 }
-                Ok(Some(ProcessEvent::Started { .. })) => {}
-                Ok(None) => {
-                    let lost = "the stream of a process ended before it did".into();
-                    return Ok(Err(GuestError::Lost(lost).into()));
-                }
-                Err(error) => return Ok(Err(error)),
+                ProcessEvent::Started { .. } => {}
             }
         }
     }
@@ -262,15 +239,15 @@ async fn listen(control: Control, mut receiver: Receiver, owned: bool) -> Result
 /// What became of input. That a process takes none, because it has ended or has closed it, is no error.
 fn taken(outcome: Result<(), CoreError>) -> Result<(), CoreError> {
     match outcome {
-        Err(CoreError::Guest(GuestError::Refused { .. })) => Ok(()),
-        outcome => outcome,
+        Err(error) if is_lost(&error) => Err(error),
+        Ok(()) | Err(_) => Ok(()),
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::guest::Refusal;
+    use crate::guest::{GuestError, Refusal};
 
     #[test]
     fn input_that_may_be_lost_ends_the_session_and_input_that_nobody_reads_does_not() {

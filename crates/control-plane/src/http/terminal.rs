@@ -16,7 +16,7 @@
 //! handshake tells them apart. So the newer, binary one is the default, and the older one is chosen by base
 //! path: `/api/legacy`. What is typed is understood in both on both.
 
-use std::{sync::Arc, time::Duration};
+use std::{pin::pin, sync::Arc, time::Duration};
 
 use axum::{
     Extension,
@@ -34,11 +34,11 @@ use wrenn_api::{
 use super::{
     error::{ApiError, Errors},
     extract::{Id, parse_json},
-    socket::{Gone, MESSAGE, Receiver, Said, Sender, split, told},
+    socket::{Broken, MESSAGE, Receiver, Said, Sender, both, is_lost, split, told},
 };
 use crate::{
     core::{Caller, Control, Core, CoreError, Session, random_tag, spec},
-    guest::{GuestError, Input, ProcessEvent, Selector, Signal},
+    guest::{Input, ProcessEvent, Selector, Signal},
 };
 
 /// How long a program may take to read what was typed.
@@ -131,21 +131,11 @@ async fn converse(
     let control = session.control();
     // What the listening half has to say goes over the one sender.
     let (notes, heard) = tokio::sync::mpsc::channel(4);
-    let show_all = async {
-        let shown = tokio::select! {
-            shown = show(&mut session, tag, sender, heard, dialect, core.bounds.ping) => shown,
-            () = core.stopping() => Ok(Err(CoreError::TooMany("the server is stopping"))),
-        };
-        if let Ok(Err(error)) = shown {
-            refuse(sender, error.into()).await;
-        }
-    };
-    tokio::select! {
-        () = show_all => {}
-        // The client has gone; the process stays, to be connected to again.
-        heard = listen(control, receiver, notes) => if let Err(error) = heard {
-            refuse(sender, error.into()).await;
-        }
+    let show = show(&mut session, tag, sender, heard, dialect, core.bounds.ping);
+    // When the client has gone, the process stays, to be connected to again.
+    let broken = both(core, pin!(show), pin!(listen(control, receiver, notes))).await;
+    if let Some(error) = broken {
+        refuse(sender, error.into()).await;
     }
 }
 
@@ -156,12 +146,12 @@ async fn show(
     mut heard: tokio::sync::mpsc::Receiver<TerminalServerFrame>,
     dialect: Dialect,
     every: Duration,
-) -> Result<Result<(), CoreError>, Gone> {
+) -> Result<(), Broken> {
     sender.json(&TerminalServerFrame::Started { tag, pid: session.pid() }).await?;
     let mut ping = tokio::time::interval_at(tokio::time::Instant::now() + every, every);
     loop {
         let event = tokio::select! {
-            event = session.next() => event,
+            event = session.next() => event?,
             Some(note) = heard.recv() => {
                 sender.json(&note).await?;
                 continue;
@@ -172,25 +162,20 @@ async fn show(
             }
         };
         match event {
-            Ok(Some(
-                ProcessEvent::Terminal(bytes) | ProcessEvent::Stdout(bytes) | ProcessEvent::Stderr(bytes),
-            )) => match dialect {
-                Dialect::Binary => sender.send(Message::Binary(bytes)).await?,
-                Dialect::Json => {
-                    let data = Encoding::Base64.encode(&bytes);
-                    sender.json(&TerminalServerFrame::Output { data }).await?;
+            ProcessEvent::Terminal(bytes) | ProcessEvent::Stdout(bytes) | ProcessEvent::Stderr(bytes) => {
+                match dialect {
+                    Dialect::Binary => sender.send(Message::Binary(bytes)).await?,
+                    Dialect::Json => {
+                        let data = Encoding::Base64.encode(&bytes);
+                        sender.json(&TerminalServerFrame::Output { data }).await?;
+                    }
                 }
-            },
-            Ok(Some(ProcessEvent::Ended(end))) => {
+            }
+            ProcessEvent::Ended(end) => {
                 sender.json(&TerminalServerFrame::Exit { exit_code: end.exit_code }).await?;
-                return Ok(Ok(()));
+                return Ok(());
             }
-            Ok(Some(ProcessEvent::Started { .. })) => {}
-            Ok(None) => {
-                let lost = "the stream of a process ended before it did".into();
-                return Ok(Err(GuestError::Lost(lost).into()));
-            }
-            Err(error) => return Ok(Err(error)),
+            ProcessEvent::Started { .. } => {}
         }
     }
 }
@@ -229,11 +214,6 @@ async fn listen(
         }
     }
     Ok(())
-}
-
-/// Whether a guest did not say what became of what it was sent.
-fn is_lost(error: &CoreError) -> bool {
-    matches!(error, CoreError::Guest(error) if !matches!(error, GuestError::Refused { .. }))
 }
 
 async fn obey(control: &Control, frame: TerminalClientFrame) -> Result<(), CoreError> {

@@ -2,7 +2,10 @@
 
 use std::time::{Duration, Instant};
 
+use axum::routing::post;
+use bytes::Bytes;
 use connectrpc::ConnectError;
+use http::header::CONTENT_TYPE;
 use serde_json::json;
 use wrenn_control_plane::Bounds;
 use wrenn_proto::hostagent::v1 as wire;
@@ -67,6 +70,34 @@ async fn a_sandbox_that_ends_by_itself_is_known_to_have() {
     let refused = world.client.shell(&id, "true").await;
     assert_eq!((refused.status.as_u16(), refused.code().as_str()), (409, "invalid_state"));
     assert!(refused.text().contains("signal 9"), "{}", refused.text());
+}
+
+/// It was taken for the end of the process, which went on for nobody.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_process_of_which_nothing_more_is_told_is_killed() {
+    // A message that says that process 7 was started, and then the end of the stream, without an error.
+    const TOLD: &[u8] = b"\0\0\0\0\x06\x0a\x04\x0a\x02\x08\x07\x02\0\0\0\x02{}";
+    let world = World::new().await;
+    let id = world.sandbox().await;
+    let (tell, mut told) = tokio::sync::mpsc::unbounded_channel();
+    let answer = |kind: &'static str, body: &'static [u8]| ([(CONTENT_TYPE, kind)], body);
+    let start = async move || answer("application/connect+proto", TOLD);
+    let signal = async move |request: Bytes| {
+        tell.send(request).unwrap();
+        answer("application/proto", b"")
+    };
+    let guest = axum::Router::new()
+        .route("/process.Process/Start", post(start))
+        .route("/process.Process/SendSignal", post(signal));
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    world.agent.put_guest(&id, listener.local_addr().unwrap());
+    tokio::spawn(async move { axum::serve(listener, guest).await });
+
+    let answer = world.client.shell(&id, "sleep 86500").await;
+    assert_eq!((answer.status.as_u16(), answer.code().as_str()), (502, "agent_error"), "{}", answer.text());
+    let request = tokio::time::timeout(Duration::from_secs(20), told.recv()).await.unwrap().unwrap();
+    // Process 7, and SIGKILL.
+    assert_eq!(request[..], [0x0a, 2, 8, 7, 0x10, 9]);
 }
 
 #[tokio::test(flavor = "multi_thread")]

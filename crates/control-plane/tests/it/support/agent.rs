@@ -254,6 +254,12 @@ impl FakeAgent {
         self.inner.guests.lock().unwrap().remove(id).unwrap();
     }
 
+    /// Another guest answers in a sandbox from now on.
+    pub(crate) fn put_guest(&self, id: &str, address: std::net::SocketAddr) {
+        let mut guests = self.inner.guests.lock().unwrap();
+        guests.get_mut(id).unwrap().address = address;
+    }
+
     /// What the agent says of a sandbox from now on, when it is asked.
     pub(crate) fn tell(&self, id: &str, state: wire::SandboxState) {
         let mut guests = self.inner.guests.lock().unwrap();
