@@ -377,8 +377,8 @@ impl Floor {
         stopped.map(drop)
     }
 
-    /// Removes the slots that are left.
-    pub async fn close(self) {
+    /// Removes the slots that are left. Without it they stay when the program has ended.
+    pub async fn close(&self) {
         self.slots.shutdown().await;
     }
 }

@@ -1,4 +1,5 @@
-//! What the programs that measure share: the floor, samples, what processes hold of memory, and what machine it is.
+//! What the programs that measure share: the floor, samples, what processes hold of memory, what machine it is, and
+//! what they do around their measuring.
 //!
 //! `wrenn-bench` measures creates over the bare minimum (`bench/RESULTS.md`); `wrenn-bench-persistence` pauses, resumes,
 //! snapshots, forks and rollbacks (`bench/PERSISTENCE.md`); `wrenn-bench-guest` measures the guest agent, inside of a
@@ -9,5 +10,6 @@ mod bare;
 pub mod floor;
 pub mod machine;
 pub mod memory;
+pub mod program;
 pub mod statistics;
 pub mod table;

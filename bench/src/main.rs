@@ -13,13 +13,9 @@
 mod product;
 mod report;
 
-use std::{
-    path::{Path, PathBuf},
-    sync::Arc,
-    time::{Duration, Instant},
-};
+use std::{num::NonZeroUsize, path::PathBuf, sync::Arc, time::Instant};
 
-use anyhow::{Context as _, Result, bail, ensure};
+use anyhow::{Result, ensure};
 use camino::{Utf8Path, Utf8PathBuf};
 use clap::Parser;
 use tokio::task::JoinSet;
@@ -28,10 +24,11 @@ use wrenn_bench::{
     floor::{self, Answered, Floor, Question},
     machine::Machine,
     memory::Memory,
+    program::{publish, unless_interrupted, with_stack},
     statistics::Samples,
 };
 use wrenn_host_agent::{images::Images, network::Uplink};
-use wrenn_testkit::{Client, Stack, StackOptions, stack};
+use wrenn_testkit::{Client, Stack, stack};
 use wrenn_types::{MemoryMib, Shape, Vcpus};
 
 use crate::report::{Load, MemoryRow, Results};
@@ -46,8 +43,8 @@ struct Arguments {
     #[arg(long, default_value_t = 100)]
     count: usize,
     /// How many at once.
-    #[arg(long, default_value_t = 8)]
-    at_once: usize,
+    #[arg(long, default_value_t = NonZeroUsize::new(8).unwrap_or(NonZeroUsize::MIN))]
+    at_once: NonZeroUsize,
     /// How many commands in one sandbox.
     #[arg(long, default_value_t = 200)]
     commands: usize,
@@ -65,30 +62,9 @@ struct Arguments {
 #[tokio::main]
 async fn main() -> Result<()> {
     let arguments = Arguments::parse();
-    if let Some(reason) = stack::cannot_run() {
-        bail!("nothing can be measured here: {reason}");
-    }
-    eprintln!("starting a stack");
-    let stack = Stack::start(StackOptions::default()).await?;
-    let measured = tokio::select! {
-        measured = measure(&arguments, &stack) => measured,
-        signal = tokio::signal::ctrl_c() => signal.map_err(Into::into).and_then(|()| bail!("interrupted")),
-    };
-    let stopped = stack.stop().await;
-    let results = measured?;
-    stopped?;
-    write(&arguments.output, &results)
-}
-
-fn write(output: &Path, results: &Results) -> Result<()> {
-    let text = results.markdown();
-    std::fs::write(output, &text).with_context(|| format!("write {}", output.display()))?;
-    println!("{text}");
-    eprintln!("written to {}", output.display());
-    print!("{}", results.ratio_lines());
+    let results = with_stack(async |stack| measure(&arguments, stack).await).await?;
     let failures: Vec<String> = results.failures().map(|(what, why)| format!("{what}: {why}")).collect();
-    ensure!(failures.is_empty(), "{} operations failed:\n{}", failures.len(), failures.join("\n"));
-    Ok(())
+    publish(&arguments.output, &results.markdown(), &results.ratio_lines(), &failures)
 }
 
 async fn measure(arguments: &Arguments, stack: &Stack) -> Result<Results> {
@@ -98,7 +74,7 @@ async fn measure(arguments: &Arguments, stack: &Stack) -> Result<Results> {
     eprintln!("making the warm snapshot, if it is not there");
     let shape = Shape { vcpus: Vcpus::default(), memory: MemoryMib::default() };
     let begin = Instant::now();
-    let prepared = agent::prepare_template(&stacks.agent_socket, "base", shape).await?;
+    let prepared = unless_interrupted(agent::prepare_template(&stacks.agent_socket, "base", shape)).await?;
     let first_snapshot = (!prepared.was_there).then(|| begin.elapsed());
 
     let images_directory = Utf8PathBuf::from_path_buf(stack::images()?)
@@ -112,29 +88,36 @@ async fn measure(arguments: &Arguments, stack: &Stack) -> Result<Results> {
         &prepared.directory,
     );
     let guest = images.guest().bundle.clone();
-    let floor = Arc::new(Floor::new(vmm, guest, &prepared.directory, uplink, arguments.at_once).await?);
+    let width = arguments.at_once.get();
+    let floor = Arc::new(Floor::new(vmm, guest, &prepared.directory, uplink, width).await?);
+    let loads = unless_interrupted(async {
+        let series = in_series(arguments, &floor, stack.client()).await?;
+        Ok((series, several_at_once(arguments, &floor, &stack.client()).await?))
+    });
+    let loads = loads.await;
+    floor.close().await;
+    let (series, at_once) = loads?;
 
-    let series = in_series(arguments, &floor, stack.client()).await?;
-    let at_once = several_at_once(arguments, &floor, &stack.client()).await?;
-    Arc::into_inner(floor).context("every restore has ended")?.close().await;
-
-    let mut client = stack.client();
-    let exec = commands(arguments.commands, &mut client).await?;
-    let (upload, download) = files(arguments, &mut client).await?;
-    memory.extend(with_sandboxes(10, &stacks, &mut client).await?);
-    Ok(Results {
-        machine,
-        date: jiff::Zoned::now().date().to_string(),
-        series,
-        at_once,
-        width: arguments.at_once,
-        exec,
-        upload,
-        download,
-        file_mib: arguments.file_mib.into(),
-        memory,
-        first_snapshot,
+    unless_interrupted(async {
+        let mut client = stack.client();
+        let exec = commands(arguments.commands, &mut client).await?;
+        let (upload, download) = files(arguments, &mut client).await?;
+        memory.extend(with_sandboxes(10, &stacks, &mut client).await?);
+        Ok(Results {
+            machine,
+            date: jiff::Zoned::now().date().to_string(),
+            series,
+            at_once,
+            width,
+            exec,
+            upload,
+            download,
+            file_mib: arguments.file_mib.into(),
+            memory,
+            first_snapshot,
+        })
     })
+    .await
 }
 
 async fn in_series(arguments: &Arguments, floor: &Floor, mut client: Client) -> Result<Load> {
@@ -165,13 +148,13 @@ async fn in_series(arguments: &Arguments, floor: &Floor, mut client: Client) -> 
 }
 
 async fn several_at_once(arguments: &Arguments, floor: &Arc<Floor>, client: &Client) -> Result<Load> {
-    let mut load = Load::default();
-    let mut clients = vec![client.clone(); arguments.at_once];
+    let (mut load, width) = (Load::default(), arguments.at_once.get());
+    let mut clients = vec![client.clone(); width];
     while load.floor.len() < arguments.count {
-        floors_at_once(arguments.at_once, floor, Question::FirstByte, &mut load).await?;
-        floors_at_once(arguments.at_once, floor, Question::Command, &mut load).await?;
+        floors_at_once(width, floor, Question::FirstByte, &mut load).await?;
+        floors_at_once(width, floor, Question::Command, &mut load).await?;
         clients = creates_at_once(clients, &mut load).await?;
-        eprintln!("{} at once: {} of {}", arguments.at_once, load.floor.len(), arguments.count);
+        eprintln!("{width} at once: {} of {}", load.floor.len(), arguments.count);
     }
     Ok(load)
 }
@@ -246,12 +229,11 @@ async fn files(arguments: &Arguments, client: &mut Client) -> Result<(Samples, S
     let bytes = product::incompressible(usize::try_from(arguments.file_mib)? << 20);
     let created = product::create_and_run(client).await?;
     for _ in 0..arguments.files {
-        match product::file_there_and_back(client, &created.id, &bytes).await {
-            Ok((there, back)) => {
-                up.add(Ok::<_, anyhow::Error>(there));
-                down.add(Ok::<_, anyhow::Error>(back));
-            }
-            Err(error) => up.add(Err::<Duration, _>(error)),
+        let sent = product::send_file(client, &created.id, &bytes).await;
+        let is_there = sent.is_ok();
+        up.add(sent);
+        if is_there {
+            down.add(product::fetch_file(client, &created.id, &bytes).await);
         }
     }
     product::delete(client, &created.id).await?;

@@ -61,25 +61,32 @@ pub(crate) async fn delete(client: &mut Client, id: &str) -> Result<()> {
     Ok(())
 }
 
-/// Writes a file of the guest and reads it back: how long each took. What came back is what was sent.
+/// Writes a file of the guest.
+///
+/// # Errors
+/// A status other than it should be.
+pub(crate) async fn send_file(client: &mut Client, id: &str, bytes: &Bytes) -> Result<Duration> {
+    let begin = Instant::now();
+    let answer = client.put(&file(id), bytes.clone()).await?;
+    let took = begin.elapsed();
+    ensure!(answer.status.is_success(), "the upload was answered with {}: {}", answer.status, answer.text());
+    Ok(took)
+}
+
+/// Reads that file, in which these bytes are.
 ///
 /// # Errors
 /// A status other than it should be, or other bytes.
-pub(crate) async fn file_there_and_back(
-    client: &mut Client,
-    id: &str,
-    bytes: &Bytes,
-) -> Result<(Duration, Duration)> {
-    let path = format!("/v1/sandboxes/{id}/files?path=/tmp/bench");
+pub(crate) async fn fetch_file(client: &mut Client, id: &str, bytes: &Bytes) -> Result<Duration> {
     let begin = Instant::now();
-    let answer = client.put(&path, bytes.clone()).await?;
-    let up = begin.elapsed();
-    ensure!(answer.status.is_success(), "the upload was answered with {}: {}", answer.status, answer.text());
-    let begin = Instant::now();
-    let answer = client.get(&path).await?.expect(200)?;
-    let down = begin.elapsed();
+    let answer = client.get(&file(id)).await?.expect(200)?;
+    let took = begin.elapsed();
     ensure!(Sha256::digest(&answer.body) == Sha256::digest(bytes), "other bytes came back");
-    Ok((up, down))
+    Ok(took)
+}
+
+fn file(id: &str) -> String {
+    format!("/v1/sandboxes/{id}/files?path=/tmp/bench")
 }
 
 /// Bytes that no layer on the way can make fewer of: a counter, hashed.

@@ -234,16 +234,7 @@ mod tests {
 
     fn results() -> Results {
         Results {
-            machine: Machine {
-                cpu: "A CPU".to_owned(),
-                cores: 2,
-                memory_mib: 2048,
-                kernel: "6.1".to_owned(),
-                system: "Debian 12".to_owned(),
-                vmm: "qemu 7.2".to_owned(),
-                accelerator: "tcg".to_owned(),
-                filesystem: "ext2/ext3".to_owned(),
-            },
+            machine: Machine::here("qemu 7.2".to_owned(), "tcg".to_owned(), "/".into()),
             date: "2026-11-22".to_owned(),
             series: load([100, 116, 145]),
             at_once: load([200, 400, 500]),

@@ -16,7 +16,7 @@ use std::{
 use anyhow::{Context as _, Result, bail, ensure};
 use camino::Utf8PathBuf;
 use tokio::runtime::Handle;
-use wrenn_bench::statistics::Samples;
+use wrenn_bench::{program::unless_interrupted, statistics::Samples};
 use wrenn_host_agent::{
     guest::{self, ENVD_PORT, Identity},
     images::Images,
@@ -171,10 +171,7 @@ pub(crate) async fn measure(vmm: &Qemu, options: Options) -> Result<Inside> {
     let machine = Machine::boot(vmm).await?;
     let guest = Guest { connector: machine.slot.connector(), handle: Handle::current() };
     let measuring = tokio::task::spawn_blocking(move || guest.measure(&options));
-    let measured = tokio::select! {
-        measured = measuring => measured.context("measure").flatten(),
-        signal = tokio::signal::ctrl_c() => signal.map_err(Into::into).and_then(|()| bail!("interrupted")),
-    };
+    let measured = unless_interrupted(async { measuring.await.context("measure").flatten() }).await;
     let stopped = machine.stop().await;
     let measured = measured?;
     stopped.map(|()| measured)
@@ -342,10 +339,12 @@ impl Guest {
         {
             let turn = TURN.min(options.small_files - done);
             match self.small_at_once("/home/user/many", done, turn, TOGETHER) {
-                Ok(turn_took) => took += turn_took,
+                Ok(turn_took) => {
+                    took += turn_took;
+                    done += turn;
+                }
                 Err(error) => failure = Some(error),
             }
-            done += turn;
         }
         let mut many = Series::alone(
             format!("{done} small files up, {TOGETHER} a request, {WIDTH} at once"),

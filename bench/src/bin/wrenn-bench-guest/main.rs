@@ -18,12 +18,14 @@ mod workload;
 
 use std::path::PathBuf;
 
-use anyhow::{Context as _, Result, bail, ensure};
+use anyhow::Result;
 use camino::{Utf8Path, Utf8PathBuf};
 use clap::Parser;
 use tokio::runtime::Runtime;
-use wrenn_bench::machine::{self, Machine};
-use wrenn_testkit::stack;
+use wrenn_bench::{
+    machine::{self, Machine},
+    program::{can_measure, publish},
+};
 use wrenn_vmm::Vmm as _;
 
 use crate::report::Results;
@@ -56,23 +58,13 @@ enum Only {
 
 fn main() -> Result<()> {
     let arguments = Arguments::parse();
-    if let Some(reason) = stack::cannot_run() {
-        bail!("nothing can be measured here: {reason}");
-    }
+    can_measure()?;
     let runtime = Runtime::new()?;
     let results = measure(&runtime, arguments.inside, &arguments.outside, arguments.only);
     // What was interrupted may still wait for a guest that is gone.
     runtime.shutdown_background();
     let results = results?;
-    let text = results.markdown();
-    let output = &arguments.output;
-    std::fs::write(output, &text).with_context(|| format!("write {}", output.display()))?;
-    println!("{text}");
-    eprintln!("written to {}", output.display());
-    print!("{}", results.ratio_lines());
-    let failures = results.failures();
-    ensure!(failures.is_empty(), "{} operations failed:\n{}", failures.len(), failures.join("\n"));
-    Ok(())
+    publish(&arguments.output, &results.markdown(), &results.ratio_lines(), &results.failures())
 }
 
 fn measure(

@@ -21,16 +21,17 @@ mod rounds;
 
 use std::path::PathBuf;
 
-use anyhow::{Context as _, Result, bail, ensure};
+use anyhow::{Context as _, Result};
 use camino::{Utf8Path, Utf8PathBuf};
 use clap::Parser;
 use wrenn_bench::{
     agent,
     floor::{self, Floor},
     machine::{self, Machine},
+    program::{publish, unless_interrupted, with_stack},
 };
 use wrenn_host_agent::{images::Images, network::Uplink};
-use wrenn_testkit::{Stack, StackOptions, stack};
+use wrenn_testkit::{Stack, stack};
 use wrenn_types::{MemoryMib, Shape, Vcpus};
 
 use crate::{
@@ -77,26 +78,8 @@ struct Arguments {
 #[tokio::main]
 async fn main() -> Result<()> {
     let arguments = Arguments::parse();
-    if let Some(reason) = stack::cannot_run() {
-        bail!("nothing can be measured here: {reason}");
-    }
-    eprintln!("starting a stack");
-    let stack = Stack::start(StackOptions::default()).await?;
-    let measured = tokio::select! {
-        measured = measure(&arguments, &stack) => measured,
-        signal = tokio::signal::ctrl_c() => signal.map_err(Into::into).and_then(|()| bail!("interrupted")),
-    };
-    let stopped = stack.stop().await;
-    let results = measured?;
-    stopped?;
-    let (text, output) = (results.markdown(), &arguments.output);
-    std::fs::write(output, &text).with_context(|| format!("write {}", output.display()))?;
-    println!("{text}");
-    eprintln!("written to {}", output.display());
-    print!("{}", results.ratio_lines());
-    let failures = results.failures();
-    ensure!(failures.is_empty(), "{} operations failed:\n{}", failures.len(), failures.join("\n"));
-    Ok(())
+    let results = with_stack(async |stack| Box::pin(measure(&arguments, stack)).await).await?;
+    publish(&arguments.output, &results.markdown(), &results.ratio_lines(), &results.failures())
 }
 
 /// What all measurements share.
@@ -123,7 +106,8 @@ async fn measure(arguments: &Arguments, stack: &Stack) -> Result<Results> {
     let mut directory = None;
     for memory in &arguments.memory {
         let shape = Shape { vcpus: Vcpus::default(), memory: MemoryMib::new(i64::try_from(*memory)?)? };
-        directory = Some(agent::prepare_template(&socket, "base", shape).await?.directory);
+        let prepared = unless_interrupted(agent::prepare_template(&socket, "base", shape)).await?;
+        directory = Some(prepared.directory);
     }
     let directory = directory.context("no size of memory is given")?;
     let images = Images::load(&utf8(stack::images()?)?)?;
@@ -139,7 +123,7 @@ async fn measure(arguments: &Arguments, stack: &Stack) -> Result<Results> {
     let saved = tempfile::tempdir_in(stack.dir())?;
     let api = Api::new(stack.client());
     let bench = Bench { arguments, api, floor: &floor, agent, instance, saved };
-    let sizes = bench.sizes().await;
+    let sizes = unless_interrupted(Box::pin(bench.sizes())).await;
     floor.close().await;
     Ok(Results {
         machine,
@@ -170,7 +154,9 @@ impl Bench<'_> {
         eprintln!("{memory} MiB, {percent}% dirty: {count} rounds");
         let mut case = Case::new(percent);
         let id = self.api.create(memory).await?;
-        self.api.dirty(&id, dirty).await?;
+        if dirty > 0 {
+            self.api.dirty(&id, dirty).await?;
+        }
         for round in 0..count {
             self.pause_and_resume(&id, round, &mut case).await?;
         }

@@ -277,16 +277,7 @@ mod tests {
         };
         let large = Case { left_out: Some(40 << 30), ..Case::new(50) };
         Results {
-            machine: Machine {
-                cpu: "A CPU".to_owned(),
-                cores: 2,
-                memory_mib: 2048,
-                kernel: "6.1".to_owned(),
-                system: "Debian 12".to_owned(),
-                vmm: "qemu 7.2".to_owned(),
-                accelerator: "tcg".to_owned(),
-                filesystem: "ext2/ext3".to_owned(),
-            },
+            machine: Machine::here("qemu 7.2".to_owned(), "tcg".to_owned(), "/".into()),
             date: "2026-11-22".to_owned(),
             load: ["0.10".to_owned(), "1.00".to_owned()],
             sizes: vec![Size { memory_mib: 256, idle, cases: vec![case, large] }],
