@@ -61,13 +61,7 @@ pub(crate) fn find_or_build(
 }
 
 fn digest_of_sources(repository: &Repository) -> Result<String> {
-    let files = step::output(Command::new("git").current_dir(repository.root()).args([
-        "ls-files",
-        "--cached",
-        "--others",
-        "--exclude-standard",
-        "-z",
-    ]))?;
+    let files = repository.files()?;
     let mut hash = Command::new("sha256sum");
     hash.current_dir(repository.root()).arg("--");
     for path in files.split_terminator('\0').filter(|path| is_source(path)) {

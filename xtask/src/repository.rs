@@ -6,6 +6,10 @@ use std::{
     process::Command,
 };
 
+use anyhow::Result;
+
+use crate::step;
+
 /// A clone of this repository.
 #[derive(Debug)]
 pub(crate) struct Repository {
@@ -47,6 +51,13 @@ impl Repository {
     /// A file for the output of a step that is only shown when it fails.
     pub(crate) fn log(&self, step: &str) -> PathBuf {
         self.target().join("log").join(format!("{step}.log"))
+    }
+
+    /// The files of this clone that git tracks or would: each is followed by a zero byte. One that was removed may be
+    /// among them.
+    pub(crate) fn files(&self) -> Result<String> {
+        let list = ["ls-files", "--cached", "--others", "--exclude-standard", "-z"];
+        step::output(Command::new("git").current_dir(&self.root).args(list))
     }
 
     /// `cargo` in this clone.

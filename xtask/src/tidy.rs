@@ -6,12 +6,11 @@
 use std::{
     fs,
     path::{Component, Path},
-    process::Command,
 };
 
 use anyhow::{Result, bail};
 
-use crate::{debian, repository::Repository, step};
+use crate::{debian, repository::Repository};
 
 /// A file that a person can hold in mind. What is longer holds more than one idea.
 const MAX_LINES: usize = 700;
@@ -19,13 +18,7 @@ const MAX_LINES: usize = 700;
 const USUAL_PLACES: [&str; 7] = ["/home", "/opt", "/root", "/srv", "/tmp", "/usr", "/var"];
 
 pub(crate) fn run(repository: &Repository) -> Result<()> {
-    let files = step::output(Command::new("git").current_dir(repository.root()).args([
-        "ls-files",
-        "--cached",
-        "--others",
-        "--exclude-standard",
-        "-z",
-    ]))?;
+    let files = repository.files()?;
     let rules = Rules { forbidden: forbidden(repository.root()) };
     let mut complaints = Vec::new();
     for path in files.split_terminator('\0') {
