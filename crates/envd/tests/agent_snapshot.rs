@@ -12,10 +12,10 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use connectrpc::client::CallOptions;
+use connectrpc::client::{CallOptions, HttpClient};
 use harness::{Agent, Running, by_pid, command, shell, stdin};
 use http::Request;
-use wrenn_proto::process::{SendInputRequest, SendSignalRequest, Signal};
+use wrenn_proto::process::{ProcessClient, SendInputRequest, SendSignalRequest, Signal};
 
 /// A cgroup of the test's own. Whatever is in it ends with the test.
 struct Cgroup(PathBuf);
@@ -164,27 +164,36 @@ async fn a_start_that_was_let_in_is_born_frozen() {
     assert_eq!(task.await.unwrap().text(), "hi\n");
 }
 
+async fn cat(client: &ProcessClient<HttpClient>) -> Running {
+    let mut start = command(&["/bin/cat"]);
+    start.stdin = Some(true);
+    Running::start(client, start, CallOptions::default()).await.unwrap()
+}
+
+/// A line that is written to it comes back, and nothing else has come in so many turns.
+async fn repeats(client: &ProcessClient<HttpClient>, cat: &mut Running, turn: usize) {
+    let input = SendInputRequest {
+        process: by_pid(cat.seen.pid).into(),
+        input: stdin(b"line\n").into(),
+        ..Default::default()
+    };
+    client.send_input(input).await.unwrap();
+    cat.until(|seen| seen.text() == "line\n".repeat(turn)).await;
+}
+
 #[tokio::test]
 async fn input_and_output_survive_standing_still() {
     let Some(cgroup) = Cgroup::new("cat") else { return };
     let agent = cgroup.agent();
     let client = agent.processes();
-    let mut start = command(&["/bin/cat"]);
-    start.stdin = Some(true);
-    let mut cat = Running::start(&client, start, CallOptions::default()).await.unwrap();
+    let mut cat = cat(&client).await;
     for turn in 1..=3 {
         assert_eq!(post(&agent, "/freeze", "").await, 204);
         assert!(cgroup.is_frozen());
         assert_eq!(agent.get("/metrics").await.message(), "this guest is frozen");
         assert_eq!(post(&agent, "/unfreeze", "").await, 204);
         assert_eq!(post(&agent, "/unfreeze", "").await, 204);
-        let input = SendInputRequest {
-            process: by_pid(cat.seen.pid).into(),
-            input: stdin(b"line\n").into(),
-            ..Default::default()
-        };
-        client.send_input(input).await.unwrap();
-        cat.until(|seen| seen.text() == "line\n".repeat(turn)).await;
+        repeats(&client, &mut cat, turn).await;
     }
 }
 
@@ -240,21 +249,13 @@ async fn what_does_not_stop_in_time_is_let_go_on_with_all_others() {
     let pid = stuck.until(|seen| seen.text() == "ready\n").await.pid;
     let place = || fs::read_to_string(format!("/proc/{pid}/wchan")).unwrap_or_default();
     harness::observe::eventually(|| ["fuse", "request_wait"].iter().any(|word| place().contains(word))).await;
-    let mut cat = command(&["/bin/cat"]);
-    cat.stdin = Some(true);
-    let mut cat = Running::start(&client, cat, CallOptions::default()).await.unwrap();
+    let mut cat = cat(&client).await;
     for turn in 1..=3 {
         let answer = agent.send(Request::post("/snapshot/prepare"), r#"{"limitMs":200}"#).await;
         let message = "cannot freeze the processes: the processes did not stop in time";
         assert_eq!((answer.status.as_u16(), answer.message().as_str()), (503, message));
         assert_eq!(fs::read_to_string(cgroup.0.join("cgroup.freeze")).unwrap().trim(), "0");
-        let input = SendInputRequest {
-            process: by_pid(cat.seen.pid).into(),
-            input: stdin(b"line\n").into(),
-            ..Default::default()
-        };
-        client.send_input(input).await.unwrap();
-        cat.until(|seen| seen.text() == "line\n".repeat(turn)).await;
+        repeats(&client, &mut cat, turn).await;
     }
     drop(silent);
     assert_eq!(stuck.finish().await.unwrap().end().exit_code, 1);
