@@ -96,6 +96,7 @@ impl Client {
         &self.key
     }
 
+    /// A connection on which nothing is under way: an answer that nobody reads to its end keeps the one that there is.
     async fn connection(&mut self) -> Result<SendRequest<Body>> {
         if let Some(mut sender) = self.connection.take()
             && sender.ready().await.is_ok()
@@ -124,7 +125,7 @@ impl Client {
         for (name, value) in headers {
             request = request.header(*name, *value);
         }
-        let mut sender = self.connection().await?;
+        let mut sender = timeout(BOUND, self.connection()).await.context("no connection")??;
         let answer =
             timeout(BOUND, sender.send_request(request.body(body)?)).await.context("no answer")??;
         self.connection = Some(sender);

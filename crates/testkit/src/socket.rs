@@ -15,6 +15,8 @@ use crate::Client;
 
 /// How long a test waits for one message.
 const BOUND: Duration = Duration::from_secs(60);
+/// How long it may take to send one: the other side reads no faster than a program in a guest.
+const SEND_BOUND: Duration = Duration::from_secs(180);
 
 /// What came.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -45,12 +47,16 @@ impl Socket {
 
     /// Sends a JSON text frame.
     pub async fn send(&mut self, message: &Value) -> Result<()> {
-        Ok(self.stream.send(Message::text(message.to_string())).await?)
+        self.send_message(Message::text(message.to_string())).await
     }
 
     /// Sends a binary frame.
     pub async fn send_binary(&mut self, bytes: &[u8]) -> Result<()> {
-        Ok(self.stream.send(Message::binary(bytes.to_vec())).await?)
+        self.send_message(Message::binary(bytes.to_vec())).await
+    }
+
+    async fn send_message(&mut self, message: Message) -> Result<()> {
+        Ok(timeout(SEND_BOUND, self.stream.send(message)).await.context("it was not taken in time")??)
     }
 
     /// The next frame that means something.

@@ -205,8 +205,7 @@ impl Uplink {
                     let read = timeout(Duration::from_secs(2), stream.read(&mut request)).await;
                     let head =
                         String::from_utf8_lossy(&request[..read.ok().and_then(Result::ok).unwrap_or(0)]);
-                    let host = head.lines().find_map(|line| line.strip_prefix("Host: ")).map(str::to_owned);
-                    hosts.lock().unwrap_or_else(PoisonError::into_inner).extend(host);
+                    hosts.lock().unwrap_or_else(PoisonError::into_inner).extend(host_in(&head));
                     let text = format!("{} {GREETING}\n", address.ip());
                     let answer = format!(
                         "HTTP/1.1 200 OK\r\nContent-Length: {}\r\nConnection: close\r\n\r\n{text}",
@@ -276,6 +275,13 @@ impl Drop for Uplink {
     }
 }
 
+/// The host that a request is for, in whichever letters its header is written.
+fn host_in(head: &str) -> Option<String> {
+    let mut headers = head.lines().filter_map(|line| line.split_once(':'));
+    let (_, host) = headers.find(|(name, _)| name.eq_ignore_ascii_case("host"))?;
+    Some(host.trim().to_owned())
+}
+
 /// The answer to one question for an address.
 fn answer_with_internet(question: &[u8]) -> Option<Vec<u8>> {
     const HEADER: usize = 12;
@@ -299,4 +305,19 @@ async fn run_ip(namespace: &NetworkNamespace, words: &str) -> Result<()> {
     let said = String::from_utf8_lossy(&output.stderr).into_owned();
     ensure!(output.status.success(), "ip {shown}: {said}");
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A client that wrote it in small letters was taken for nobody.
+    #[test]
+    fn a_host_is_found_however_it_is_written() {
+        for head in ["Host: a.example", "host: a.example", "HOST:a.example"] {
+            let request = format!("GET http://b.example/ HTTP/1.1\r\nAccept: */*\r\n{head}\r\n\r\n");
+            assert_eq!(host_in(&request).as_deref(), Some("a.example"));
+        }
+        assert_eq!(host_in("GET / HTTP/1.0\r\n\r\n"), None);
+    }
 }
