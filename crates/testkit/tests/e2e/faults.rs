@@ -202,13 +202,8 @@ async fn lost_control_plane() -> Result<()> {
     sandbox.output("echo here > /dev/shm/state").await?;
 
     // The next control plane waits for its database, so that it is the test that says how long there is none.
-    let cluster: Vec<_> = descendants(postmaster(running.dir())?.as_raw().cast_unsigned())
-        .into_iter()
-        .map(|pid| Pid::from_raw(pid.cast_signed()))
-        .collect();
-    for pid in &cluster {
-        kill(*pid, Signal::SIGSTOP)?;
-    }
+    let cluster = cluster(running.dir())?;
+    signal_all(&cluster, Signal::SIGSTOP)?;
     let first = part_of(&running, "control-plane")?;
     kill(first, Signal::SIGKILL)?;
     let record = running.dir().join("agent/sandboxes").join(&sandbox.id).join("record.json");
@@ -218,9 +213,7 @@ async fn lost_control_plane() -> Result<()> {
         std::future::ready(record.is_ok_and(|record| record["paused"].is_object()))
     };
     let paused = eventually(Duration::from_secs(60), is_paused).await;
-    for pid in &cluster {
-        kill(*pid, Signal::SIGCONT)?;
-    }
+    signal_all(&cluster, Signal::SIGCONT)?;
     ensure!(paused, "it is paused without anybody asking: {}", running.log());
 
     ensure!(
@@ -298,26 +291,29 @@ fn postmaster(dir: &Path) -> Result<Pid> {
     Ok(Pid::from_raw(text.lines().next().context("a first line")?.trim().parse()?))
 }
 
+/// The processes of that cluster.
+fn cluster(dir: &Path) -> Result<Vec<Pid>> {
+    let all = descendants(postmaster(dir)?.as_raw().cast_unsigned());
+    Ok(all.into_iter().map(|pid| Pid::from_raw(pid.cast_signed())).collect())
+}
+
+fn signal_all(processes: &[Pid], signal: Signal) -> Result<()> {
+    processes.iter().try_for_each(|pid| Ok(kill(*pid, signal)?))
+}
+
 async fn postgres_gone() -> Result<()> {
     let running = Stack::start(StackOptions::default()).await?;
     let mut sandbox = Sandbox::create(running.client()).await?;
     // Stopped and not killed: it is there and does not answer, which is the worse of the two.
-    let cluster: Vec<_> = descendants(postmaster(running.dir())?.as_raw().cast_unsigned())
-        .into_iter()
-        .map(|pid| Pid::from_raw(pid.cast_signed()))
-        .collect();
-    for pid in &cluster {
-        kill(*pid, Signal::SIGSTOP)?;
-    }
+    let cluster = cluster(running.dir())?;
+    signal_all(&cluster, Signal::SIGSTOP)?;
     let begin = tokio::time::Instant::now();
     let mut client = running.client();
     let answer = client.post("/v1/sandboxes", &json!({})).await?;
     ensure!(answer.status.as_u16() == 503, "{} {}", answer.status, answer.text());
     ensure!(begin.elapsed() < Duration::from_secs(30), "bounded: {:?}", begin.elapsed());
     tokio::time::sleep(Duration::from_secs(10).saturating_sub(begin.elapsed())).await;
-    for pid in &cluster {
-        kill(*pid, Signal::SIGCONT)?;
-    }
+    signal_all(&cluster, Signal::SIGCONT)?;
     ensure!(eventually(Duration::from_secs(20), || recovers(&running)).await, "it recovers");
     ensure!(sandbox.output("echo there").await?.trim() == "there", "the sandbox was not harmed");
 
