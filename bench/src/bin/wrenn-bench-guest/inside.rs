@@ -71,22 +71,14 @@ pub(crate) struct Options {
 struct Machine {
     vm: Box<dyn Vm>,
     slot: Slot,
-    slots: SlotPool,
-    outside: uplink::Uplink,
     _directory: tempfile::TempDir,
 }
 
 impl Machine {
-    async fn boot(vmm: &Qemu) -> Result<Self> {
+    async fn boot(vmm: &Qemu, slots: &SlotPool, instance: &InstanceId) -> Result<Self> {
         let images = Utf8PathBuf::from_path_buf(stack::images()?)
             .map_err(|path| anyhow::anyhow!("{} is not UTF-8", path.display()))?;
         let images = Images::load(&images)?;
-        let outside = uplink::Uplink::create().await?;
-        let instance = InstanceId::random();
-        let policy = Policy::offline();
-        let uplink = Uplink::Named(outside.name().parse()?);
-        let config = PoolConfig { instance: instance.clone(), uplink, ready: 1, policy };
-        let slots = SlotPool::start(config).await.context("make a network slot")?;
         let slot = slots.take().await?;
         let directory = tempfile::Builder::new().prefix("wrenn-bench-").tempdir_in("/run")?;
         let path = |name: &str| Utf8PathBuf::from_path_buf(directory.path().join(name));
@@ -112,19 +104,17 @@ impl Machine {
             control_group: None,
         };
         let vm = vmm.boot(spec, BootMemory::Shared(&memory)).await.context("boot")?;
-        let machine = Self { vm, slot, slots, outside, _directory: directory };
+        let machine = Self { vm, slot, _directory: directory };
         if let Err(error) = become_itself(&machine.slot.connector()).await {
-            machine.stop().await?;
+            machine.stop(slots).await?;
             return Err(error);
         }
         Ok(machine)
     }
 
-    async fn stop(mut self) -> Result<()> {
+    async fn stop(mut self, slots: &SlotPool) -> Result<()> {
         let stopped = self.vm.stop().await.context("stop the machine");
-        self.slots.release(self.slot).await;
-        self.slots.shutdown().await;
-        self.outside.remove().await?;
+        slots.release(self.slot).await;
         stopped.map(drop)
     }
 }
@@ -162,17 +152,29 @@ pub(crate) fn describe(identity: &VmmIdentity) -> (String, String) {
     (format!("{name} {version}, {machine}"), format!("{accelerator:?}").to_lowercase())
 }
 
-/// Boots a machine, measures, and stops it, also where the measuring fails or is interrupted.
+/// Boots a machine, measures, and stops it. What was made for it is given back, also where that fails or is interrupted.
 ///
 /// # Errors
 /// There can be no machine, or it ends. What the agent does wrong is a sample that failed.
 pub(crate) async fn measure(vmm: &Qemu, options: Options) -> Result<Inside> {
+    let outside = uplink::Uplink::create().await?;
+    let instance = InstanceId::random();
+    let (uplink, policy) = (Uplink::Named(outside.name().parse()?), Policy::offline());
+    let config = PoolConfig { instance: instance.clone(), uplink, ready: 1, policy };
+    let slots = SlotPool::start(config).await.context("make a network slot")?;
+    let measured = measure_in(vmm, &slots, &instance, options).await;
+    slots.shutdown().await;
+    outside.remove().await?;
+    measured
+}
+
+async fn measure_in(vmm: &Qemu, slots: &SlotPool, instance: &InstanceId, options: Options) -> Result<Inside> {
     eprintln!("in a machine: boot");
-    let machine = Machine::boot(vmm).await?;
+    let machine = unless_interrupted(Box::pin(Machine::boot(vmm, slots, instance))).await?;
     let guest = Guest { connector: machine.slot.connector(), handle: Handle::current() };
     let measuring = tokio::task::spawn_blocking(move || guest.measure(&options));
     let measured = unless_interrupted(async { measuring.await.context("measure").flatten() }).await;
-    let stopped = machine.stop().await;
+    let stopped = machine.stop(slots).await;
     let measured = measured?;
     stopped.map(|()| measured)
 }
