@@ -12,7 +12,8 @@ use wrenn_testkit::{Stack, StackOptions, stack};
 /// # Errors
 /// Why not.
 pub fn can_measure() -> Result<()> {
-    stack::cannot_run().map_or(Ok(()), |reason| bail!("nothing can be measured here: {reason}"))
+    let Some(reason) = stack::cannot_run() else { return Ok(()) };
+    bail!("nothing can be measured here: {}", reason.trim_start_matches("skipped: "))
 }
 
 /// Starts a stack, measures it, and stops it, however that went.

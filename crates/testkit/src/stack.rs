@@ -38,7 +38,7 @@ pub struct StackOptions {
     pub environment: Vec<(String, String)>,
 }
 
-/// A running stack. It is stopped by [`Stack::stop`]; dropping it kills what is left.
+/// A running stack. It is stopped by [`Stack::stop`]; dropping it kills its supervisor, and the kernel tells the rest to stop.
 #[derive(Debug)]
 pub struct Stack {
     child: Child,
@@ -77,7 +77,7 @@ pub fn snapshots() -> Result<PathBuf> {
     Ok(cache.context("neither HOME nor XDG_CACHE_HOME is set")?.join("wrenn/snapshots"))
 }
 
-/// Why tests with real machines cannot run here, if they cannot.
+/// Why tests with real machines cannot run here, if they cannot, as such a test says it: `skipped: why`.
 #[must_use]
 pub fn cannot_run() -> Option<String> {
     if !nix::unistd::geteuid().is_root() {
