@@ -3,7 +3,8 @@
 //! ```text
 //!  $XDG_CACHE_HOME/wrenn        (~/.cache/wrenn)
 //!   ├── kernels/<package>-<digest>/       vmlinuz, modules and their load order
-//!   ├── guests/<content digest>/          vmlinuz, initramfs.img, manifest.json
+//!   ├── guests/<content digest>/          vmlinuz, vmlinux, initramfs.img, manifest.json
+//!   ├── vmlinux/<digest of the image>/    vmlinux: what is compressed in it, see [`crate::vmlinux`]
 //!   ├── templates/<name>-<digest>/        image.ext4, template.json
 //!   ├── labs/<digest>/                    root disk, kernel and modules of the lab, see [`crate::lab`]
 //!   ├── programs/<name>-<digest>/         programs of this workspace, see [`crate::programs`]

@@ -9,6 +9,9 @@
 //! ```
 //!
 //! The bundle is named by its content. Putting it together takes a moment, so it is done each time.
+//!
+//! Beside the compressed image of the kernel there is the kernel that is in it, which Firecracker starts: see [`vmlinux`]. It
+//! follows from the image, and so is no part of the name.
 
 use std::{
     fs,
@@ -26,7 +29,7 @@ use crate::{
     kernel::Kernel,
     programs,
     repository::Repository,
-    step,
+    step, vmlinux,
 };
 
 /// The kind of result that bundles are in the cache, and the file that each has.
@@ -104,6 +107,9 @@ pub(crate) fn make(cache: &Cache, kernel: &Kernel, envd: &Path) -> Result<PathBu
         ));
         Ok(())
     })?;
+    if let Some(vmlinux) = vmlinux::find_or_make(cache, &kernel.image)? {
+        vmlinux::add_to(&bundle, &vmlinux)?;
+    }
     cache::mark_used(&bundle.join(MANIFEST))?;
     cache.forget_old(KIND, MANIFEST, KEPT)?;
     Ok(bundle)

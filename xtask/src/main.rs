@@ -39,6 +39,7 @@ mod step;
 mod template;
 mod test;
 mod tidy;
+mod vmlinux;
 
 use std::process::ExitCode;
 
