@@ -2,12 +2,14 @@
 //!
 //! A package marks tests of its own in its manifest: under the name of a test program (`lib` and `bin` for the unit tests
 //! of a library and of a program, else the name of a file in `tests/`) the beginnings of the names of tests. An empty
-//! beginning is all of them.
+//! beginning is all of them. Beside that it names what its tests need of the repository's directory, where that is there.
 //!
 //! ```toml
 //! [package.metadata.wrenn.lab]
 //! lib = ["cgroup::tests::"]
 //! lab = [""]
+//! [package.metadata.wrenn]
+//! lab-files = ["target/images/guest"]
 //! ```
 //!
 //! ```text
@@ -18,7 +20,7 @@
 //! that only means something in the lab is skipped wherever `WRENN_LAB` is not set. `make test` counts each test once.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     io::{self, Write as _},
     path::{Path, PathBuf},
     process::{Command, Stdio},
@@ -55,17 +57,15 @@ pub(crate) fn run(
     for_cargo: &[String],
     for_tests: &[String],
 ) -> Result<Option<Report>> {
-    let marks = marks_of(&step::output(repository.cargo().args([
-        "metadata",
-        "--no-deps",
-        "--format-version",
-        "1",
-    ]))?)?;
+    let metadata = step::output(repository.cargo().args(["metadata", "--no-deps", "--format-version", "1"]))?;
+    let marks = marks_of(&metadata)?;
     if marks.is_empty() {
         return Ok(None);
     }
-    let (marked, with) = build(repository, for_cargo, &marks)?;
+    let (marked, mut with) = build(repository, for_cargo, &marks)?;
     let mut programs = Vec::new();
+    let files = files_of(&metadata, marked.iter().map(|marked| marked.directory.as_path()))?;
+    with.extend(files.iter().map(|file| repository.path(file)).filter(|file| file.exists()));
     for Marked { program, directory, beginnings } in marked {
         let names = select(&list(&program, for_tests)?, &beginnings);
         if !names.is_empty() {
@@ -141,6 +141,25 @@ fn marks_of(metadata: &str) -> Result<BTreeMap<PathBuf, Marks>> {
             format!("reading {manifest}: `metadata.wrenn.lab` is a table of lists of texts")
         })?;
         all.insert(PathBuf::from(manifest), marks);
+    }
+    Ok(all)
+}
+
+/// What the packages in these directories need, from what `cargo metadata` says.
+fn files_of<'a>(metadata: &str, directories: impl Iterator<Item = &'a Path>) -> Result<BTreeSet<String>> {
+    let metadata: Value = serde_json::from_str(metadata).context("reading what cargo metadata says")?;
+    let directories: BTreeSet<&Path> = directories.collect();
+    let mut all = BTreeSet::new();
+    for package in metadata["packages"].as_array().into_iter().flatten() {
+        let manifest = Path::new(package["manifest_path"].as_str().unwrap_or_default());
+        let files = &package["metadata"]["wrenn"]["lab-files"];
+        if files.is_null() || !manifest.parent().is_some_and(|directory| directories.contains(directory)) {
+            continue;
+        }
+        let files: Vec<String> = serde_json::from_value(files.clone()).with_context(|| {
+            format!("reading {}: `metadata.wrenn.lab-files` is a list of paths", manifest.display())
+        })?;
+        all.extend(files);
     }
     Ok(all)
 }
@@ -238,6 +257,19 @@ mod tests {
         let wrong =
             r#"{"packages": [{"manifest_path": "/m", "metadata": {"wrenn": {"lab": {"lib": "x"}}}}]}"#;
         assert!(marks_of(wrong).is_err());
+    }
+
+    #[test]
+    fn files_are_those_of_packages_whose_tests_run() {
+        let metadata = r#"{"packages": [
+            {"manifest_path": "/w/a/Cargo.toml", "metadata": {"wrenn": {"lab-files": ["target/images/guest"]}}},
+            {"manifest_path": "/w/b/Cargo.toml", "metadata": {"wrenn": {"lab-files": ["other"]}}},
+            {"manifest_path": "/w/c/Cargo.toml", "metadata": null}
+        ]}"#;
+        let found = files_of(metadata, [Path::new("/w/a"), Path::new("/w/c")].into_iter()).unwrap();
+        assert_eq!(found, BTreeSet::from(["target/images/guest".to_owned()]));
+        let wrong = r#"{"packages": [{"manifest_path": "/w/a/Cargo.toml", "metadata": {"wrenn": {"lab-files": 1}}}]}"#;
+        assert!(files_of(wrong, [Path::new("/w/a")].into_iter()).is_err());
     }
 
     #[test]

@@ -14,6 +14,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
     fs::inotify,
+    io::Errno,
     mount::{MountFlags, mount, mount_bind, mount_move},
     process::{Resource, Rlimit, setrlimit},
 };
@@ -32,6 +33,8 @@ const CONTROL_GROUPS: &str = "/sys/fs/cgroup";
 const OPEN_FILES: u64 = 524_288;
 /// How long the kernel may take to present the port after its driver is there.
 const PORT_BOUND: Duration = Duration::from_secs(60);
+/// How long to wait before a port is opened again that is not ready.
+const PORT_PAUSE: Duration = Duration::from_millis(1);
 
 /// What a host has mounted: kind, place, options. In this order.
 const MOUNTS: [(&str, &str, Option<&CStr>); 8] = [
@@ -56,18 +59,23 @@ pub(crate) fn reach_host() -> Result<Port> {
     let mut events = File::from(watch);
     let end = Instant::now() + PORT_BOUND;
     loop {
+        let mut pause = PORT_BOUND;
         if let Some(path) = find_port()? {
-            let file = OpenOptions::new()
-                .read(true)
-                .write(true)
-                .open(&path)
-                .with_context(|| format!("opening {}", path.display()))?;
-            return Ok(Port::new(file));
+            match OpenOptions::new().read(true).write(true).open(&path) {
+                Ok(file) => return Ok(Port::new(file)),
+                // Its file appears a moment before the driver knows it: nobody tells when.
+                Err(error)
+                    if error.raw_os_error() == Some(Errno::NXIO.raw_os_error()) && Instant::now() < end =>
+                {
+                    pause = PORT_PAUSE;
+                }
+                Err(error) => return Err(error).with_context(|| format!("opening {}", path.display())),
+            }
         }
         let left = end.saturating_duration_since(Instant::now());
         ensure!(!left.is_zero(), "there is no port to the host");
         let mut watched = [PollFd::from_borrowed_fd(events.as_fd(), PollFlags::IN)];
-        poll(&mut watched, Some(&Timespec::try_from(left)?)).context("watching /dev")?;
+        poll(&mut watched, Some(&Timespec::try_from(left.min(pause))?)).context("watching /dev")?;
         // Which file it was is seen by looking; the events only wake.
         let _ = events.read(&mut [0; 4096]);
     }
