@@ -2,6 +2,7 @@
 //!
 //! This is one of the two crates that may hold `unsafe` code; every block carries its argument.
 
+pub mod appearance;
 pub mod cgroup;
 pub mod conntrack;
 pub mod disk;

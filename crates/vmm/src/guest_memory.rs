@@ -25,9 +25,9 @@ use camino::{Utf8Path, Utf8PathBuf};
 use rustix::fs::{major, minor};
 use wrenn_host_linux::process::Process;
 
-use super::cannot;
 use crate::{
     SnapshotStatistics, VmmResult,
+    files::cannot,
     pages::{PagesWriter, SavedPages, Zeros},
 };
 
@@ -36,26 +36,36 @@ const CHUNK: usize = 1 << 20;
 /// How many pages are looked up at once.
 const ENTRIES: usize = 1 << 16;
 const ENTRY: usize = size_of::<u64>();
+/// In what pieces a VMM's own writes are told from the file's content.
+const WORD: usize = size_of::<u64>();
 
 /// The mapping of a memory file in a process that was alive after it was opened. Should the process end, its
 /// memory is gone, and another process of the same number has another one.
 #[derive(Debug)]
-pub(super) struct GuestMemory {
+pub(crate) struct GuestMemory {
     process: Utf8PathBuf,
     memory: File,
     pagemap: File,
+    base: File,
+    base_path: Utf8PathBuf,
     zeros: Zeros,
-    start: u64,
+    /// They follow each other in the file, and are all of it.
+    pieces: Vec<Piece>,
     bytes: u64,
 }
 
+/// Words that a VMM wrote into a memory while it mapped and loaded it: see [`GuestMemory::own_words`].
+#[derive(Debug, Default)]
+pub(crate) struct OwnWords(Vec<(u64, [u8; WORD])>);
+
 impl GuestMemory {
     /// Finds where `process` maps `file`; none when it does not map all of it, privately.
-    pub(super) fn open(process: &Process, file: &Utf8Path) -> VmmResult<Option<Self>> {
+    pub(crate) fn open(process: &Process, file: &Utf8Path) -> VmmResult<Option<Self>> {
         let of_process = Utf8PathBuf::from(format!("/proc/{}", process.pid()));
         let (maps, memory) = (of_process.join("maps"), of_process.join("mem"));
         let pagemap = of_process.join("pagemap");
-        let metadata = fs::metadata(file).map_err(cannot("open", file))?;
+        let base = File::open(file).map_err(cannot("open", file))?;
+        let metadata = base.metadata().map_err(cannot("open", file))?;
         let wanted = Wanted {
             device: (major(metadata.dev()), minor(metadata.dev())),
             inode: metadata.ino(),
@@ -70,55 +80,141 @@ impl GuestMemory {
         if !process.is_alive().map_err(cannot("examine", &of_process))? {
             return Err(cannot("examine", &of_process)(io::ErrorKind::NotFound.into()));
         }
-        let start = wanted.find(&text);
+        let pieces = wanted.find(&text);
         let (bytes, zeros) = (wanted.bytes, Zeros::over(file)?);
-        Ok(start.map(|start| Self { process: of_process, memory, pagemap, zeros, start, bytes }))
+        let base_path = file.to_owned();
+        let process = of_process;
+        Ok(pieces.map(|pieces| Self { process, memory, pagemap, base, base_path, zeros, pieces, bytes }))
     }
 
     /// Writes the private pages to a file.
-    pub(super) fn save(&self, into: &Utf8Path, given_up: &AtomicBool) -> VmmResult<SnapshotStatistics> {
+    pub(crate) fn save(&self, into: &Utf8Path, given_up: &AtomicBool) -> VmmResult<SnapshotStatistics> {
         let page_bytes = rustix::param::page_size();
         let page_bytes_32 = u32::try_from(page_bytes).unwrap_or(u32::MAX);
         let mut writer = PagesWriter::create(into, self.bytes, page_bytes_32, self.zeros)?;
         let mut content = vec![0; CHUNK];
-        let mut save = |run: PageRun| -> VmmResult<()> {
+        self.private_pages(CHUNK / page_bytes, |run| {
             check(given_up)?;
             let piece = &mut content[..run.pages * page_bytes];
-            let at = self.start + run.first * page_bytes as u64;
-            self.memory.read_exact_at(piece, at).map_err(cannot("read the memory of", &self.process))?;
+            self.read(run.address, piece)?;
             writer.push(run.first, piece)
-        };
-        let mut runs = PageRuns::new(CHUNK / page_bytes);
-        let pages = usize::try_from(self.bytes / page_bytes as u64).unwrap_or(usize::MAX);
-        let mut entries = vec![0; ENTRIES.min(pages) * ENTRY];
-        let first_entry = self.start / page_bytes as u64;
-        for first in (0..pages).step_by(ENTRIES) {
-            let entries = &mut entries[..ENTRIES.min(pages - first) * ENTRY];
-            let offset = (first_entry + first as u64) * ENTRY as u64;
-            let read = self.pagemap.read_exact_at(entries, offset);
-            read.map_err(cannot("read the page map of", &self.process))?;
-            for (page, entry) in (first as u64..).zip(entries.chunks_exact(ENTRY)) {
-                let entry = u64::from_ne_bytes(std::array::from_fn(|at| entry[at]));
-                if is_private(entry)
-                    && let Some(run) = runs.push(page)
-                {
-                    save(run)?;
-                }
-            }
-        }
-        if let Some(run) = runs.end() {
-            save(run)?;
-        }
+        })?;
         writer.finish()
     }
 
     /// Writes saved pages into the memory.
-    pub(super) fn load(&self, pages: &SavedPages, given_up: &AtomicBool) -> VmmResult<()> {
+    pub(crate) fn load(&self, pages: &SavedPages, given_up: &AtomicBool) -> VmmResult<()> {
         pages.copy_to(|offset, content| {
             check(given_up)?;
-            let wrote = self.memory.write_all_at(content, self.start + offset);
-            wrote.map_err(cannot("write the memory of", &self.process))
+            let (mut offset, mut content) = (offset, content);
+            // What is written at once may lie in several pieces.
+            while let Some((address, length)) = self.place(offset, content.len())
+                && length > 0
+            {
+                let (now, later) = content.split_at(length);
+                self.write(address, now)?;
+                (offset, content) = (offset + length as u64, later);
+            }
+            Ok(())
         })
+    }
+
+    /// What the process itself has written into a memory that no guest has run in yet: the words in which a page
+    /// that is private differs from the file's. A VMM tells its guest in such words that this is another life.
+    pub(crate) fn own_words(&self, given_up: &AtomicBool) -> VmmResult<OwnWords> {
+        let page_bytes = rustix::param::page_size();
+        let (mut now, mut before) = (vec![0; page_bytes], vec![0; page_bytes]);
+        let mut words = Vec::new();
+        self.private_pages(1, |run| {
+            check(given_up)?;
+            self.read(run.address, &mut now)?;
+            let read = self.base.read_exact_at(&mut before, run.first * page_bytes as u64);
+            read.map_err(cannot("read", &self.base_path))?;
+            for (at, (now, before)) in (0..).zip(now.chunks_exact(WORD).zip(before.chunks_exact(WORD))) {
+                if now != before {
+                    let word = std::array::from_fn(|byte| now[byte]);
+                    words.push((run.address + at * WORD as u64, word));
+                }
+            }
+            Ok(())
+        })?;
+        Ok(OwnWords(words))
+    }
+
+    /// Writes such words again, over what was loaded in the meantime.
+    pub(crate) fn put_back(&self, words: &OwnWords) -> VmmResult<()> {
+        words.0.iter().try_for_each(|(address, word)| self.write(*address, word))
+    }
+
+    /// Hands out the private pages, from the first to the last, no more than `longest` at once.
+    fn private_pages(&self, longest: usize, mut take: impl FnMut(Found) -> VmmResult<()>) -> VmmResult<()> {
+        let page_bytes = rustix::param::page_size() as u64;
+        for piece in &self.pieces {
+            let first_page = piece.offset / page_bytes;
+            let mut found = |run: PageRun| {
+                let address = piece.address + (run.first - first_page) * page_bytes;
+                take(Found { first: run.first, pages: run.pages, address })
+            };
+            let mut runs = PageRuns::new(longest);
+            let pages = usize::try_from(piece.bytes / page_bytes).unwrap_or(usize::MAX);
+            let mut entries = vec![0; ENTRIES.min(pages) * ENTRY];
+            let first_entry = piece.address / page_bytes;
+            for first in (0..pages).step_by(ENTRIES) {
+                let entries = &mut entries[..ENTRIES.min(pages - first) * ENTRY];
+                let offset = (first_entry + first as u64) * ENTRY as u64;
+                let read = self.pagemap.read_exact_at(entries, offset);
+                read.map_err(cannot("read the page map of", &self.process))?;
+                for (page, entry) in (first_page + first as u64..).zip(entries.chunks_exact(ENTRY)) {
+                    let entry = u64::from_ne_bytes(std::array::from_fn(|at| entry[at]));
+                    if is_private(entry)
+                        && let Some(run) = runs.push(page)
+                    {
+                        found(run)?;
+                    }
+                }
+            }
+            if let Some(run) = runs.end() {
+                found(run)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Where a byte of the file is in the process, and how many of the `length` bytes from there on follow it.
+    fn place(&self, offset: u64, length: usize) -> Option<(u64, usize)> {
+        let piece = self.pieces.iter().find(|piece| (piece.offset..piece.end()).contains(&offset))?;
+        let left = usize::try_from(piece.end() - offset).unwrap_or(usize::MAX);
+        Some((piece.address + (offset - piece.offset), length.min(left)))
+    }
+
+    fn read(&self, address: u64, into: &mut [u8]) -> VmmResult<()> {
+        self.memory.read_exact_at(into, address).map_err(cannot("read the memory of", &self.process))
+    }
+
+    fn write(&self, address: u64, content: &[u8]) -> VmmResult<()> {
+        self.memory.write_all_at(content, address).map_err(cannot("write the memory of", &self.process))
+    }
+}
+
+/// Private pages in a row.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Found {
+    first: u64,
+    pages: usize,
+    address: u64,
+}
+
+/// A part of the file, and where it is mapped.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Piece {
+    offset: u64,
+    bytes: u64,
+    address: u64,
+}
+
+impl Piece {
+    fn end(&self) -> u64 {
+        self.offset + self.bytes
     }
 }
 
@@ -182,23 +278,27 @@ struct Wanted {
 }
 
 impl Wanted {
-    /// Where the file is mapped, in the text of `/proc/PID/maps`. The kernel may show one mapping as several
-    /// that follow each other.
-    fn find(&self, maps: &str) -> Option<u64> {
-        let mut found = maps.lines().filter_map(Mapping::parse).filter(|mapping| {
+    /// Where the file is mapped, in the text of `/proc/PID/maps`: pieces that follow each other in the file, and are all of
+    /// it. The kernel may show one mapping as several, and a guest with a hole in its address space has two.
+    fn find(&self, maps: &str) -> Option<Vec<Piece>> {
+        let is_of_it = |mapping: &Mapping<'_>| {
             let is_known = mapping.device == self.device || mapping.path == self.path;
             mapping.is_private && mapping.inode == self.inode && is_known
+        };
+        let pieces = maps.lines().filter_map(Mapping::parse).filter(is_of_it).map(|mapping| {
+            let bytes = mapping.end.checked_sub(mapping.start)?;
+            Some(Piece { offset: mapping.offset, bytes, address: mapping.start })
         });
-        let first = found.next().filter(|first| first.offset == 0)?;
-        let mut end = first.end;
-        for next in found {
-            let follows = next.start == end && next.offset == end - first.start;
-            if !follows {
+        let mut pieces: Vec<Piece> = pieces.collect::<Option<_>>()?;
+        pieces.sort_by_key(|piece| piece.offset);
+        let mut end = 0;
+        for piece in &pieces {
+            if piece.offset != end {
                 return None;
             }
-            end = next.end;
+            end = piece.offset.checked_add(piece.bytes)?;
         }
-        (end - first.start == self.bytes).then_some(first.start)
+        (end == self.bytes).then_some(pieces)
     }
 }
 
@@ -241,11 +341,12 @@ mod tests {
         let whole = "55d0-55d1 r--p 00000000 fe:00 77 /usr/bin/qemu\n\
             7f0000-7f3000 rw-p 00000000 fe:00 131090 /a/b c (deleted)\n\
             7fff0-7fff1 rw-p 00000000 00:00 0 [stack]\n";
-        assert_eq!(file.find(whole), Some(0x7f_0000));
+        let at_once = Some(vec![Piece { offset: 0, bytes: 0x3000, address: 0x7f_0000 }]);
+        assert_eq!(file.find(whole), at_once);
         assert_eq!(file.find(&whole.replace("fe:00 131090", "fe:01 131090")), None);
         assert_eq!(file.find(&whole.replace("131090", "131091")), None);
         let by_path = whole.replace("fe:00 131090 /a/b c (deleted)", "fe:01 131090 /a/b d");
-        assert_eq!(file.find(&by_path), Some(0x7f_0000));
+        assert_eq!(file.find(&by_path), at_once);
         assert_eq!(file.find(&by_path.replace("131090", "131091")), None, "it is another file by now");
         assert_eq!(file.find(&whole.replace("7f3000 rw-p", "7f3000 rw-s")), None, "it is not private");
         assert_eq!(file.find(&whole.replace("7f3000", "7f2000")), None, "it is not whole");
@@ -253,8 +354,19 @@ mod tests {
             "7f0000-7f3000 rw-p 00000000",
             "7f0000-7f1000 rw-p 00000000 fe:00 131090 /a\n7f1000-7f3000 ---p 00001000",
         );
-        assert_eq!(file.find(&parts), Some(0x7f_0000));
+        let two = |address| {
+            let first = Piece { offset: 0, bytes: 0x1000, address: 0x7f_0000 };
+            Some(vec![first, Piece { offset: 0x1000, bytes: 0x2000, address }])
+        };
+        assert_eq!(file.find(&parts), two(0x7f_1000));
+        let apart = parts.replace("7f1000-7f3000", "6f1000-6f3000");
+        assert_eq!(
+            file.find(&apart),
+            two(0x6f_1000),
+            "what follows in the file need not follow in the process"
+        );
         assert_eq!(file.find(&parts.replace("00001000", "00002000")), None);
+        assert_eq!(file.find(&parts.replace("00001000", "00000000")), None, "it is there twice");
         assert_eq!(file.find(""), None);
     }
 

@@ -86,7 +86,7 @@ const DIGITS: usize = 16;
 
 /// The word for the first processor of `/proc/cpuinfo`. Processors of one host are alike. None where the text does not
 /// say which processor it is, or what it can do: then nothing is known of it.
-pub(super) fn word(cpuinfo: &str) -> Option<String> {
+pub(crate) fn word(cpuinfo: &str) -> Option<String> {
     let first = cpuinfo.split("\n\n").next().unwrap_or_default();
     let line = |wanted: &str| {
         let mut lines = first.lines().filter_map(|line| line.split_once(':'));

@@ -18,14 +18,14 @@
 //! ```
 //!
 //! # What a snapshot is
-//! The memory of a machine that boots is a file, and becomes the *base*. The memory of a restored machine is
+//! The memory of a machine that boots is a file, or is written to one, and becomes the *base*. The memory of a restored machine is
 //! that file, mapped privately, and so a snapshot of it is the base's name and the pages that differ (the
 //! module `pages`): its depth is always one, and its size follows what was written, not what there is.
 //! A machine can also boot as if it were restored, over a base that is nothing but zeros ([`BootMemory::Zeros`]):
 //! then its snapshots are over that.
 //!
-//! Drivers: [`qemu`] (the `microvm` machine, everywhere) and [`fake`] (no machine at all: for faults and
-//! scale). Every driver passes the cases of `conformance`, the fake included, so that the fake cannot lie.
+//! Drivers: [`firecracker`] (on KVM), [`qemu`] (the `microvm` machine, everywhere) and [`fake`] (no machine at all: for faults
+//! and scale). Every driver passes the cases of `conformance`, the fake included, so that the fake cannot lie.
 //!
 //! Nobody here knows of sandboxes, templates or policies. A VMM process is in a session of its own and
 //! outlives whoever started it.
@@ -35,7 +35,14 @@
 pub mod conformance;
 mod error;
 pub mod fake;
+mod files;
+pub mod firecracker;
+mod guest_memory;
+mod host_cpu;
+mod last_words;
 mod pages;
+mod process;
+mod program;
 pub mod qcow2;
 pub mod qemu;
 mod spec;

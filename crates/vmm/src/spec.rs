@@ -34,6 +34,8 @@ pub struct Capabilities {
     pub supports_uffd: bool,
     /// A snapshot can hold only what changed.
     pub supports_diff: bool,
+    /// A file can be put on top of a disk, and a chain of them copied into its top.
+    pub supports_overlays: bool,
 }
 
 /// Which program this is: a snapshot of another one is refused by name.
@@ -70,7 +72,7 @@ impl VmmIdentity {
 pub struct GuestBundle {
     /// Hash of everything in it.
     pub id: String,
-    /// A bzImage, or a vmlinux where the driver takes one.
+    /// A bzImage for QEMU, the vmlinux that is in it for Firecracker.
     pub kernel: Utf8PathBuf,
     /// The compressed archive with envd and the virtio modules.
     pub initramfs: Utf8PathBuf,

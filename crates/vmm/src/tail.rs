@@ -21,6 +21,12 @@ impl Tail {
         self.bytes.extend(more);
     }
 
+    /// The last `limit` bytes of what is kept, with what is no UTF-8 replaced.
+    pub(crate) fn end(&self, limit: usize) -> String {
+        let end: Vec<u8> = self.bytes.iter().skip(self.bytes.len().saturating_sub(limit)).copied().collect();
+        String::from_utf8_lossy(&end).into_owned()
+    }
+
     /// What is kept, with what is no UTF-8 replaced.
     pub(crate) fn text(&self) -> String {
         let (front, back) = self.bytes.as_slices();
@@ -42,6 +48,7 @@ mod tests {
             }
             let all = pieces.concat();
             prop_assert_eq!(tail.text(), &all[all.len().saturating_sub(limit)..]);
+            prop_assert_eq!(tail.end(3), &all[all.len().saturating_sub(limit.min(3))..]);
         }
     }
 }

@@ -101,7 +101,7 @@ pub trait Vm: fmt::Debug + Send + Sync {
     /// under way is ended first.
     ///
     /// # Errors
-    /// [`crate::VmmError::Unsupported`] for an overlay that is no qcow2, [`crate::VmmError::Spec`] for one that
+    /// [`crate::VmmError::Unsupported`] for an overlay that is no qcow2, and from a driver that knows none, [`crate::VmmError::Spec`] for one that
     /// does not fit, or a machine without a disk. The machine goes on with the disk that it had, unless the answer
     /// was lost ([`crate::VmmError::Connection`], [`crate::VmmError::Timeout`]) or the future dropped: then ask for
     /// [`Vm::disk_chain`].

@@ -36,7 +36,7 @@ impl Lab {
     async fn new() -> Option<Self> {
         let directory = tempfile::tempdir().unwrap();
         let root = Utf8PathBuf::from_path_buf(directory.path().to_owned()).unwrap();
-        let guest = match support::counting_guest(&root) {
+        let guest = match support::counting_guest(&root, support::Kernel::Compressed) {
             Ok(guest) => guest,
             Err(why) => {
                 support::skipped(&why);

@@ -194,3 +194,31 @@ pub(super) async fn a_chain_is_copied_into_its_top(bench: &Bench<'_>) {
     counts(vm.as_mut(), 3, BOOT_BOUND).await;
     bounded(vm.stop()).await.unwrap();
 }
+
+pub(super) async fn a_disk_without_layers_is_one_file(bench: &Bench<'_>) {
+    let (spec, base) = with_disk(bench);
+    let mut vm = bounded(bench.vmm().boot(spec, BootMemory::Anonymous)).await.unwrap();
+    counts(vm.as_mut(), 3, BOOT_BOUND).await;
+    assert_eq!(chain(vm.as_mut()).await, std::slice::from_ref(&base.path));
+    let one = overlay(&bench.path("one"), &base, BYTES);
+    let pivoted = bounded(vm.pivot_disk(&one)).await;
+    assert!(matches!(pivoted, Err(VmmError::Unsupported { operation: "pivot_disk", .. })), "{pivoted:?}");
+    let streamed = bounded(vm.stream_disk(&base.path)).await;
+    assert!(matches!(streamed, Err(VmmError::Unsupported { operation: "stream_disk", .. })), "{streamed:?}");
+    goes_on(vm.as_mut()).await;
+    bounded(vm.resize_disk(2 * BYTES)).await.unwrap();
+    goes_on(vm.as_mut()).await;
+    assert_eq!(chain(vm.as_mut()).await, std::slice::from_ref(&base.path));
+    bounded(vm.stop()).await.unwrap();
+
+    let mut other = bench.spec("b");
+    other.disk = Some(one);
+    let booted = bounded(bench.vmm().boot(other, BootMemory::Anonymous)).await.map(drop);
+    assert!(matches!(booted, Err(VmmError::Unsupported { .. })), "{booted:?}");
+    assert!(!bench.runs("b"));
+    let mut diskless = bench.boot("c").await;
+    assert!(chain(diskless.as_mut()).await.is_empty());
+    let refused = bounded(diskless.pivot_disk(&base)).await;
+    assert!(matches!(refused, Err(VmmError::Spec { field: "disk", .. })), "{refused:?}");
+    bounded(diskless.stop()).await.unwrap();
+}

@@ -357,7 +357,7 @@ impl Vmm for Fake {
     }
 
     fn capabilities(&self) -> Capabilities {
-        Capabilities { supports_uffd: false, supports_diff: true }
+        Capabilities { supports_uffd: false, supports_diff: true, supports_overlays: true }
     }
 
     async fn boot(&self, spec: MachineSpec, memory: BootMemory<'_>) -> VmmResult<Box<dyn Vm>> {

@@ -12,23 +12,26 @@ use std::{io, os::unix::net::UnixStream, sync::Arc, time::Duration};
 
 use serde_json::Value;
 use tokio::{sync::watch, task::spawn_blocking};
-use wrenn_host_linux::process::{Process, argument_of, find_by_argument};
 
 use super::{
     facts::Shutdown,
-    launch::{CONTROL_SOCKET, SocketFile},
+    launch::CONTROL_SOCKET,
     machine::{Backing, Machine, State},
-    monitor::{ConsoleTail, Leash, Monitor, Watched},
+    monitor::{ConsoleTail, Monitor},
     qmp::{COMMAND_BOUND, Qmp},
 };
-use crate::{AdoptedMachine, VmmError, VmmResult};
+use crate::{
+    AdoptedMachine, VmmError, VmmResult,
+    files::SocketFile,
+    process::{self, Leash, Watched, find},
+};
 
 const OPERATION: &str = "adopt";
 /// How long QEMU may take to answer somebody new, who waits for as long as somebody else is connected.
 const ANSWER_BOUND: Duration = Duration::from_secs(10);
 
 pub(super) async fn adopt(machine: AdoptedMachine) -> VmmResult<Machine> {
-    let mark = format!("guest={}", machine.name);
+    let mark = process::mark(&machine.name);
     let socket = machine.run_dir.join(CONTROL_SOCKET);
     let lost = |source: io::Error| VmmError::Connection { command: OPERATION.to_owned(), source };
     let hint = machine.pid_hint;
@@ -63,22 +66,6 @@ pub(super) async fn adopt(machine: AdoptedMachine) -> VmmResult<Machine> {
         Err(_) if !alive.is_alive().map_err(lost)? => Err(not_there()),
         other => other,
     }
-}
-
-/// The process with this argument.
-fn find(mark: &str, hint: Option<u32>) -> io::Result<Option<Process>> {
-    if let Some(pid) = hint
-        && let Some(found) = argument_of(pid, mark)?
-        && found.argument == mark
-    {
-        return Ok(Some(found.process));
-    }
-    let mut found = find_by_argument(mark)?.into_iter().filter(|found| found.argument == mark);
-    let first = found.next().map(|found| found.process);
-    if found.next().is_some() {
-        return Err(io::Error::other("several processes have its name"));
-    }
-    Ok(first)
 }
 
 /// Makes sure that it is who it should be, and learns what it does.

@@ -9,7 +9,7 @@ use camino::Utf8Path;
 use serde_json::json;
 use wrenn_types::Shape;
 
-use crate::{Accelerator, DiskFormat, DiskSpec, VmmError, VmmResult};
+use crate::{Accelerator, DiskFormat, DiskSpec, VmmError, VmmResult, process};
 
 /// The machine under TCG: its interrupt controller and timers are all there, because that is with what
 /// the guest's kernel comes up when four of them boot at once.
@@ -161,7 +161,7 @@ pub(super) fn arguments(launch: &Launch<'_>) -> VmmResult<Vec<String>> {
     let mut option = |name: &str, value: String| words.extend([name.to_owned(), value]);
     let memory = launch.shape.memory;
 
-    option("-name", format!("guest={}", launch.name));
+    option("-name", process::mark(launch.name));
     // No merging of equal pages: it would tell one guest what is in the memory of another.
     let machine = machine_type(launch.accelerator);
     let described = match launch.start {

@@ -1,14 +1,10 @@
 //! From a description to a process that is about to answer.
 
 use std::{
-    fs::{self, OpenOptions},
-    io,
+    fs, io,
     os::{
         fd::{AsRawFd, OwnedFd},
-        unix::{
-            fs::OpenOptionsExt,
-            net::{UnixListener, UnixStream},
-        },
+        unix::net::{UnixListener, UnixStream},
     },
     sync::Arc,
 };
@@ -20,13 +16,15 @@ use wrenn_host_linux::process::{Spawn, SpawnError};
 
 use super::{
     arguments::{Console, Launch, Memory, Start, arguments},
-    cannot,
     machine::Machine,
-    monitor::{ConsoleTail, Leash, Monitor, Watched},
+    monitor::{ConsoleTail, Monitor},
     qmp::Qmp,
-    readable,
 };
-use crate::{Accelerator, MachineSpec, VmmError, VmmResult};
+use crate::{
+    Accelerator, MachineSpec, VmmError, VmmResult,
+    files::{SocketFile, cannot, readable, remove_stale},
+    process::{Leash, Watched},
+};
 
 /// The control socket in the machine's directory. Its path is short: see `validate`.
 pub(super) const CONTROL_SOCKET: &str = "control.sock";
@@ -126,73 +124,12 @@ struct ControlSocket {
 impl ControlSocket {
     fn bind(path: &Utf8Path) -> VmmResult<Self> {
         // The directory is this machine's alone: what is there is from an earlier life.
-        match fs::remove_file(path) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                return Err(cannot("remove", path)(error));
-            }
-            _ => {}
-        }
+        remove_stale(path)?;
         let listener = UnixListener::bind(path).map_err(cannot("listen on", path))?;
-        let file = SocketFile(path.to_owned());
+        let file = SocketFile::at(path.to_owned());
         let mode = std::os::unix::fs::PermissionsExt::from_mode(0o600);
         fs::set_permissions(path, mode).map_err(cannot("protect", path))?;
         let stream = UnixStream::connect(path).map_err(cannot("connect to", path))?;
         Ok(Self { listener: listener.into(), stream, file })
-    }
-}
-
-/// The socket's name in the file system; removed with the machine.
-#[derive(Debug)]
-pub(super) struct SocketFile(Utf8PathBuf);
-
-impl SocketFile {
-    /// One that is there already.
-    pub(super) fn at(path: Utf8PathBuf) -> Self {
-        Self(path)
-    }
-
-    /// Leaves it where it is.
-    pub(super) fn leave(mut self) {
-        self.0 = Utf8PathBuf::new();
-    }
-}
-
-impl Drop for SocketFile {
-    fn drop(&mut self) {
-        if !self.0.as_str().is_empty() {
-            // The owner of the directory may have been faster.
-            drop(fs::remove_file(&self.0));
-        }
-    }
-}
-
-/// A file that becomes a guest's memory. It is removed again unless it is kept.
-#[derive(Debug)]
-pub(super) struct MemoryFile {
-    path: Utf8PathBuf,
-    kept: bool,
-}
-
-impl MemoryFile {
-    pub(super) fn create(path: &Utf8Path, bytes: u64) -> VmmResult<Self> {
-        let mut options = OpenOptions::new();
-        options.write(true).create_new(true).mode(0o600);
-        let file = options.open(path).map_err(cannot("create", path))?;
-        let made = Self { path: path.to_owned(), kept: false };
-        file.set_len(bytes).map_err(cannot("size", path))?;
-        Ok(made)
-    }
-
-    pub(super) fn keep(mut self) -> Utf8PathBuf {
-        self.kept = true;
-        std::mem::take(&mut self.path)
-    }
-}
-
-impl Drop for MemoryFile {
-    fn drop(&mut self) {
-        if !self.kept {
-            drop(fs::remove_file(&self.path));
-        }
     }
 }

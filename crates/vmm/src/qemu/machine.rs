@@ -1,9 +1,9 @@
 //! One machine.
 
 use std::{
-    fs::{File, OpenOptions},
+    fs::File,
     io::{self, Write as _},
-    os::{fd::OwnedFd, unix::fs::OpenOptionsExt},
+    os::fd::OwnedFd,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -17,15 +17,16 @@ use serde_json::{Value, json};
 use tokio::{sync::watch, task::spawn_blocking, time::timeout};
 
 use super::{
-    cannot,
     facts::{Facts, Migration},
-    failed_thread,
-    guest_memory::GuestMemory,
-    monitor::{ConsoleTail, Leash, QUIT_BOUND},
+    monitor::{ConsoleTail, QUIT_BOUND},
     qmp::{COMMAND_BOUND, Qmp},
 };
 use crate::{
-    DiskSpec, ExitReason, SnapshotFiles, SnapshotStatistics, Vm, VmmError, VmmResult, pages::SavedPages,
+    DiskSpec, ExitReason, SnapshotFiles, SnapshotStatistics, Vm, VmmError, VmmResult,
+    files::{cannot, create_private, failed_thread},
+    guest_memory::GuestMemory,
+    pages::SavedPages,
+    process::Leash,
     validate,
 };
 
@@ -192,8 +193,8 @@ impl Machine {
         let (process, base) = (self.leash.process.clone(), base.to_owned());
         let open = move |_: &AtomicBool| GuestMemory::open(&process, &base);
         let memory = self.with_memory(SNAPSHOT, open).await?.ok_or_else(|| not_mapped(SNAPSHOT))?;
-        // QEMU opens it again, and would make it readable for others.
-        drop(create(&into.state)?);
+        // QEMU would make it readable for others.
+        drop(create_private(&into.state)?);
         let devices = json!({"filename": into.state, "live": false});
         let saved = self.qmp.execute("xen-save-devices-state", devices, MIGRATION_BOUND).await;
         if let Err(error) = self.explain(SNAPSHOT, saved).await {
@@ -205,7 +206,7 @@ impl Machine {
     /// Saves the devices of a machine whose memory is in its file already.
     async fn save_shared(&self, into: &SnapshotFiles) -> VmmResult<()> {
         validate::snapshot_files(into, false)?;
-        let state = create(&into.state)?;
+        let state = create_private(&into.state)?;
         self.qmp.forget_migration();
         self.command(SNAPSHOT, "migrate-set-capabilities", migration_capabilities()).await?;
         let passed = json!({"fdname": STATE});
@@ -296,13 +297,6 @@ impl Drop for GivenUp {
 fn not_mapped(operation: &'static str) -> VmmError {
     let problem = "the snapshot's memory is not what it maps";
     VmmError::Unsupported { operation, problem }
-}
-
-/// A file for the state of the devices.
-fn create(state: &Utf8Path) -> VmmResult<File> {
-    let mut options = OpenOptions::new();
-    options.write(true).create(true).truncate(true).mode(0o600);
-    options.open(state).map_err(cannot("create", state))
 }
 
 /// What has to be agreed before a state is saved or loaded: memory that is a shared file stays out of it, and

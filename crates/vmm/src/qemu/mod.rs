@@ -7,7 +7,7 @@
 //! - `launch`: from a description to a process that answers.
 //! - `adopt`: to a process that an earlier life of ours started.
 //! - `machine`: one machine, the [`Vm`].
-//! - `block`: its disk. `guest_memory`: its memory, seen from outside.
+//! - `block`: its disk.
 //! - `monitor`: the task that owns the process and tells why it ended.
 //!
 //! # A restore
@@ -54,8 +54,6 @@ mod adopt;
 mod arguments;
 mod block;
 mod facts;
-mod guest_memory;
-mod host_cpu;
 mod launch;
 mod machine;
 mod monitor;
@@ -63,18 +61,21 @@ mod probe;
 mod qmp;
 
 use async_trait::async_trait;
-use camino::{Utf8Path, Utf8PathBuf};
-use tokio::task::{JoinError, spawn_blocking};
+use camino::Utf8Path;
+use tokio::task::spawn_blocking;
 
 pub use self::probe::{AcceleratorChoice, QemuOptions};
 use self::{
     arguments::{Memory, SavedState, Start, kernel_command_line},
-    launch::{Engine, MemoryFile},
+    launch::Engine,
     machine::{Backing, Machine},
 };
 use crate::{
     AdoptedMachine, BootMemory, Capabilities, MachineSpec, SnapshotFiles, Vm, Vmm, VmmError, VmmIdentity,
-    VmmResult, pages::SavedPages, validate,
+    VmmResult,
+    files::{MemoryFile, cannot, failed_thread, readable},
+    pages::SavedPages,
+    validate,
 };
 
 /// The driver.
@@ -106,7 +107,7 @@ impl Vmm for Qemu {
     }
 
     fn capabilities(&self) -> Capabilities {
-        Capabilities { supports_uffd: false, supports_diff: true }
+        Capabilities { supports_uffd: false, supports_diff: true, supports_overlays: true }
     }
 
     async fn boot(&self, spec: MachineSpec, memory: BootMemory<'_>) -> VmmResult<Box<dyn Vm>> {
@@ -174,20 +175,4 @@ async fn ended(mut machine: Machine, error: VmmError) -> VmmError {
         tracing::error!(pid = machine.pid(), error = %stuck, "a QEMU that failed cannot be ended");
     }
     error
-}
-
-/// A thread that was to do something for `operation` and did not come to its end.
-fn failed_thread(operation: &'static str, error: JoinError) -> VmmError {
-    VmmError::Connection { command: operation.to_owned(), source: std::io::Error::other(error) }
-}
-
-/// Fails where QEMU would, with the name of the file.
-fn readable(path: &Utf8Path) -> VmmResult<()> {
-    std::fs::File::open(path).map(drop).map_err(cannot("open", path))
-}
-
-/// An error about a file.
-fn cannot(operation: &'static str, path: &Utf8Path) -> impl FnOnce(std::io::Error) -> VmmError {
-    let path: Utf8PathBuf = path.to_owned();
-    move |source| VmmError::File { operation, path, source }
 }

@@ -11,14 +11,7 @@
 //! QEMU is told to stand still when the guest powers off or resets (`shutdown=pause`), because a panic is
 //! known only from the last words on the console, which are gone with the process.
 
-use std::{
-    io,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
-    time::Duration,
-};
+use std::{io, sync::Arc, time::Duration};
 
 use base64::{Engine as _, engine::general_purpose::STANDARD};
 use camino::Utf8PathBuf;
@@ -30,15 +23,20 @@ use tokio::{
     task::JoinHandle,
     time::timeout,
 };
-use wrenn_host_linux::process::{Child, Exit, Process, Signal};
+use wrenn_host_linux::process::{Exit, Signal};
 
 use super::{
     arguments::{CONSOLE, CONSOLE_BYTES},
     facts::{Facts, Shutdown},
-    launch::SocketFile,
     qmp::Qmp,
 };
-use crate::{ExitReason, tail::Tail};
+use crate::{
+    ExitReason,
+    files::SocketFile,
+    last_words,
+    process::{Ending, Watched},
+    tail::Tail,
+};
 
 /// How long QEMU may take to end by itself once it was told to, before it is killed.
 pub(super) const QUIT_BOUND: Duration = Duration::from_secs(1);
@@ -48,63 +46,6 @@ const CONSOLE_BOUND: Duration = Duration::from_secs(2);
 const ERRORS_BOUND: Duration = Duration::from_millis(200);
 /// How much of the error messages is kept.
 const ERRORS_LIMIT: usize = 4096;
-
-const PANIC: &str = "Kernel panic - not syncing";
-const RESTART: &str = "reboot: Restarting system";
-
-/// Kills the process when it is dropped, unless it was let go; what a machine holds.
-#[derive(Debug)]
-pub(super) struct Leash {
-    pub(super) process: Process,
-    ending: Ending,
-    /// Tells the monitor that the process was let go; none once that was told.
-    release: Option<oneshot::Sender<()>>,
-}
-
-/// Whether the end of the process is our own wish.
-#[derive(Debug, Clone, Default)]
-pub(super) struct Ending(Arc<AtomicBool>);
-
-impl Ending {
-    pub(super) fn wish(&self) {
-        self.0.store(true, Ordering::SeqCst);
-    }
-
-    fn is_wished(&self) -> bool {
-        self.0.load(Ordering::SeqCst)
-    }
-}
-
-impl Leash {
-    /// A leash, and what its monitor waits for.
-    pub(super) fn new(process: Process) -> (Self, oneshot::Receiver<()>) {
-        let (release, released) = oneshot::channel();
-        (Self { process, ending: Ending::default(), release: Some(release) }, released)
-    }
-
-    pub(super) fn let_go(&mut self) {
-        if let Some(release) = self.release.take() {
-            // The monitor is gone when the process is.
-            let _ = release.send(());
-        }
-    }
-
-    pub(super) fn ending(&self) -> Ending {
-        self.ending.clone()
-    }
-}
-
-impl Drop for Leash {
-    fn drop(&mut self) {
-        if self.release.is_none() {
-            return;
-        }
-        self.ending.wish();
-        if let Err(error) = self.process.kill() {
-            tracing::error!(pid = self.process.pid(), %error, "a QEMU cannot be killed");
-        }
-    }
-}
 
 /// The end of what the guest printed, fetched from QEMU's ring when somebody asks.
 #[derive(Debug)]
@@ -155,30 +96,6 @@ pub(super) struct Monitor {
     pub(super) errors: Option<pipe::Receiver>,
     pub(super) exit: watch::Sender<Option<ExitReason>>,
     pub(super) socket: SocketFile,
-}
-
-/// The process of which the end is waited for.
-#[derive(Debug)]
-pub(super) enum Watched {
-    Child(Child),
-    /// Somebody else's child: that it ends is told, and not how.
-    Adopted(Process),
-}
-
-impl Watched {
-    async fn wait(&mut self) -> io::Result<Option<Exit>> {
-        match self {
-            Self::Child(child) => child.wait().await.map(Some),
-            Self::Adopted(process) => process.ended().await.map(|()| None),
-        }
-    }
-
-    fn process(&self) -> &Process {
-        match self {
-            Self::Child(child) => child.process(),
-            Self::Adopted(process) => process,
-        }
-    }
 }
 
 impl Monitor {
@@ -258,9 +175,7 @@ async fn quit_or_kill(qmp: &Qmp, process: &mut Watched) {
 /// one that reboots prints that. A guest can pretend either, about itself.
 fn verdict(shutdown: Shutdown, console: &str) -> ExitReason {
     match shutdown {
-        Shutdown::Reset | Shutdown::Unseen if console.rfind(PANIC) > console.rfind(RESTART) => {
-            ExitReason::GuestPanic
-        }
+        Shutdown::Reset | Shutdown::Unseen if last_words::is_panic(console) => ExitReason::GuestPanic,
         _ => ExitReason::GuestShutdown,
     }
 }
@@ -309,14 +224,14 @@ mod tests {
 
     #[test]
     fn a_panic_is_told_from_a_reboot_by_the_last_words() {
-        let panic = format!("[    1.7] {PANIC}: Attempted to kill init!\r\n[    1.8] Kernel Offset: 0x2\r\n");
-        let reboot = format!("[    2.0] {RESTART}\r\n[    2.0] reboot: machine restart\r\n");
-        assert_eq!(verdict(Shutdown::Reset, &panic), ExitReason::GuestPanic);
-        assert_eq!(verdict(Shutdown::Reset, &reboot), ExitReason::GuestShutdown);
-        assert_eq!(verdict(Shutdown::Reset, &format!("{panic}{reboot}")), ExitReason::GuestShutdown);
+        let panic = "[    1.7] Kernel panic - not syncing: Attempted to kill init!\r\n[    1.8] Kernel Offset: 0x2\r\n";
+        let reboot = "[    2.0] reboot: Restarting system\r\n[    2.0] reboot: machine restart\r\n";
+        assert_eq!(verdict(Shutdown::Reset, panic), ExitReason::GuestPanic);
+        assert_eq!(verdict(Shutdown::Reset, reboot), ExitReason::GuestShutdown);
+        assert_eq!(verdict(Shutdown::Reset, &[panic, reboot].concat()), ExitReason::GuestShutdown);
         assert_eq!(verdict(Shutdown::Reset, ""), ExitReason::GuestShutdown, "a triple fault says nothing");
-        assert_eq!(verdict(Shutdown::Unseen, &panic), ExitReason::GuestPanic);
-        assert_eq!(verdict(Shutdown::Unseen, &reboot), ExitReason::GuestShutdown);
-        assert_eq!(verdict(Shutdown::PoweredOff, &panic), ExitReason::GuestShutdown);
+        assert_eq!(verdict(Shutdown::Unseen, panic), ExitReason::GuestPanic);
+        assert_eq!(verdict(Shutdown::Unseen, reboot), ExitReason::GuestShutdown);
+        assert_eq!(verdict(Shutdown::PoweredOff, panic), ExitReason::GuestShutdown);
     }
 }

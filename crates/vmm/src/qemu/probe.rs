@@ -18,20 +18,20 @@ use std::{
 use camino::{Utf8Path, Utf8PathBuf};
 use rustix::pipe::{PipeFlags, pipe_with};
 use serde::{Deserialize, Serialize};
-use tokio::{io::AsyncReadExt, net::unix::pipe, task::spawn_blocking, time::timeout};
-use wrenn_host_linux::{
-    process::{Child, Exit, Spawn, find_program},
-    tsc,
-};
+use tokio::{io::AsyncReadExt, net::unix::pipe, time::timeout};
+use wrenn_host_linux::{process::Spawn, tsc};
 use wrenn_types::{MemoryMib, Shape, Vcpus};
 
 use super::{
     Qemu,
     arguments::{Console, Launch, Memory, Start, arguments, cpu_model, kernel_command_line, machine_type},
-    host_cpu,
     launch::Engine,
 };
-use crate::{Accelerator, GuestBundle, VmmError, VmmIdentity, VmmResult, tail::Tail};
+use crate::{
+    Accelerator, GuestBundle, VmmError, VmmIdentity, VmmResult, host_cpu,
+    program::{self, end, start},
+    tail::Tail,
+};
 
 /// What the guest prints when its agent listens.
 const READY: &str = "wrenn-guest ready";
@@ -39,8 +39,6 @@ const DEFAULT_PROGRAM: &str = "qemu-system-x86_64";
 const REMEDY: &str = "install the package qemu-system-x86, or set WRENN_QEMU to the program";
 /// A guest on real KVM is up in a second or two; one that needs longer is better off translated.
 const PROBE_BOUND: Duration = Duration::from_secs(10);
-/// How long QEMU may take to tell its version.
-const VERSION_BOUND: Duration = Duration::from_secs(10);
 /// How long the time stamp counter is watched.
 const TSC_INTERVAL: Duration = Duration::from_millis(50);
 const KVM: &str = "/dev/kvm";
@@ -112,7 +110,8 @@ impl Qemu {
     /// # Errors
     /// [`VmmError::Unavailable`] says what is missing and how to get it.
     pub async fn detect(options: QemuOptions) -> VmmResult<Self> {
-        let program = find(options.program.as_deref())?;
+        let wanted = options.program.as_deref().unwrap_or_else(|| Utf8Path::new(DEFAULT_PROGRAM));
+        let program = program::find(wanted, REMEDY)?;
         let (version, tsc_khz) = tokio::join!(version(&program), tsc_khz());
         let version = version?;
         let decision = decide(&program, &version, &options).await?;
@@ -152,18 +151,6 @@ fn seen_cpu(accelerator: Accelerator) -> VmmResult<String> {
     }
 }
 
-fn find(program: Option<&Utf8Path>) -> VmmResult<Utf8PathBuf> {
-    let wanted = program.unwrap_or_else(|| Utf8Path::new(DEFAULT_PROGRAM));
-    let missing = |problem: &str| VmmError::Unavailable {
-        program: wanted.to_string(),
-        problem: problem.to_owned(),
-        remedy: REMEDY,
-    };
-    let found = find_program(wanted).ok_or_else(|| missing("there is no such program"))?;
-    let found = std::path::absolute(found).map_err(|_| missing("its path cannot be resolved"))?;
-    Utf8PathBuf::from_path_buf(found).map_err(|_| missing("its path is no UTF-8"))
-}
-
 async fn tsc_khz() -> Option<u32> {
     let first = tsc::Sample::now();
     tokio::time::sleep(TSC_INTERVAL).await;
@@ -172,46 +159,15 @@ async fn tsc_khz() -> Option<u32> {
 
 /// What QEMU says it is: `7.2.22 (Debian 1:7.2+dfsg-7+deb12u18+b3)`.
 async fn version(program: &Utf8Path) -> VmmResult<String> {
-    let unusable =
-        |problem: String| VmmError::Unavailable { program: program.to_string(), problem, remedy: REMEDY };
-    let (read, write) = pipe_with(PipeFlags::CLOEXEC).map_err(|error| unusable(error.to_string()))?;
-    let spawn = Spawn::new(program.as_std_path()).arg("--version").stdout(write).die_with_parent();
-    let mut child = start(spawn).await.map_err(|error| unusable(error.to_string()))?;
-    let asked = async {
-        let mut said = Vec::new();
-        let output = pipe::Receiver::from_owned_fd(read)?;
-        output.take(4096).read_to_end(&mut said).await?;
-        Ok::<_, io::Error>((String::from_utf8_lossy(&said).into_owned(), child.wait().await?))
-    };
-    let asked = timeout(VERSION_BOUND, asked).await;
-    let problem = match asked {
-        Ok(Ok((said, Exit::Code(0)))) => match parse_version(&said) {
-            Some(version) => return Ok(version),
-            None => "it does not say its version".to_owned(),
-        },
-        Ok(Ok((_, exit))) => format!("it ended with {exit:?}"),
-        Ok(Err(error)) => error.to_string(),
-        Err(_) => format!("it did not say its version within {VERSION_BOUND:?}"),
-    };
-    end(child).await;
-    Err(unusable(problem))
+    let said = program::ask(program, "--version", REMEDY).await?;
+    parse_version(&said)
+        .ok_or_else(|| program::unusable(program, "it does not say its version".to_owned(), REMEDY))
 }
 
 fn parse_version(said: &str) -> Option<String> {
     let line = said.lines().next()?;
     let (program, version) = line.split_once(" version ")?;
     (program.contains("QEMU") && !version.is_empty()).then(|| version.trim().to_owned())
-}
-
-async fn start(spawn: Spawn) -> io::Result<Child> {
-    let started = spawn_blocking(move || spawn.start()).await.map_err(io::Error::other)?;
-    started.map_err(io::Error::other)
-}
-
-/// Ends a child that is not needed any more, and reaps it.
-async fn end(mut child: Child) {
-    drop(child.kill());
-    drop(child.wait().await);
 }
 
 /// What runs the guest, and why.

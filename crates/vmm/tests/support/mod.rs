@@ -55,9 +55,24 @@ pub(crate) fn skipped(why: &str) {
     drop(std::io::stderr().write_all(format!("skipped: {why}\n").as_bytes()));
 }
 
+/// In which form a VMM takes its kernel.
+#[derive(Debug, Clone, Copy)]
+#[allow(dead_code, reason = "each test program has one VMM")]
+pub(crate) enum Kernel {
+    /// A bzImage. `WRENN_KERNEL` names one of your own.
+    Compressed,
+    /// A vmlinux.
+    Uncompressed,
+}
+
 /// The guest's kernel and an initramfs in `directory`; or why there is none.
-pub(crate) fn counting_guest(directory: &Utf8Path) -> Result<GuestBundle, String> {
-    let kernel = kernel().ok_or("no guest kernel: `make` fetches it, WRENN_KERNEL names another")?;
+pub(crate) fn counting_guest(directory: &Utf8Path, kernel: Kernel) -> Result<GuestBundle, String> {
+    let kernel = match kernel {
+        Kernel::Compressed => compressed(),
+        Kernel::Uncompressed => built("vmlinux"),
+    };
+    let kernel =
+        kernel.ok_or("no guest kernel: `make images` fetches it, WRENN_KERNEL names another for QEMU")?;
     let busybox =
         wrenn_host_linux::process::find_program("busybox").ok_or("no busybox: package busybox-static")?;
     let busybox = std::fs::read(&busybox).map_err(|error| format!("{}: {error}", busybox.display()))?;
@@ -77,10 +92,17 @@ pub(crate) fn counting_guest(directory: &Utf8Path) -> Result<GuestBundle, String
     Ok(GuestBundle { id: "counting".to_owned(), kernel, initramfs })
 }
 
-fn kernel() -> Option<Utf8PathBuf> {
+fn compressed() -> Option<Utf8PathBuf> {
     let named = std::env::var("WRENN_KERNEL").ok().map(Utf8PathBuf::from);
-    let built = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../target/images/guest/vmlinuz");
-    named.into_iter().chain(Utf8PathBuf::from_path_buf(built).ok()).find(|path| path.is_file())
+    named.filter(|path| path.is_file()).or_else(|| built("vmlinuz"))
+}
+
+/// A file of the guest bundle.
+fn built(name: &str) -> Option<Utf8PathBuf> {
+    // Not by way of the directory of this crate, which is not there in the lab.
+    let repository = Path::new(env!("CARGO_MANIFEST_DIR")).ancestors().nth(2)?;
+    let path = repository.join("target/images/guest").join(name);
+    Utf8PathBuf::from_path_buf(path).ok().filter(|path| path.is_file())
 }
 
 /// The format of an initramfs: `cpio -H newc`.

@@ -1,0 +1,99 @@
+//! The files that drivers make beside a machine, and what is said when one of them cannot be had.
+
+use std::{
+    fs::{self, File, OpenOptions},
+    io,
+    os::unix::fs::OpenOptionsExt,
+};
+
+use camino::{Utf8Path, Utf8PathBuf};
+use tokio::task::JoinError;
+
+use crate::{VmmError, VmmResult};
+
+/// An error about a file.
+pub(crate) fn cannot(operation: &'static str, path: &Utf8Path) -> impl FnOnce(io::Error) -> VmmError {
+    let path: Utf8PathBuf = path.to_owned();
+    move |source| VmmError::File { operation, path, source }
+}
+
+/// Fails where a VMM would, with the name of the file.
+pub(crate) fn readable(path: &Utf8Path) -> VmmResult<()> {
+    File::open(path).map(drop).map_err(cannot("open", path))
+}
+
+/// A thread that was to do something for `operation` and did not come to its end.
+pub(crate) fn failed_thread(operation: &'static str, error: JoinError) -> VmmError {
+    VmmError::Connection { command: operation.to_owned(), source: io::Error::other(error) }
+}
+
+/// Removes what an earlier life left in a directory that is this machine's alone.
+pub(crate) fn remove_stale(path: &Utf8Path) -> VmmResult<()> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(cannot("remove", path)(error)),
+        _ => Ok(()),
+    }
+}
+
+/// A file of which only this user knows the content: made, or emptied. A VMM that opens it again keeps its mode.
+pub(crate) fn create_private(path: &Utf8Path) -> VmmResult<File> {
+    let mut options = OpenOptions::new();
+    options.write(true).create(true).truncate(true).mode(0o600);
+    options.open(path).map_err(cannot("create", path))
+}
+
+/// The socket's name in the file system; removed with the machine.
+#[derive(Debug)]
+pub(crate) struct SocketFile(Utf8PathBuf);
+
+impl SocketFile {
+    /// One that is there already.
+    pub(crate) fn at(path: Utf8PathBuf) -> Self {
+        Self(path)
+    }
+
+    /// Leaves it where it is.
+    pub(crate) fn leave(mut self) {
+        self.0 = Utf8PathBuf::new();
+    }
+}
+
+impl Drop for SocketFile {
+    fn drop(&mut self) {
+        if !self.0.as_str().is_empty() {
+            // The owner of the directory may have been faster.
+            drop(fs::remove_file(&self.0));
+        }
+    }
+}
+
+/// A file that becomes a guest's memory. It is removed again unless it is kept.
+#[derive(Debug)]
+pub(crate) struct MemoryFile {
+    path: Utf8PathBuf,
+    kept: bool,
+}
+
+impl MemoryFile {
+    pub(crate) fn create(path: &Utf8Path, bytes: u64) -> VmmResult<Self> {
+        let mut options = OpenOptions::new();
+        options.write(true).create_new(true).mode(0o600);
+        let file = options.open(path).map_err(cannot("create", path))?;
+        let made = Self { path: path.to_owned(), kept: false };
+        file.set_len(bytes).map_err(cannot("size", path))?;
+        Ok(made)
+    }
+
+    pub(crate) fn keep(mut self) -> Utf8PathBuf {
+        self.kept = true;
+        std::mem::take(&mut self.path)
+    }
+}
+
+impl Drop for MemoryFile {
+    fn drop(&mut self) {
+        if !self.kept {
+            drop(fs::remove_file(&self.path));
+        }
+    }
+}

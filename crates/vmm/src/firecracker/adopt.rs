@@ -1,0 +1,133 @@
+//! Taking over a Firecracker that an earlier process started and let go, or did not live to end.
+//!
+//! ```text
+//!  find the process by its name ─► lock its directory ─► marks ─► connect ─► who are you, and what do you do?
+//! ```
+//!
+//! The process is none of our children: its end is told by a pidfd, and its exit code by nobody. Firecracker serves several
+//! connections, so the lock says who owns it: the kernel frees it with its holder.
+
+use std::{fs::File, io, sync::Arc, time::Duration};
+
+use camino::Utf8Path;
+use tokio::{
+    sync::watch,
+    task::spawn_blocking,
+    time::{Instant, sleep},
+};
+use wrenn_host_linux::process::Process;
+
+use super::{
+    api::{Api, COMMAND_BOUND},
+    launch::{CONSOLE, CONSOLE_LIMIT, CONSOLE_LOG, CONTROL_SOCKET, DISK_LINK, LOG_LIMIT, Mark, owner},
+    machine::{Backing, Machine, State, Written},
+    monitor::Monitor,
+    requests::InstanceState,
+    spool::Spool,
+};
+use crate::{
+    AdoptedMachine, VmmError, VmmResult,
+    files::{SocketFile, cannot},
+    guest_memory::GuestMemory,
+    pages::Zeros,
+    process::{self, Leash, Watched, find},
+};
+
+const OPERATION: &str = "adopt";
+/// How long somebody else may still hold it, who is about to end.
+const OWNER_BOUND: Duration = Duration::from_secs(10);
+/// How often that is looked at: nobody tells.
+const OWNER_PAUSE: Duration = Duration::from_millis(20);
+
+pub(super) async fn adopt(machine: AdoptedMachine) -> VmmResult<Machine> {
+    let lost = |source: io::Error| VmmError::Connection { command: OPERATION.to_owned(), source };
+    let (mark, hint) = (process::mark(&machine.name), machine.pid_hint);
+    let found = spawn_blocking(move || find(&mark, hint)).await;
+    let found = found.map_err(io::Error::other).and_then(|found| found).map_err(lost)?;
+    let not_there = || VmmError::NotThere { name: machine.name.clone() };
+    let process = found.ok_or_else(not_there)?;
+    let alive = process.clone();
+    match take(process, &machine).await {
+        Err(_) if !alive.is_alive().map_err(lost)? => Err(not_there()),
+        other => other,
+    }
+}
+
+async fn take(process: Process, machine: &AdoptedMachine) -> VmmResult<Machine> {
+    let run_dir = &machine.run_dir;
+    let owner = lock(run_dir).await?;
+    for mark in Mark::ALL {
+        if mark.is_set(run_dir)? {
+            return Err(VmmError::WrongState { operation: OPERATION, state: mark.state() });
+        }
+    }
+    let socket = run_dir.join(CONTROL_SOCKET);
+    let api = Api::at(socket.clone());
+    let state = ask(&api, &machine.name).await?;
+    let disk = match machine.has_disk {
+        true => Some(link(&run_dir.join(DISK_LINK))?),
+        false => None,
+    };
+    let known = tokio::fs::read(run_dir.join(CONSOLE_LOG)).await.unwrap_or_default();
+    let console = Arc::new(Spool::continued(&run_dir.join(CONSOLE), CONSOLE_LIMIT, &known)?);
+    let log = Arc::new(Spool::continued(&run_dir.join(process::mark(&machine.name)), LOG_LIMIT, b"")?);
+    let backing = match machine.memory.clone() {
+        None => Backing::Anonymous,
+        Some(file) => {
+            let process = process.clone();
+            let found = spawn_blocking(move || backing(&process, &file)).await;
+            found.map_err(|error| crate::files::failed_thread(OPERATION, error))??
+        }
+    };
+    let (exit, exited) = watch::channel(None);
+    let monitor = Monitor { console: Arc::clone(&console), log, exit, socket: SocketFile::at(socket) };
+    let (leash, released) = Leash::new(process.clone());
+    tokio::spawn(monitor.run(Watched::Adopted(process), leash.ending(), released));
+    let mut adopted = Machine::new(leash, api, console, exited, run_dir.clone(), owner, disk);
+    adopted.found(backing, state);
+    Ok(adopted)
+}
+
+/// Locks a machine's directory, once its owner has let it go.
+async fn lock(run_dir: &Utf8Path) -> VmmResult<File> {
+    let file = owner(run_dir)?;
+    let begin = Instant::now();
+    while file.try_lock().is_err() {
+        if begin.elapsed() > OWNER_BOUND {
+            return Err(VmmError::Timeout { operation: OPERATION, bound: OWNER_BOUND });
+        }
+        sleep(OWNER_PAUSE).await;
+    }
+    Ok(file)
+}
+
+/// Makes sure that it is who it should be, and learns what it does.
+async fn ask(api: &Api, name: &str) -> VmmResult<State> {
+    let info = api.info(COMMAND_BOUND).await?;
+    if info.id != name {
+        let message = format!("it is {}", info.id);
+        return Err(VmmError::Refused { command: OPERATION.to_owned(), message });
+    }
+    match info.state {
+        InstanceState::Running => Ok(State::Running),
+        InstanceState::Paused => Ok(State::Paused),
+        InstanceState::NotStarted => Err(VmmError::WrongState { operation: OPERATION, state: "not started" }),
+    }
+}
+
+/// What the file is to it: one that it maps, or one that is nothing but zeros, of which it knows nothing.
+fn backing(process: &Process, file: &Utf8Path) -> VmmResult<Backing> {
+    let path = file.to_owned();
+    if GuestMemory::open(process, file)?.is_some() {
+        return Ok(Backing::Private(path));
+    }
+    match Zeros::over(file)? {
+        Zeros::Understood => Ok(Backing::Zeros { file: path, written: Written::Forgotten }),
+        // A snapshot of it is refused.
+        Zeros::Told => Ok(Backing::Anonymous),
+    }
+}
+
+fn link(path: &Utf8Path) -> VmmResult<camino::Utf8PathBuf> {
+    path.read_link_utf8().map_err(cannot("follow", path))
+}

@@ -1,0 +1,265 @@
+//! From a description to a process that answers.
+//!
+//! ```text
+//!  run_dir   control.sock   Firecracker listens here        console, guest=NAME   FIFOs, the latter the log: see `spool`
+//!            disk           a link to the root disk         owner                 locked by whoever owns the machine
+//!            making, saved  there while the machine is being made, and once its memory was given away
+//! ```
+//!
+//! Firecracker works in this directory and is told names, not paths, of what is in it: those of disks become part of
+//! every saved state, and a clone finds its own disk under the same name. That of the log is the mark by which the process is
+//! known in the process table, as QEMU's is: its own name for itself (`--id`) can have no such form.
+
+use std::{
+    fs::{File, Permissions},
+    io,
+    os::unix::fs::{PermissionsExt, symlink},
+    sync::Arc,
+    time::Duration,
+};
+
+use camino::Utf8Path;
+use tokio::{
+    runtime::Handle,
+    sync::watch,
+    task::spawn_blocking,
+    time::{Instant, sleep, timeout},
+};
+use wrenn_host_linux::{
+    appearance::Appearance,
+    process::{Spawn, SpawnError},
+};
+
+use super::{api::Api, machine::Machine, monitor::Monitor, spool::Spool};
+use crate::{
+    ExitReason, MachineSpec, VmmError, VmmResult,
+    files::{SocketFile, cannot, readable, remove_stale},
+    process::{self, Leash, Watched},
+};
+
+pub(super) const CONTROL_SOCKET: &str = "control.sock";
+pub(super) const CONSOLE: &str = "console";
+pub(super) const DISK_LINK: &str = "disk";
+pub(super) const OWNER: &str = "owner";
+/// What of the console the last owner had read.
+pub(super) const CONSOLE_LOG: &str = "console.log";
+/// How much of the console is kept.
+pub(super) const CONSOLE_LIMIT: usize = 64 << 10;
+/// How much of what Firecracker says itself is kept.
+pub(super) const LOG_LIMIT: usize = 4096;
+/// How long Firecracker may take until it listens, on a machine that is busy with many others.
+const START_BOUND: Duration = Duration::from_secs(20);
+/// How long a socket that is there may take until somebody listens at it.
+const LISTEN_PAUSE: Duration = Duration::from_millis(1);
+/// When the host's memory is short, a guest goes before the agent does.
+const OOM_SCORE: i16 = 500;
+
+/// A mark in the machine's directory: what must not be taken over by somebody who does not know what was being done.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Mark {
+    /// It is being started or restored.
+    Making,
+    /// Its memory is part of a snapshot, or was about to be.
+    Saved,
+}
+
+impl Mark {
+    pub(super) const ALL: [Self; 2] = [Self::Making, Self::Saved];
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::Making => "making",
+            Self::Saved => "saved",
+        }
+    }
+
+    /// The state that a machine with it is in.
+    pub(super) fn state(self) -> &'static str {
+        match self {
+            Self::Making => "not restored",
+            Self::Saved => "saved",
+        }
+    }
+
+    pub(super) fn set(self, run_dir: &Utf8Path) -> VmmResult<()> {
+        let path = run_dir.join(self.name());
+        File::create(&path).map(drop).map_err(cannot("create", &path))
+    }
+
+    pub(super) fn clear(self, run_dir: &Utf8Path) -> VmmResult<()> {
+        remove_stale(&run_dir.join(self.name()))
+    }
+
+    pub(super) fn is_set(self, run_dir: &Utf8Path) -> VmmResult<bool> {
+        let path = run_dir.join(self.name());
+        path.try_exists().map_err(cannot("examine", &path))
+    }
+}
+
+/// Starts a Firecracker. On return it listens, has been told nothing yet, and is marked as [`Mark::Making`].
+///
+/// The machine that is returned kills the process when it is dropped, and so does this future.
+pub(super) async fn start(program: &Utf8Path, spec: MachineSpec) -> VmmResult<Machine> {
+    for file in spec.disk.iter().map(|disk| &disk.path).chain(spec.network.iter().map(|n| &n.namespace)) {
+        readable(file)?;
+    }
+    let owner = owner(&spec.run_dir)?;
+    if owner.try_lock().is_err() {
+        let problem = "somebody else has a machine in it".to_owned();
+        return Err(VmmError::Spec { field: "run_dir", problem });
+    }
+    Mark::Making.set(&spec.run_dir)?;
+    Mark::Saved.clear(&spec.run_dir)?;
+    for stale in [CONTROL_SOCKET, CONSOLE_LOG, DISK_LINK] {
+        remove_stale(&spec.run_dir.join(stale))?;
+    }
+    let disk = spec.disk.map(|disk| disk.path);
+    if let Some(disk) = &disk {
+        let link = spec.run_dir.join(DISK_LINK);
+        symlink(disk, &link).map_err(cannot("create", &link))?;
+    }
+    let console = Arc::new(Spool::create(&spec.run_dir.join(CONSOLE), CONSOLE_LIMIT)?);
+    let mark = process::mark(&spec.name);
+    let log = Arc::new(Spool::create(&spec.run_dir.join(&mark), LOG_LIMIT)?);
+    let failed = |source: io::Error| VmmError::Spawn { program: program.to_owned(), source };
+    let appearance = Appearance::watch(spec.run_dir.as_std_path()).map_err(failed)?;
+
+    let mut spawn = Spawn::new(program.as_std_path())
+        .args(arguments(&spec.name, &mark))
+        .current_dir(spec.run_dir.as_std_path())
+        .new_session()
+        .oom_score_adj(OOM_SCORE)
+        .no_core_dump()
+        .stdout(log.writer()?)
+        .stderr(log.writer()?);
+    if let Some(network) = &spec.network {
+        spawn = spawn.network_namespace(network.namespace.as_std_path());
+    }
+    if let Some(group) = spec.control_group {
+        spawn = spawn.control_group(group);
+    }
+    for descriptor in spec.keep_open {
+        spawn = spawn.keep_open(descriptor);
+    }
+    let (exit, exited) = watch::channel(None);
+    let socket = spec.run_dir.join(CONTROL_SOCKET);
+    let monitor =
+        Monitor { console: Arc::clone(&console), log, exit, socket: SocketFile::at(socket.clone()) };
+    let runtime = Handle::current();
+    let begin = move || -> Result<Leash, SpawnError> {
+        let child = spawn.start()?;
+        let (leash, released) = Leash::new(child.process().clone());
+        // Here, and not after the wait below: if nobody waits any more, the leash is dropped and kills, and
+        // the monitor is there to reap.
+        runtime.spawn(monitor.run(Watched::Child(child), leash.ending(), released));
+        Ok(leash)
+    };
+    let leash = match spawn_blocking(begin).await {
+        Ok(started) => started.map_err(|error| failed(io::Error::other(error)))?,
+        Err(error) => return Err(failed(io::Error::other(error))),
+    };
+    let api = Api::at(socket.clone());
+    let machine = Machine::new(leash, api, console, exited.clone(), spec.run_dir, owner, disk);
+    let listens = async {
+        let mut exited = exited;
+        tokio::select! {
+            listens = until_listening(&appearance, &socket, machine.api()) => listens.map_err(failed),
+            reason = exited.wait_for(Option::is_some) => {
+                let reason = reason.ok().and_then(|reason| reason.clone());
+                let reason = reason.unwrap_or_else(ExitReason::of_unknown_cause);
+                Err(VmmError::Exited { operation: "start", reason })
+            }
+        }
+    };
+    match timeout(START_BOUND, listens).await {
+        Ok(Ok(())) => Ok(machine),
+        Ok(Err(error)) => Err(super::ended(machine, error).await),
+        Err(_) => {
+            let late = VmmError::Timeout { operation: "start", bound: START_BOUND };
+            Err(super::ended(machine, late).await)
+        }
+    }
+}
+
+/// The words after the program.
+fn arguments<'a>(name: &'a str, log: &'a str) -> [&'a str; 8] {
+    ["--id", name, "--api-sock", CONTROL_SOCKET, "--log-path", log, "--level", "Warn"]
+}
+
+/// The file whose lock belongs to the machine's owner.
+pub(super) fn owner(run_dir: &Utf8Path) -> VmmResult<File> {
+    let path = run_dir.join(OWNER);
+    File::create(&path).map_err(cannot("create", &path))
+}
+
+/// Waits until somebody listens at a socket of a directory that is watched, and connects.
+async fn until_listening(appearance: &Appearance, socket: &Utf8Path, api: &Api) -> io::Result<()> {
+    appearance.until(socket.as_std_path()).await?;
+    // Others have no business there; it was in a directory that is the owner's alone until now.
+    std::fs::set_permissions(socket, Permissions::from_mode(0o600))?;
+    let begin = Instant::now();
+    loop {
+        match api.connect().await {
+            // It is bound, and not listened at for a moment: nobody tells when.
+            Err(error)
+                if error.kind() == io::ErrorKind::ConnectionRefused && begin.elapsed() < START_BOUND =>
+            {
+                sleep(LISTEN_PAUSE).await;
+            }
+            other => return other,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn directory() -> (tempfile::TempDir, camino::Utf8PathBuf) {
+        let directory = tempfile::tempdir().unwrap();
+        let path = Utf8Path::from_path(directory.path()).unwrap().to_owned();
+        (directory, path)
+    }
+
+    #[test]
+    fn the_mark_is_an_argument_of_its_own() {
+        let words = arguments("wrenn-a", "guest=wrenn-a");
+        assert_eq!(words[..2], ["--id", "wrenn-a"]);
+        assert!(words.contains(&"guest=wrenn-a"));
+    }
+
+    #[test]
+    fn marks_are_set_once_and_cleared() {
+        let (_directory, path) = directory();
+        for mark in Mark::ALL {
+            assert!(!mark.is_set(&path).unwrap());
+            mark.clear(&path).unwrap();
+            mark.set(&path).unwrap();
+            mark.set(&path).unwrap();
+            assert!(mark.is_set(&path).unwrap());
+            mark.clear(&path).unwrap();
+            assert!(!mark.is_set(&path).unwrap());
+        }
+        assert!(Mark::Saved.set(&path.join("missing")).is_err());
+    }
+
+    #[tokio::test]
+    async fn a_socket_that_appears_is_connected_to() {
+        let (_directory, path) = directory();
+        let appearance = Appearance::watch(path.as_std_path()).unwrap();
+        let socket = path.join("s");
+        let api = Api::at(socket.clone());
+        let waits = until_listening(&appearance, &socket, &api);
+        let appears = async {
+            std::fs::write(path.join("something-else"), "").unwrap();
+            tokio::task::yield_now().await;
+            tokio::net::UnixListener::bind(&socket).unwrap()
+        };
+        let (connected, listener) =
+            timeout(Duration::from_secs(10), async { tokio::join!(waits, appears) }).await.unwrap();
+        connected.unwrap();
+        let mode = std::fs::metadata(&socket).unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o600);
+        listener.accept().await.unwrap();
+    }
+}

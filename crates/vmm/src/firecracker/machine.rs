@@ -1,0 +1,479 @@
+//! One machine.
+
+use std::{
+    fs::{File, OpenOptions},
+    io::{Seek, SeekFrom},
+    sync::Arc,
+    time::Duration,
+};
+
+use async_trait::async_trait;
+use camino::{Utf8Path, Utf8PathBuf};
+use tokio::{sync::watch, task::spawn_blocking, time::timeout};
+
+use super::{
+    api::{Api, COMMAND_BOUND},
+    launch::{CONSOLE, CONSOLE_LOG, DISK_LINK, Mark},
+    memory::{self, SNAPSHOT},
+    requests,
+    requests::{
+        Action, BackendType, BootSource, CacheType, DISK, Drive, InstanceActionInfo, MachineConfiguration,
+        MemoryBackend, NETWORK, NetworkInterface, NetworkOverride, PartialDrive, Request, SerialDevice,
+        SnapshotLoadParams, VmState,
+    },
+    spool::Spool,
+};
+use crate::{
+    DiskSpec, ExitReason, SnapshotFiles, SnapshotStatistics, Vm, VmmError, VmmResult,
+    files::{cannot, failed_thread},
+    pages::SavedPages,
+    process::Leash,
+    validate,
+};
+
+/// How long a process that lost its connection may take to be gone.
+const DEATH_BOUND: Duration = Duration::from_secs(2);
+/// How long a killed process may take to be gone.
+const KILL_BOUND: Duration = Duration::from_secs(10);
+/// The MAC that every guest has: the namespace makes it unique.
+const GUEST_MAC: &str = "02:fc:00:00:00:05";
+
+/// A Firecracker process and what it is doing.
+#[derive(Debug)]
+pub(super) struct Machine {
+    pub(super) leash: Leash,
+    api: Api,
+    console: Arc<Spool>,
+    exit: watch::Receiver<Option<ExitReason>>,
+    pub(super) run_dir: Utf8PathBuf,
+    /// Locked by us: whoever adopts it waits for that.
+    owner: File,
+    disk: Option<Utf8PathBuf>,
+    backing: Backing,
+    state: State,
+}
+
+/// What the guest's memory is to the host.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Backing {
+    Anonymous,
+    /// Anonymous, to be written to this file, which is a hole until then.
+    Promised(Utf8PathBuf),
+    /// Anonymous, and over this file of zeros to the host.
+    Zeros {
+        file: Utf8PathBuf,
+        written: Written,
+    },
+    /// The file is mapped, and is what the memory began as.
+    Private(Utf8PathBuf),
+}
+
+/// What Firecracker knows of the pages that a machine has written since it booted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Written {
+    /// All of them: it was never asked.
+    Known,
+    /// It forgot them when it told them, or may have been asked by somebody else.
+    Forgotten,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum State {
+    Running,
+    /// It was told to stop, and nobody knows whether it has.
+    Stopping,
+    Paused,
+    /// Its memory is part of this snapshot, which must not change any more.
+    Saved(SnapshotFiles),
+}
+
+impl State {
+    fn word(&self) -> &'static str {
+        match self {
+            Self::Running => "running",
+            Self::Stopping => "stopping",
+            Self::Paused => "paused",
+            Self::Saved(_) => "saved",
+        }
+    }
+}
+
+/// What a machine is told before its guest boots.
+#[derive(Debug)]
+pub(super) struct Boot<'a> {
+    pub(super) vcpus: u32,
+    pub(super) memory_mib: u64,
+    pub(super) kernel: &'a Utf8Path,
+    pub(super) initramfs: &'a Utf8Path,
+    pub(super) command_line: &'a str,
+    pub(super) tap: Option<&'a str>,
+}
+
+impl Machine {
+    pub(super) fn new(
+        leash: Leash,
+        api: Api,
+        console: Arc<Spool>,
+        exit: watch::Receiver<Option<ExitReason>>,
+        run_dir: Utf8PathBuf,
+        owner: File,
+        disk: Option<Utf8PathBuf>,
+    ) -> Self {
+        let (backing, state) = (Backing::Anonymous, State::Paused);
+        Self { leash, api, console, exit, run_dir, owner, disk, backing, state }
+    }
+
+    pub(super) fn api(&self) -> &Api {
+        &self.api
+    }
+
+    pub(super) fn set_backing(&mut self, backing: Backing) {
+        self.backing = backing;
+    }
+
+    /// What a machine is that was adopted.
+    pub(super) fn found(&mut self, backing: Backing, state: State) {
+        (self.backing, self.state) = (backing, state);
+    }
+
+    /// Tells a new process what it is, and lets its guest run.
+    pub(super) async fn boot(&mut self, boot: &Boot<'_>) -> VmmResult<()> {
+        const BOOT: &str = "boot";
+        let configuration = MachineConfiguration {
+            vcpu_count: boot.vcpus,
+            mem_size_mib: boot.memory_mib,
+            smt: false,
+            track_dirty_pages: true,
+        };
+        self.tell(BOOT, &configuration).await?;
+        let (kernel_image_path, initrd_path) = (boot.kernel, boot.initramfs);
+        let source = BootSource { kernel_image_path, initrd_path, boot_args: boot.command_line };
+        self.tell(BOOT, &source).await?;
+        self.tell(BOOT, &SerialDevice { serial_out_path: CONSOLE }).await?;
+        if self.disk.is_some() {
+            let drive = Drive {
+                drive_id: DISK,
+                path_on_host: DISK_LINK,
+                // It would change the kernel's command line. The guest finds its disk without.
+                is_root_device: false,
+                is_read_only: false,
+                cache_type: CacheType::Writeback,
+            };
+            self.tell(BOOT, &drive).await?;
+        }
+        if let Some(tap) = boot.tap {
+            let network = NetworkInterface { iface_id: NETWORK, guest_mac: GUEST_MAC, host_dev_name: tap };
+            self.tell(BOOT, &network).await?;
+        }
+        // It reads kernel and initramfs into the memory.
+        let bound = memory::bound(file_bytes(boot.kernel) + file_bytes(boot.initramfs));
+        self.tell_within(BOOT, &InstanceActionInfo { action_type: Action::InstanceStart }, bound).await?;
+        self.state = State::Running;
+        Mark::Making.clear(&self.run_dir)
+    }
+
+    /// Gives a new process a saved state, and waits until it has it.
+    pub(super) async fn load(
+        &mut self,
+        from: &SnapshotFiles,
+        pages: Option<SavedPages>,
+        tap: Option<&str>,
+    ) -> VmmResult<()> {
+        const RESTORE: &str = "restore";
+        self.tell(RESTORE, &SerialDevice { serial_out_path: CONSOLE }).await?;
+        let load = SnapshotLoadParams {
+            snapshot_path: &from.state,
+            mem_backend: MemoryBackend { backend_type: BackendType::File, backend_path: &from.memory },
+            track_dirty_pages: true,
+            resume_vm: false,
+            network_overrides: tap
+                .map(|tap| NetworkOverride { iface_id: NETWORK, host_dev_name: tap })
+                .into_iter()
+                .collect(),
+        };
+        let bound = memory::bound(file_bytes(&from.state));
+        self.tell_within(RESTORE, &load, bound).await?;
+        self.backing = Backing::Private(from.memory.clone());
+        if let Some(pages) = pages {
+            // No guest has run in it yet, and it looks into the memory of its devices only when one does.
+            let (process, base) = (self.leash.process.clone(), from.memory.clone());
+            let load =
+                memory::with_thread(RESTORE, move |given_up| memory::load(&process, &base, &pages, given_up));
+            let loaded = load.await;
+            self.explain_file(RESTORE, loaded).await?;
+        }
+        Mark::Making.clear(&self.run_dir)
+    }
+
+    async fn tell<R: Request + Sync>(&self, operation: &'static str, request: &R) -> VmmResult<()> {
+        self.tell_within(operation, request, COMMAND_BOUND).await
+    }
+
+    async fn tell_within<R: Request + Sync>(
+        &self,
+        operation: &'static str,
+        request: &R,
+        bound: Duration,
+    ) -> VmmResult<()> {
+        let answer = self.api.send(request, bound).await;
+        self.explain(operation, answer).await
+    }
+
+    /// Saves a machine that maps `base`. It goes on as if nothing had happened.
+    async fn save_private(&self, base: &Utf8Path, into: &SnapshotFiles) -> VmmResult<SnapshotStatistics> {
+        let pages = self.may_save_over(base, into)?;
+        let (process, base) = (self.leash.process.clone(), base.to_owned());
+        let open = memory::with_thread(SNAPSHOT, move |_| memory::open(&process, &base)).await;
+        let mapped = self.explain_file(SNAPSHOT, open).await?;
+        // It cannot write the devices alone. What it takes for the memory is of no use: it knows only what was written
+        // since it was asked the last time, and nothing of what we put there ourselves.
+        let unused = memory::Scratch::beside(&into.state);
+        let bound = memory::bound(file_bytes(&into.memory));
+        self.write_snapshot(requests::SnapshotType::Diff, &into.state, unused.path(), bound).await?;
+        drop(unused);
+        let saved = memory::with_thread(SNAPSHOT, move |given_up| mapped.save(&pages, given_up)).await;
+        self.explain_file(SNAPSHOT, saved).await
+    }
+
+    /// Saves a machine that booted over zeros. It goes on as if nothing had happened.
+    async fn save_over_zeros(
+        &mut self,
+        zeros: &Utf8Path,
+        into: &SnapshotFiles,
+    ) -> VmmResult<SnapshotStatistics> {
+        let pages = self.may_save_over(zeros, into)?;
+        let bytes = file_bytes(zeros);
+        let written = Written::Forgotten;
+        let before = std::mem::replace(&mut self.backing, Backing::Zeros { file: zeros.to_owned(), written });
+        let kind = match before {
+            Backing::Zeros { written: Written::Known, .. } => requests::SnapshotType::Diff,
+            _ => requests::SnapshotType::Full,
+        };
+        let memory = memory::Scratch::beside(&into.state);
+        self.write_snapshot(kind, &into.state, memory.path(), memory::bound(bytes)).await?;
+        memory::with_thread(SNAPSHOT, move |given_up| memory::convert(&memory, bytes, &pages, given_up)).await
+    }
+
+    /// Writes the memory to the file that was promised it.
+    async fn save_promised(&mut self, into: &SnapshotFiles) -> VmmResult<()> {
+        validate::snapshot_files(into, false)?;
+        Mark::Saved.set(&self.run_dir)?;
+        // A diff, of a machine that booted and was never asked, is all that there is; what was not written stays a hole.
+        let bound = memory::bound(file_bytes(&into.memory));
+        let kind = requests::SnapshotType::Diff;
+        let wrote = self.write_snapshot(kind, &into.state, &into.memory, bound).await;
+        if wrote.is_err() {
+            // What it has told already it would not tell again.
+            self.backing = Backing::Anonymous;
+        }
+        wrote
+    }
+
+    /// Where pages over this base go.
+    fn may_save_over(&self, base: &Utf8Path, into: &SnapshotFiles) -> VmmResult<Utf8PathBuf> {
+        validate::snapshot_files(into, true)?;
+        if !validate::same_file(base, &into.memory).map_err(cannot("open", &into.memory))? {
+            return Err(memory::not_mapped(SNAPSHOT));
+        }
+        into.pages.clone().ok_or_else(|| memory::not_mapped(SNAPSHOT))
+    }
+
+    async fn write_snapshot(
+        &self,
+        snapshot_type: requests::SnapshotType,
+        state: &Utf8Path,
+        memory: &Utf8Path,
+        bound: Duration,
+    ) -> VmmResult<()> {
+        // It would make them readable for others.
+        memory::prepare(state, memory)?;
+        let files =
+            requests::SnapshotCreateParams { snapshot_type, snapshot_path: state, mem_file_path: memory };
+        self.tell_within(SNAPSHOT, &files, bound).await
+    }
+
+    /// Fails unless something may be done with its disk now.
+    fn may_change_disk(&self, operation: &'static str) -> VmmResult<&Utf8Path> {
+        self.alive(operation)?;
+        let disk = self.disk.as_deref().ok_or_else(|| {
+            let problem = "the machine has none".to_owned();
+            VmmError::Spec { field: "disk", problem }
+        })?;
+        match self.state {
+            State::Saved(_) => Err(VmmError::WrongState { operation, state: self.state.word() }),
+            _ => Ok(disk),
+        }
+    }
+
+    /// Turns a lost connection into what it means: that the process is gone, and why.
+    async fn explain<T>(&self, operation: &'static str, result: VmmResult<T>) -> VmmResult<T> {
+        match result {
+            Err(error @ VmmError::Connection { .. }) => match self.gone_within(DEATH_BOUND).await {
+                Some(reason) => Err(VmmError::Exited { operation, reason }),
+                None => Err(error),
+            },
+            other => other,
+        }
+    }
+
+    /// The same for a memory that cannot be read because its process is gone.
+    async fn explain_file<T>(&self, operation: &'static str, result: VmmResult<T>) -> VmmResult<T> {
+        match result {
+            Err(error @ VmmError::File { .. }) if !self.leash.process.is_alive().unwrap_or(true) => {
+                match self.gone_within(DEATH_BOUND).await {
+                    Some(reason) => Err(VmmError::Exited { operation, reason }),
+                    None => Err(error),
+                }
+            }
+            other => other,
+        }
+    }
+
+    async fn gone_within(&self, bound: Duration) -> Option<ExitReason> {
+        let mut exit = self.exit.clone();
+        let gone = timeout(bound, exit.wait_for(Option::is_some)).await;
+        gone.ok()?.ok()?.clone()
+    }
+
+    fn alive(&self, operation: &'static str) -> VmmResult<()> {
+        match &*self.exit.borrow() {
+            Some(reason) => Err(VmmError::Exited { operation, reason: reason.clone() }),
+            None => Ok(()),
+        }
+    }
+}
+
+/// How long a file is; 0 where it is not there, which is said by whoever opens it.
+fn file_bytes(path: &Utf8Path) -> u64 {
+    std::fs::metadata(path).map_or(0, |file| file.len())
+}
+
+/// Makes a disk's file as long as that, if it is a file.
+fn grow(disk: &Utf8Path, bytes: u64) -> VmmResult<()> {
+    let opened = OpenOptions::new().write(true).open(disk);
+    let mut file = opened.map_err(cannot("open", disk))?;
+    let metadata = file.metadata().map_err(cannot("examine", disk))?;
+    // Of a block device the length is where its end is.
+    let length = file.seek(SeekFrom::End(0)).map_err(cannot("examine", disk))?;
+    if bytes < length || (!metadata.is_file() && bytes > length) {
+        let problem = format!("it has {length} bytes, and cannot have {bytes}");
+        return Err(VmmError::Spec { field: "disk", problem });
+    }
+    if metadata.is_file() {
+        file.set_len(bytes).map_err(cannot("size", disk))?;
+    }
+    Ok(())
+}
+
+const ONE_DEVICE: &str = "Firecracker has no layers of disks: copies are made below it";
+
+#[async_trait]
+impl Vm for Machine {
+    fn pid(&self) -> Option<u32> {
+        Some(self.leash.process.pid())
+    }
+
+    async fn pause(&mut self) -> VmmResult<()> {
+        self.alive("pause")?;
+        if matches!(self.state, State::Running | State::Stopping) {
+            // Before the answer, which may never come: whoever wants it to run then has to tell it so.
+            self.state = State::Stopping;
+            self.tell("pause", &requests::Vm { state: VmState::Paused }).await?;
+            self.state = State::Paused;
+        }
+        Ok(())
+    }
+
+    async fn resume(&mut self) -> VmmResult<()> {
+        self.alive("resume")?;
+        match &self.state {
+            State::Running => Ok(()),
+            State::Paused | State::Stopping => {
+                self.tell("resume", &requests::Vm { state: VmState::Resumed }).await?;
+                self.state = State::Running;
+                Ok(())
+            }
+            State::Saved(_) => Err(VmmError::WrongState { operation: "resume", state: self.state.word() }),
+        }
+    }
+
+    async fn snapshot(&mut self, into: &SnapshotFiles) -> VmmResult<SnapshotStatistics> {
+        self.alive(SNAPSHOT)?;
+        match &self.state {
+            State::Paused => {}
+            State::Saved(files) if files == into => return Ok(SnapshotStatistics::default()),
+            other => return Err(VmmError::WrongState { operation: SNAPSHOT, state: other.word() }),
+        }
+        match self.backing.clone() {
+            Backing::Private(base) => self.save_private(&base, into).await,
+            Backing::Zeros { file, .. } => self.save_over_zeros(&file, into).await,
+            Backing::Promised(file) if file == into.memory => {
+                self.save_promised(into).await?;
+                self.state = State::Saved(into.clone());
+                Ok(SnapshotStatistics::default())
+            }
+            Backing::Promised(_) | Backing::Anonymous => {
+                let problem = "it was not booted with its memory in the snapshot's file";
+                Err(VmmError::Unsupported { operation: SNAPSHOT, problem })
+            }
+        }
+    }
+
+    async fn resize_disk(&mut self, bytes: u64) -> VmmResult<()> {
+        const RESIZE: &str = "resize_disk";
+        let disk = self.may_change_disk(RESIZE)?.to_owned();
+        let grown = spawn_blocking(move || grow(&disk, bytes)).await;
+        grown.map_err(|error| failed_thread(RESIZE, error))??;
+        // It opens the file again, and tells its guest how long it is.
+        self.tell(RESIZE, &PartialDrive { drive_id: DISK, path_on_host: DISK_LINK }).await
+    }
+
+    async fn pivot_disk(&mut self, _overlay: &DiskSpec) -> VmmResult<()> {
+        self.may_change_disk("pivot_disk")?;
+        Err(VmmError::Unsupported { operation: "pivot_disk", problem: ONE_DEVICE })
+    }
+
+    async fn disk_chain(&mut self) -> VmmResult<Vec<Utf8PathBuf>> {
+        self.alive("disk_chain")?;
+        Ok(self.disk.iter().cloned().collect())
+    }
+
+    async fn stream_disk(&mut self, _base: &Utf8Path) -> VmmResult<()> {
+        self.may_change_disk("stream_disk")?;
+        Err(VmmError::Unsupported { operation: "stream_disk", problem: ONE_DEVICE })
+    }
+
+    async fn console(&mut self) -> String {
+        self.console.text()
+    }
+
+    fn exit(&self) -> watch::Receiver<Option<ExitReason>> {
+        self.exit.clone()
+    }
+
+    async fn stop(&mut self) -> VmmResult<ExitReason> {
+        if let Some(reason) = self.exit.borrow().clone() {
+            return Ok(reason);
+        }
+        self.leash.ending().wish();
+        let kill = self.leash.process.kill();
+        match self.gone_within(KILL_BOUND).await {
+            Some(reason) => Ok(reason),
+            None => match kill {
+                Ok(()) => Err(VmmError::Timeout { operation: "stop", bound: KILL_BOUND }),
+                Err(source) => Err(VmmError::Connection { command: "kill".to_owned(), source }),
+            },
+        }
+    }
+
+    async fn release(mut self: Box<Self>) {
+        // The next owner goes on after it. It is a convenience for people: the directory may be gone or full.
+        let said = self.console.close();
+        drop(tokio::fs::write(self.run_dir.join(CONSOLE_LOG), said).await);
+        self.leash.let_go();
+        // The lock goes with the file, whoever else has a descriptor of it.
+        if let Err(error) = self.owner.unlock() {
+            tracing::warn!(run_dir = %self.run_dir, %error, "a machine was let go, and is still locked");
+        }
+    }
+}

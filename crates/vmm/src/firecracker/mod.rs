@@ -1,0 +1,194 @@
+//! Firecracker on KVM: the driver for production.
+//!
+//! - [`Firecracker::detect`]: which Firecracker (`probe`).
+//! - `requests`, `api`: what is asked of it, and how.
+//! - `launch`: from a description to a process that answers.
+//! - `adopt`: to a process that an earlier life of ours started.
+//! - `machine`: one machine, the [`Vm`].
+//! - `memory`: the files of its snapshots.
+//! - `monitor`: the task that owns the process and tells why it ended. `spool`: what it says.
+//!
+//! # How a machine begins
+//! ```text
+//!  launch   directory: FIFOs, link to the disk, marks ─► firecracker --id NAME ─► its socket appears ─► connected
+//!  boot     machine-config (track_dirty_pages) ─ boot-source ─ serial ─ drives/root ─ network-interfaces/eth0 ─ InstanceStart
+//!  restore  serial ─ snapshot/load (File, track_dirty_pages, resume_vm: false) ─► pages of the snapshot ─► paused
+//! ```
+//!
+//! # Snapshots
+//! The memory of a machine that boots is anonymous, and is written to the file of the base by its one snapshot. A clone maps that
+//! file privately, as with QEMU, so that what only it has is known from the kernel; and its pages are written into
+//! the process before its guest runs. Firecracker's own record of what was written is used for machines that booted
+//! alone: see `memory`.
+//!
+//! # What differs from QEMU
+//! - It has no layers of disks ([`Capabilities::supports_overlays`]): a disk is one file or device.
+//! - A guest cannot power off. Its kernel halts, and is ended for it: see `monitor`.
+//! - A guest that shuts down while nobody owns it takes the process with it: there is nothing to adopt then.
+//!
+//! # How Firecracker is confined, and how not yet
+//! Its seccomp filters are on, it is in the network namespace of its sandbox, without environment, with no open file but
+//! those it needs, and its console fills no disk. It runs as the agent's user and sees the host's file system: the jailer
+//! is not used yet.
+
+mod adopt;
+mod api;
+mod launch;
+mod machine;
+mod memory;
+mod monitor;
+mod probe;
+mod requests;
+mod spool;
+
+use async_trait::async_trait;
+use camino::{Utf8Path, Utf8PathBuf};
+use tokio::task::spawn_blocking;
+
+use self::machine::{Backing, Boot, Machine, Written};
+pub use self::probe::FirecrackerOptions;
+use crate::{
+    AdoptedMachine, BootMemory, Capabilities, DiskFormat, MachineSpec, SnapshotFiles, Vm, Vmm, VmmError,
+    VmmIdentity, VmmResult,
+    files::{MemoryFile, failed_thread, readable},
+    pages::SavedPages,
+    validate,
+};
+
+/// The driver.
+#[derive(Debug)]
+pub struct Firecracker {
+    program: Utf8PathBuf,
+    identity: VmmIdentity,
+}
+
+impl Firecracker {
+    /// The program that is used.
+    #[must_use]
+    pub fn program(&self) -> &Utf8Path {
+        &self.program
+    }
+}
+
+#[async_trait]
+impl Vmm for Firecracker {
+    fn identity(&self) -> &VmmIdentity {
+        &self.identity
+    }
+
+    fn capabilities(&self) -> Capabilities {
+        Capabilities { supports_uffd: false, supports_diff: true, supports_overlays: false }
+    }
+
+    async fn boot(&self, spec: MachineSpec, memory: BootMemory<'_>) -> VmmResult<Box<dyn Vm>> {
+        check(&spec)?;
+        let (kernel, initramfs) = (spec.guest.kernel.clone(), spec.guest.initramfs.clone());
+        readable(&kernel)?;
+        readable(&initramfs)?;
+        let mut made = None;
+        match memory {
+            BootMemory::Anonymous => {}
+            BootMemory::Shared(path) => made = Some(MemoryFile::create(path, spec.shape.memory.bytes())?),
+            BootMemory::Zeros(path) => validate::snapshot_memory(path, spec.shape)?,
+        }
+        let command_line = kernel_command_line(&spec.kernel_arguments);
+        let tap = spec.network.as_ref().map(|network| network.tap.clone());
+        let boot = Boot {
+            vcpus: spec.shape.vcpus.get(),
+            memory_mib: u64::from(spec.shape.memory.get()),
+            kernel: &kernel,
+            initramfs: &initramfs,
+            command_line: &command_line,
+            tap: tap.as_deref(),
+        };
+        let mut machine = launch::start(&self.program, spec).await?;
+        if let Err(error) = machine.boot(&boot).await {
+            return Err(ended(machine, error).await);
+        }
+        if let Some(made) = made {
+            machine.set_backing(Backing::Promised(made.keep()));
+        }
+        if let BootMemory::Zeros(path) = memory {
+            machine.set_backing(Backing::Zeros { file: path.to_owned(), written: Written::Known });
+        }
+        Ok(Box::new(machine))
+    }
+
+    async fn restore(&self, spec: MachineSpec, from: &SnapshotFiles) -> VmmResult<Box<dyn Vm>> {
+        check(&spec)?;
+        validate::snapshot_memory(&from.memory, spec.shape)?;
+        readable(&from.state)?;
+        let pages = match from.pages.clone() {
+            None => None,
+            Some(pages) => {
+                let bytes = spec.shape.memory.bytes();
+                let opened = spawn_blocking(move || SavedPages::open(&pages, bytes)).await;
+                Some(opened.map_err(|error| failed_thread("restore", error))??)
+            }
+        };
+        let tap = spec.network.as_ref().map(|network| network.tap.clone());
+        let mut machine = launch::start(&self.program, spec).await?;
+        match machine.load(from, pages, tap.as_deref()).await {
+            Ok(()) => Ok(Box::new(machine)),
+            Err(error) => Err(ended(machine, error).await),
+        }
+    }
+
+    async fn adopt(&self, machine: AdoptedMachine) -> VmmResult<Box<dyn Vm>> {
+        validate::adopted(&machine)?;
+        Ok(Box::new(adopt::adopt(machine).await?))
+    }
+}
+
+/// Waits until a machine that failed is gone, so that nothing of it is left when its error is told.
+async fn ended(mut machine: Machine, error: VmmError) -> VmmError {
+    if let Err(stuck) = machine.stop().await {
+        tracing::error!(pid = machine.pid(), error = %stuck, "a Firecracker that failed cannot be ended");
+    }
+    error
+}
+
+fn check(spec: &MachineSpec) -> VmmResult<()> {
+    validate::machine(spec)?;
+    match &spec.disk {
+        Some(disk) if disk.format != DiskFormat::Raw => {
+            let problem = "Firecracker takes only the bytes themselves as a disk";
+            Err(VmmError::Unsupported { operation: "the disk's format", problem })
+        }
+        _ => Ok(()),
+    }
+}
+
+/// The kernel's command line.
+///
+/// `panic=-1 reboot=k` turns a panic and a reboot into a reset by the keyboard controller, at which Firecracker ends; of that
+/// controller there is nothing else, so that the kernel need not look for it. The rest is as for QEMU's machine.
+fn kernel_command_line(more: &[String]) -> String {
+    let words = [
+        "console=ttyS0",
+        "quiet",
+        "panic=-1",
+        "reboot=k",
+        "i8042.noaux",
+        "i8042.nomux",
+        "i8042.dumbkbd",
+        "noautogroup",
+        "psi=0",
+        "audit=0",
+        "lsm=landlock,yama",
+        "init_on_free=1",
+        "init_on_alloc=0",
+    ];
+    words.into_iter().chain(more.iter().map(String::as_str)).collect::<Vec<_>>().join(" ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::kernel_command_line;
+
+    #[test]
+    fn what_is_added_comes_last() {
+        let line = kernel_command_line(&["a=1".to_owned(), "b".to_owned()]);
+        assert!(line.starts_with("console=ttyS0 quiet panic=-1 reboot=k ") && line.ends_with(" a=1 b"));
+    }
+}
