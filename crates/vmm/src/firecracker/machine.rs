@@ -58,7 +58,10 @@ pub(super) struct Machine {
 pub(super) enum Backing {
     Anonymous,
     /// Anonymous, to be written to this file, which is a hole until then.
-    Promised(Utf8PathBuf),
+    Promised {
+        file: Utf8PathBuf,
+        written: Written,
+    },
     /// Anonymous, and over this file of zeros to the host.
     Zeros {
         file: Utf8PathBuf,
@@ -75,6 +78,16 @@ pub(super) enum Written {
     Known,
     /// It forgot them when it told them, or may have been asked by somebody else.
     Forgotten,
+}
+
+impl Written {
+    /// What has to be asked for to have all of it.
+    fn snapshot_type(self) -> requests::SnapshotType {
+        match self {
+            Self::Known => requests::SnapshotType::Diff,
+            Self::Forgotten => requests::SnapshotType::Full,
+        }
+    }
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -239,34 +252,35 @@ impl Machine {
     async fn save_over_zeros(
         &mut self,
         zeros: &Utf8Path,
+        written: Written,
         into: &SnapshotFiles,
     ) -> VmmResult<SnapshotStatistics> {
         let pages = self.may_save_over(zeros, into)?;
+        let (file, forgotten) = (zeros.to_owned(), Written::Forgotten);
+        self.backing = Backing::Zeros { file, written: forgotten };
         let bytes = file_bytes(zeros);
-        let written = Written::Forgotten;
-        let before = std::mem::replace(&mut self.backing, Backing::Zeros { file: zeros.to_owned(), written });
-        let kind = match before {
-            Backing::Zeros { written: Written::Known, .. } => requests::SnapshotType::Diff,
-            _ => requests::SnapshotType::Full,
-        };
         let memory = memory::Scratch::beside(&into.state);
-        self.write_snapshot(kind, &into.state, memory.path(), memory::bound(bytes)).await?;
+        let bound = memory::bound(bytes);
+        self.write_snapshot(written.snapshot_type(), &into.state, memory.path(), bound).await?;
         memory::with_thread(SNAPSHOT, move |given_up| memory::convert(&memory, bytes, &pages, given_up)).await
     }
 
     /// Writes the memory to the file that was promised it.
-    async fn save_promised(&mut self, into: &SnapshotFiles) -> VmmResult<()> {
+    async fn save_promised(
+        &mut self,
+        file: &Utf8Path,
+        written: Written,
+        into: &SnapshotFiles,
+    ) -> VmmResult<()> {
         validate::snapshot_files(into, false)?;
         Mark::Saved.set(&self.run_dir)?;
-        // A diff, of a machine that booted and was never asked, is all that there is; what was not written stays a hole.
+        let (file, forgotten) = (file.to_owned(), Written::Forgotten);
+        self.backing = Backing::Promised { file, written: forgotten };
+        // What was never written stays a hole.
         let bound = memory::bound(file_bytes(&into.memory));
-        let kind = requests::SnapshotType::Diff;
-        let wrote = self.write_snapshot(kind, &into.state, &into.memory, bound).await;
-        if wrote.is_err() {
-            // What it has told already it would not tell again.
-            self.backing = Backing::Anonymous;
-        }
-        wrote
+        self.write_snapshot(written.snapshot_type(), &into.state, &into.memory, bound).await?;
+        self.state = State::Saved(into.clone());
+        Ok(())
     }
 
     /// Where pages over this base go.
@@ -406,13 +420,16 @@ impl Vm for Machine {
         }
         match self.backing.clone() {
             Backing::Private(base) => self.save_private(&base, into).await,
-            Backing::Zeros { file, .. } => self.save_over_zeros(&file, into).await,
-            Backing::Promised(file) if file == into.memory => {
-                self.save_promised(into).await?;
-                self.state = State::Saved(into.clone());
-                Ok(SnapshotStatistics::default())
+            Backing::Zeros { file, written } => self.save_over_zeros(&file, written, into).await,
+            Backing::Promised { file, written } if file == into.memory => {
+                let saved = self.save_promised(&file, written, into).await;
+                if saved.is_err() {
+                    // It has its memory still, and can be taken over.
+                    Mark::Saved.clear(&self.run_dir)?;
+                }
+                saved.map(|()| SnapshotStatistics::default())
             }
-            Backing::Promised(_) | Backing::Anonymous => {
+            Backing::Promised { .. } | Backing::Anonymous => {
                 let problem = "it was not booted with its memory in the snapshot's file";
                 Err(VmmError::Unsupported { operation: SNAPSHOT, problem })
             }

@@ -2,7 +2,7 @@
 //!
 //! | the machine | its memory | what is saved |
 //! |---|---|---|
-//! | booted, to become a base | anonymous | Firecracker's diff, into the base's file: what was not written stays a hole |
+//! | booted, to become a base | anonymous | Firecracker's diff, into the base's file: what was never written stays a hole |
 //! | booted over zeros | anonymous | Firecracker's diff the first time, all of the memory later; its pages that are not zero |
 //! | restored | the base, mapped privately | the pages that the kernel shows as private |
 //!

@@ -106,7 +106,8 @@ impl Vmm for Firecracker {
             return Err(ended(machine, error).await);
         }
         if let Some(made) = made {
-            machine.set_backing(Backing::Promised(made.keep()));
+            let (file, written) = (made.keep(), Written::Known);
+            machine.set_backing(Backing::Promised { file, written });
         }
         if let BootMemory::Zeros(path) = memory {
             machine.set_backing(Backing::Zeros { file: path.to_owned(), written: Written::Known });
