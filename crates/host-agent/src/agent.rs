@@ -24,12 +24,13 @@ use wrenn_proto::hostagent::v1::HostAgentServiceExt as _;
 use wrenn_types::{DiskMib, HostId, InstanceId, NetworkPolicy, ResourceError};
 use wrenn_vmm::{
     Accelerator, Vmm, VmmError,
+    firecracker::{Firecracker, FirecrackerOptions},
     qemu::{AcceleratorChoice, Qemu, QemuOptions},
 };
 
 use crate::{
     adopt::{self, CollectError},
-    config::{AcceleratorFlag, Config, DiskDriver, OnStop},
+    config::{AcceleratorFlag, Config, DiskDriver, OnStop, VmmDriver},
     control_plane_loss::{Sessions, watch_over},
     images::{Images, ImagesError},
     limits::Limits,
@@ -87,6 +88,9 @@ pub enum StartError {
     /// The default size of disks is out of bounds.
     #[error("the default disk size cannot be used")]
     DefaultDisk(#[source] ResourceError),
+    /// The virtual machine monitor takes no such disks.
+    #[error("Firecracker takes no qcow2 disks: leave out --disks, or choose `file`")]
+    Disks,
     /// The images are not there.
     #[error("the guest images cannot be used")]
     Images(#[source] ImagesError),
@@ -227,7 +231,15 @@ impl Agent {
         let host_id = kept_id(&dir.join("agent/host"), "a host id", HostId::random)?;
         let default_disk = DiskMib::new(config.default_disk_mib.into()).map_err(StartError::DefaultDisk)?;
 
-        let images = Images::load(&config.images).map_err(StartError::Images)?;
+        let disks: Arc<dyn RootfsStore> = match config.disk_driver().ok_or(StartError::Disks)? {
+            DiskDriver::Qcow2 => Arc::new(Qcow2Store),
+            DiskDriver::File => Arc::new(FileStore),
+        };
+        let images = Images::load(&config.images).and_then(|images| match config.vmm {
+            VmmDriver::Qemu => Ok(images),
+            VmmDriver::Firecracker => images.with_uncompressed_kernel(),
+        });
+        let images = images.map_err(StartError::Images)?;
         let uplink = config.uplink_netns.clone().map_or(Uplink::Host, Uplink::Named);
         let snapshots = Snapshots::open(&dir.join("agent")).map_err(StartError::Kept)?;
         let limits = Limits::open(&instance, &sandboxes_dir, config.machine_io());
@@ -261,10 +273,6 @@ impl Agent {
             policy,
         };
         let slots = SlotPool::start(pool).await.map_err(StartError::Network)?;
-        let disks: Arc<dyn RootfsStore> = match config.disks {
-            DiskDriver::Qcow2 => Arc::new(Qcow2Store),
-            DiskDriver::File => Arc::new(FileStore),
-        };
         let warm = Warm::new(crate::warm::Parts {
             instance: instance.clone(),
             vmm: Arc::clone(&vmm),
@@ -531,6 +539,17 @@ fn serve(
 
 /// Finds the VMM, and says why it runs guests as it does.
 async fn find_vmm(config: &Config, images: &Images) -> Result<(Arc<dyn Vmm>, String), VmmError> {
+    match config.vmm {
+        VmmDriver::Qemu => find_qemu(config, images).await,
+        VmmDriver::Firecracker => {
+            let options = FirecrackerOptions { program: config.firecracker.clone() };
+            let firecracker = Firecracker::detect(options).await?;
+            Ok((Arc::new(firecracker), "Firecracker runs guests under KVM alone".to_owned()))
+        }
+    }
+}
+
+async fn find_qemu(config: &Config, images: &Images) -> Result<(Arc<dyn Vmm>, String), VmmError> {
     let accelerator = match config.accelerator {
         AcceleratorFlag::Auto => AcceleratorChoice::Auto,
         AcceleratorFlag::Kvm => AcceleratorChoice::Always(Accelerator::Kvm),

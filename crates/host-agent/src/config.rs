@@ -41,7 +41,15 @@ pub struct Config {
     #[arg(long, default_value_t = wrenn_types::DiskMib::default().get())]
     pub default_disk_mib: u32,
 
-    /// What runs guests.
+    /// The virtual machine monitor.
+    #[arg(long, env = "WRENN_VMM", value_enum, default_value_t = VmmDriver::Qemu)]
+    pub vmm: VmmDriver,
+
+    /// The Firecracker to run instead of the one on the PATH.
+    #[arg(long, env = "WRENN_FIRECRACKER")]
+    pub firecracker: Option<Utf8PathBuf>,
+
+    /// What runs guests under QEMU; Firecracker always runs them under KVM.
     #[arg(long, env = "WRENN_ACCEL", value_enum, default_value_t = AcceleratorFlag::Auto)]
     pub accelerator: AcceleratorFlag,
 
@@ -49,9 +57,9 @@ pub struct Config {
     #[arg(long, env = "WRENN_QEMU")]
     pub qemu: Option<Utf8PathBuf>,
 
-    /// How root disks are kept.
-    #[arg(long, value_enum, default_value_t = DiskDriver::Qcow2)]
-    pub disks: DiskDriver,
+    /// How root disks are kept; when not given, `qcow2` under QEMU and `file` under Firecracker.
+    #[arg(long, env = "WRENN_DISKS", value_enum)]
+    pub disks: Option<DiskDriver>,
 
     /// Where `GET /metrics` is served for Prometheus: a loopback address such as 127.0.0.1:9464, which every user
     /// of the host can read, an absolute path of a Unix socket, or `off`; when not given, the socket
@@ -92,6 +100,12 @@ pub struct Config {
 }
 
 impl Config {
+    /// How root disks are kept under the virtual machine monitor that was chosen; none where it takes no such disks.
+    #[must_use]
+    pub fn disk_driver(&self) -> Option<DiskDriver> {
+        disk_driver(self.vmm, self.disks)
+    }
+
     /// The two limits of I/O.
     #[must_use]
     pub fn machine_io(&self) -> IoBound {
@@ -99,6 +113,14 @@ impl Config {
             bytes: NonZeroU64::new(u64::from(self.machine_io_mib) << 20),
             operations: NonZeroU64::new(self.machine_io_operations.into()),
         }
+    }
+}
+
+fn disk_driver(vmm: VmmDriver, wanted: Option<DiskDriver>) -> Option<DiskDriver> {
+    match (vmm, wanted) {
+        (VmmDriver::Qemu, wanted) => Some(wanted.unwrap_or(DiskDriver::Qcow2)),
+        (VmmDriver::Firecracker, None | Some(DiskDriver::File)) => Some(DiskDriver::File),
+        (VmmDriver::Firecracker, Some(DiskDriver::Qcow2)) => None,
     }
 }
 
@@ -126,10 +148,19 @@ pub enum OnControlPlaneLoss {
     Pause,
 }
 
+/// Which virtual machine monitor runs the machines.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum VmmDriver {
+    /// QEMU's `microvm`, with KVM or without.
+    Qemu,
+    /// Firecracker, on KVM.
+    Firecracker,
+}
+
 /// How root disks are kept.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 pub enum DiskDriver {
-    /// A qcow2 overlay per sandbox.
+    /// A qcow2 overlay per sandbox; for QEMU.
     Qcow2,
     /// A plain file per sandbox: shared blocks where the file system can, a sparse copy elsewhere.
     File,
@@ -144,4 +175,22 @@ pub enum AcceleratorFlag {
     Kvm,
     /// Translation in software.
     Tcg,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn disks_are_such_as_the_monitor_takes() {
+        for (vmm, wanted, found) in [
+            (VmmDriver::Qemu, None, Some(DiskDriver::Qcow2)),
+            (VmmDriver::Qemu, Some(DiskDriver::File), Some(DiskDriver::File)),
+            (VmmDriver::Firecracker, None, Some(DiskDriver::File)),
+            (VmmDriver::Firecracker, Some(DiskDriver::File), Some(DiskDriver::File)),
+            (VmmDriver::Firecracker, Some(DiskDriver::Qcow2), None),
+        ] {
+            assert_eq!(disk_driver(vmm, wanted), found, "{vmm:?} {wanted:?}");
+        }
+    }
 }

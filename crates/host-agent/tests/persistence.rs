@@ -13,7 +13,7 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use wrenn_host_agent::{
     Agent, Config,
     config::{
-        AcceleratorFlag, CONTROL_PLANE_LOSS_AFTER, DiskDriver, OnControlPlaneLoss, OnStop, SCRUB_INTERVAL,
+        AcceleratorFlag, CONTROL_PLANE_LOSS_AFTER, OnControlPlaneLoss, OnStop, SCRUB_INTERVAL, VmmDriver,
     },
     guest::ENVD_PORT,
     limits::Limits,
@@ -28,6 +28,8 @@ use wrenn_types::{
 
 #[path = "persistence/disks.rs"]
 mod disks;
+#[path = "persistence/firecracker.rs"]
+mod firecracker;
 
 const BOUND: Duration = Duration::from_secs(180);
 
@@ -39,10 +41,12 @@ fn main() -> ExitCode {
     }
     let trial = |name: &str, run: fn(Arc<Place>) -> Running| {
         let skipped = skip.is_some();
-        Trial::test(name, move || with_place(run).map_err(|error| format!("{error:?}").into()))
-            .with_ignored_flag(skipped)
+        Trial::test(name, move || {
+            with_place(VmmDriver::Qemu, run).map_err(|error| format!("{error:?}").into())
+        })
+        .with_ignored_flag(skipped)
     };
-    let trials = vec![
+    let mut trials = vec![
         trial("persistence::what_is_paused_comes_back", |place| Box::pin(pause_and_resume(place))),
         trial("persistence::chains_stay_short", |place| Box::pin(short_chains(place))),
         trial("persistence::a_damaged_layer_is_refused", |place| Box::pin(disks::damaged_layer(place))),
@@ -58,6 +62,7 @@ fn main() -> ExitCode {
         trial("persistence::a_lost_control_plane_pauses_what_runs", |place| Box::pin(loss(place))),
         trial("persistence::a_deadline_that_was_met_is_over", |place| Box::pin(met_deadline(place))),
     ];
+    trials.extend(firecracker::trials());
     libtest_mimic::run(&arguments, trials).exit_code()
 }
 
@@ -67,14 +72,15 @@ type Running = std::pin::Pin<Box<dyn Future<Output = Result<()>> + Send>>;
 struct Place {
     dir: tempfile::TempDir,
     outside: String,
+    vmm: VmmDriver,
 }
 
-fn with_place(run: fn(Arc<Place>) -> Running) -> Result<()> {
+fn with_place(vmm: VmmDriver, run: fn(Arc<Place>) -> Running) -> Result<()> {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
     runtime.block_on(async {
         let outside = Uplink::create().await?;
         let dir = tempfile::Builder::new().prefix("wrenn-test-").tempdir()?;
-        let place = Arc::new(Place { dir, outside: outside.name().to_owned() });
+        let place = Arc::new(Place { dir, outside: outside.name().to_owned(), vmm });
         let outcome = tokio::time::timeout(2 * BOUND, run(Arc::clone(&place))).await.context("in time");
         // Whatever a case that failed has left is ended by one more agent.
         place.agent(OnStop::Destroy).await?.stop().await;
@@ -108,9 +114,11 @@ impl Place {
             uplink_netns: Some(self.outside.parse()?),
             dns_servers: vec!["8.8.8.8".parse()?],
             default_disk_mib: DiskMib::default().get(),
+            vmm: self.vmm,
+            firecracker: std::env::var("WRENN_FIRECRACKER").ok().map(Utf8PathBuf::from),
             accelerator: AcceleratorFlag::Tcg,
             qemu: None,
-            disks: DiskDriver::Qcow2,
+            disks: None,
             metrics: None,
             machine_io_mib: 1024,
             machine_io_operations: 0,

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! DIR/guest/manifest.json          format, id, versions, names of the two files beside it
-//!          /vmlinuz, initramfs.img
+//!          /vmlinuz, vmlinux, initramfs.img        the second is the first, uncompressed
 //! DIR/templates/NAME/template.json format, aliases, default user and directory, image and its id
 //!                   /image.ext4
 //! ```
@@ -28,6 +28,9 @@ pub use manifest::{Alias, ContentId, GuestDirectory, UserName};
 
 /// What to do when something is not there, or is too old or too new.
 const REMEDY: &str = "`make images` builds it";
+
+/// The name of the uncompressed kernel.
+const UNCOMPRESSED: &str = "vmlinux";
 
 /// Why the images cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -188,6 +191,20 @@ impl Images {
         }
         let aliases = aliases_of(&templates)?;
         Ok(Self { guest, templates, aliases })
+    }
+
+    /// The same with the uncompressed kernel that lies beside the other one, for a VMM that starts no other.
+    ///
+    /// # Errors
+    /// It is not there, because the images are of an earlier version.
+    pub fn with_uncompressed_kernel(mut self) -> Result<Self, ImagesError> {
+        let kernel = &mut self.guest.bundle.kernel;
+        let path = kernel.with_file_name(UNCOMPRESSED);
+        if !path.is_file() {
+            return Err(ImagesError::Missing { what: "the guest's uncompressed kernel", path });
+        }
+        *kernel = path;
+        Ok(self)
     }
 
     /// The guest bundle.
@@ -380,6 +397,21 @@ mod tests {
 
     fn name(text: &str) -> TemplateName {
         text.parse().unwrap()
+    }
+
+    #[test]
+    fn the_uncompressed_kernel_lies_beside_the_other_one() {
+        let fixture = Fixture::new();
+        let missing = fixture.load().unwrap().with_uncompressed_kernel();
+        let told =
+            matches!(&missing, Err(ImagesError::Missing { path, .. }) if path.ends_with("guest/vmlinux"));
+        assert!(told, "{missing:?}");
+        fixture.write("guest/vmlinux", "kernel");
+        let images = fixture.load().unwrap();
+        let other = images.clone().with_uncompressed_kernel().unwrap();
+        assert_eq!(other.guest().bundle.kernel, fixture.at.join("guest/vmlinux"));
+        let GuestBundle { id, initramfs, .. } = images.guest().bundle.clone();
+        assert_eq!((&other.guest().bundle.id, &other.guest().bundle.initramfs), (&id, &initramfs));
     }
 
     #[test]
