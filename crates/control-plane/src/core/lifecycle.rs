@@ -195,7 +195,7 @@ impl Core {
                 };
             }
         };
-        let begin = std::time::Instant::now();
+        let (begin, moment) = (std::time::Instant::now(), self.routes.moment());
         let marked = match flushed {
             Ok(()) => {
                 use SandboxState::{Missing, Running, Starting};
@@ -206,7 +206,7 @@ impl Core {
         };
         match marked {
             Ok(Some(row)) => {
-                self.remember_route(team, &id, &row);
+                self.remember_route(moment, team, &id, &row);
                 Ok(Created { row, phases, database: before + begin.elapsed() })
             }
             Ok(None) => {

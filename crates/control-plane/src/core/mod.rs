@@ -125,7 +125,10 @@ impl Core {
     pub(crate) async fn guest(self: &Arc<Self>, caller: &Caller, id: &SandboxId) -> Result<Guest, CoreError> {
         match self.routes.find(caller.team, id) {
             Some(route) => Ok(self.guests.of(id.clone(), route.token, route.timeout)),
-            None => self.guest_of(caller, id, self.row(caller.team, id).await?).await,
+            None => {
+                let moment = self.routes.moment();
+                self.guest_of(caller, id, self.row(caller.team, id).await?, moment).await
+            }
         }
     }
 
@@ -133,19 +136,23 @@ impl Core {
     async fn settled_guest(self: &Arc<Self>, caller: &Caller, id: &SandboxId) -> Result<Guest, CoreError> {
         match self.routes.find(caller.team, id) {
             Some(route) => Ok(self.guests.of(id.clone(), route.token, route.timeout)),
-            None => self.guest_of(caller, id, self.settled_row(caller, id).await?).await,
+            None => {
+                let moment = self.routes.moment();
+                self.guest_of(caller, id, self.settled_row(caller, id).await?, moment).await
+            }
         }
     }
 
-    /// The guest of a sandbox with this row, which is woken if it has to be.
+    /// The guest of a sandbox with this row, read after `moment`, which is woken if it has to be.
     async fn guest_of(
         self: &Arc<Self>,
         caller: &Caller,
         id: &SandboxId,
         row: SandboxRow,
+        moment: routes::Moment,
     ) -> Result<Guest, CoreError> {
         let row = if sleeps(&row) { self.wake(caller, id).await? } else { is_live(row, id)? };
-        let route = self.remember_route(caller.team, id, &row);
+        let route = self.remember_route(moment, caller.team, id, &row);
         Ok(self.guests.of(id.clone(), route.token, route.timeout))
     }
 
@@ -196,12 +203,18 @@ impl Core {
     }
 
     /// Remembers the way to a guest, if it can be trusted without a look at the row: one that resumes by itself
-    /// has to be found paused *before* its guest is asked.
-    fn remember_route(&self, team: TeamId, id: &SandboxId, row: &SandboxRow) -> routes::Route {
+    /// has to be found paused *before* its guest is asked. The row was read after `moment`.
+    fn remember_route(
+        &self,
+        moment: routes::Moment,
+        team: TeamId,
+        id: &SandboxId,
+        row: &SandboxRow,
+    ) -> routes::Route {
         let token = AccessToken::from_stored(row.access_token.clone());
         let route = routes::Route { timeout: row.timeout(), token };
         if !row.auto_resume {
-            self.routes.remember(team, id.clone(), route.clone());
+            self.routes.remember(moment, team, id.clone(), route.clone());
         }
         route
     }
