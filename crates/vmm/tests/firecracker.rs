@@ -5,10 +5,16 @@
 
 mod support;
 
-use std::time::{Duration, Instant};
+use std::{
+    io::Write as _,
+    time::{Duration, Instant},
+};
 
 use camino::{Utf8Path, Utf8PathBuf};
-use tokio::sync::{Mutex, OnceCell};
+use tokio::{
+    io::AsyncBufReadExt,
+    sync::{Mutex, OnceCell},
+};
 use wrenn_host_linux::process::{Process, Signal, find_by_argument};
 use wrenn_types::{MemoryMib, Shape, Vcpus};
 use wrenn_vmm::{
@@ -193,6 +199,53 @@ async fn a_machine_has_one_owner() {
     let mut other = host.firecracker.adopt(host.adopted("owned")).await.unwrap();
     other.pause().await.unwrap();
     assert_eq!(other.stop().await.unwrap(), ExitReason::Stopped);
+}
+
+/// Names the directory of a machine that this process is to own until it is killed.
+const OWNED: &str = "WRENN_TEST_OWNED";
+/// What it says once it owns it.
+const OWNS: &str = "it owns its machine";
+
+#[tokio::test]
+async fn a_machine_outlives_the_death_of_its_owner() {
+    let _alone = ONE_AT_A_TIME.lock().await;
+    let Some(host) = Host::new().await else { return };
+    if let Ok(run_dir) = std::env::var(OWNED) {
+        let run_dir = Utf8PathBuf::from(run_dir);
+        let spec = MachineSpec { name: name_in(&run_dir), run_dir, ..host.spec("unused", 128) };
+        let mut vm = host.firecracker.boot(spec, BootMemory::Anonymous).await.unwrap();
+        ticks(vm.as_mut(), 3).await;
+        writeln!(std::io::stdout(), "\n{OWNS}").unwrap();
+        std::future::pending::<()>().await;
+    }
+    let run_dir = host.path("owned");
+    std::fs::create_dir(&run_dir).unwrap();
+    let test = "a_machine_outlives_the_death_of_its_owner";
+    let mut owner = tokio::process::Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", test, "--nocapture"])
+        .env(OWNED, &run_dir)
+        .stdout(std::process::Stdio::piped())
+        .kill_on_drop(true)
+        .spawn()
+        .unwrap();
+    let mut said = tokio::io::BufReader::new(owner.stdout.take().unwrap()).lines();
+    let owns = async { while said.next_line().await.unwrap().expect("it lives") != OWNS {} };
+    tokio::time::timeout(BOUND, owns).await.unwrap();
+    owner.kill().await.unwrap();
+
+    let known = AdoptedMachine { name: name_in(&run_dir), run_dir, ..host.adopted("unused") };
+    let mut vm = host.firecracker.adopt(known).await.unwrap();
+    ticks(vm.as_mut(), 3).await;
+    vm.pause().await.unwrap();
+    vm.resume().await.unwrap();
+    ticks(vm.as_mut(), 3).await;
+    assert_eq!(vm.stop().await.unwrap(), ExitReason::Stopped);
+}
+
+/// The name of the machine in a directory, for who owns it and for who will.
+fn name_in(run_dir: &Utf8Path) -> String {
+    let test = run_dir.parent().unwrap().file_name().unwrap().trim_start_matches('.').to_lowercase();
+    format!("wrenn-vmmtest-{test}")
 }
 
 #[tokio::test]

@@ -68,10 +68,10 @@ pub(crate) fn run(
     with.extend(files.iter().map(|file| repository.path(file)).filter(|file| file.exists()));
     for Marked { program, directory, beginnings } in marked {
         let names = select(&list(&program, for_tests)?, &beginnings);
-        if !names.is_empty() {
+        for names in calls(names, |names| takes_all(&program, names)) {
             let mut arguments = vec!["--exact".to_owned(), "--show-output".to_owned()];
             arguments.extend(names);
-            programs.push(Program { path: program, arguments, directory });
+            programs.push(Program { path: program.clone(), arguments, directory: directory.clone() });
         }
     }
     if programs.is_empty() {
@@ -215,6 +215,23 @@ fn list(program: &Path, for_tests: &[String]) -> Result<Vec<String>> {
     Ok(names.map(str::to_owned).collect())
 }
 
+/// Whether a program takes several names of tests: one whose `main` is its own may take only one.
+fn takes_all(program: &Path, names: &[String]) -> bool {
+    let mut command = Command::new(program);
+    let listed = command.args(["--list", "--format", "terse", "--exact"]).args(names).output();
+    listed.is_ok_and(|listed| listed.status.success())
+}
+
+/// The names, by calls of their program: all at once if it takes them, else one by one.
+fn calls(names: Vec<String>, takes_all: impl Fn(&[String]) -> bool) -> Vec<Vec<String>> {
+    match names.len() {
+        0 => Vec::new(),
+        1 => vec![names],
+        _ if takes_all(&names) => vec![names],
+        _ => names.into_iter().map(|name| vec![name]).collect(),
+    }
+}
+
 fn select(names: &[String], beginnings: &[String]) -> Vec<String> {
     let is_marked = |name: &&String| beginnings.iter().any(|beginning| name.starts_with(beginning.as_str()));
     names.iter().filter(is_marked).cloned().collect()
@@ -293,6 +310,15 @@ mod tests {
         assert_eq!(found, [Path::new("/t/crate_a"), Path::new("/t/lab")]);
         assert!(marked.iter().all(|marked| marked.directory == Path::new("/w/a")));
         assert_eq!(programs, [Path::new("/t/tool")]);
+    }
+
+    #[test]
+    fn a_program_that_takes_one_name_is_called_for_each() {
+        let names = ["one", "two"].map(str::to_owned).to_vec();
+        assert_eq!(calls(names.clone(), |_| true), std::slice::from_ref(&names));
+        assert_eq!(calls(names, |_| false), [["one".to_owned()], ["two".to_owned()]]);
+        assert_eq!(calls(vec!["one".to_owned()], |_| false).len(), 1);
+        assert!(calls(Vec::new(), |_| true).is_empty());
     }
 
     #[test]
