@@ -81,7 +81,9 @@ fn with_place(vmm: VmmDriver, run: fn(Arc<Place>) -> Running) -> Result<()> {
         let outside = Uplink::create().await?;
         let dir = tempfile::Builder::new().prefix("wrenn-test-").tempdir()?;
         let place = Arc::new(Place { dir, outside: outside.name().to_owned(), vmm });
-        let outcome = tokio::time::timeout(2 * BOUND, run(Arc::clone(&place))).await.context("in time");
+        // A guest of the lab is translated, and so is its host.
+        let bound = if vmm == VmmDriver::Firecracker { 4 * BOUND } else { 2 * BOUND };
+        let outcome = tokio::time::timeout(bound, run(Arc::clone(&place))).await.context("in time");
         // Whatever a case that failed has left is ended by one more agent.
         place.agent(OnStop::Destroy).await?.stop().await;
         outside.remove().await?;

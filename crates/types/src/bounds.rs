@@ -8,7 +8,7 @@
 //! | clone a disk that shares nothing with its base | what is in the base, read and written |
 //! | restore | pages, read, and the memory of the base below each of them |
 //! | boot | the memory, cleared by the guest's kernel |
-//! | save | the memory, looked through and written; the copy of a disk that has no layers |
+//! | save | the memory, looked through and written, twice under Firecracker; the copy of a disk that has no layers |
 //! | commit | pages and layers, made durable; pages, read for their digest |
 //!
 //! What moves next to nothing has a bound that does not depend on anything: [`RECORD`], [`LOOK`], [`REMOVE`].
@@ -159,7 +159,7 @@ mod tests {
                 (find(memory), 2),
                 // All of its memory may differ from its base.
                 (restore(memory.bytes()), 2),
-                (save(memory, 0), 1),
+                (save(memory, 0), 2),
                 (commit(memory, 0), 2),
             ] {
                 let needed = seconds(memory, times) + 20.0;

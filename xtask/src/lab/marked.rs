@@ -37,7 +37,7 @@ use crate::{repository::Repository, step, test::Report};
 /// What a lab of all marked tests is: its memory in MiB, its processors, and how long all of them may take.
 const MEMORY_MIB: u32 = 2048;
 const CPUS: u8 = 2;
-const BOUND: Duration = Duration::from_secs(1200);
+const BOUND: Duration = Duration::from_secs(2400);
 
 /// The marks of a package: the beginnings of names, by test program.
 type Marks = BTreeMap<String, Vec<String>>;
