@@ -31,12 +31,13 @@ use wrenn_host_agent::{
     guest::{self, ENVD_PORT, Identity, loopback},
     images::Images,
     network::{GuestConnector, Policy, PoolConfig, Slot, SlotPool, Uplink},
-    rootfs::{Qcow2Store, RootfsStore as _},
+    rootfs::{FileStore, Qcow2Store, RootfsStore},
 };
 use wrenn_testkit::{stack, uplink};
 use wrenn_types::{DiskMib, InstanceId, MemoryMib, Shape, Vcpus};
 use wrenn_vmm::{
     BootMemory, DiskSpec, MachineSpec, NetworkSpec, SnapshotFiles, Vm, Vmm,
+    firecracker::{Firecracker, FirecrackerOptions},
     qemu::{Qemu, QemuOptions},
 };
 
@@ -73,16 +74,23 @@ fn main() -> ExitCode {
         trial("guest::a_root_of_somebody_else_is_served", || with_lab(foreign::root_of_somebody_else)),
         trial("guest::a_root_with_nothing_but_a_program_is_served", || with_lab(foreign::root_with_nothing)),
     ];
+    let firecracker = || with_lab_of(Monitor::Firecracker, standstill);
+    let firecracker = trial("firecracker::no_process_runs_between_restore_and_identity", firecracker);
+    trials.push(firecracker.with_ignored_flag(stack::cannot_run_firecracker().is_some()));
     let ignored = skip.is_some() || without.is_some();
     trials.extend(foreign.into_iter().map(|trial| trial.with_ignored_flag(ignored)));
     libtest_mimic::run(&arguments, trials).exit_code()
 }
 
 fn with_lab<F: Future<Output = Result<()>>>(run: fn(Arc<Lab>) -> F) -> Result<()> {
+    with_lab_of(Monitor::Qemu, run)
+}
+
+fn with_lab_of<F: Future<Output = Result<()>>>(monitor: Monitor, run: fn(Arc<Lab>) -> F) -> Result<()> {
     let runtime = tokio::runtime::Runtime::new()?;
     runtime.block_on(async {
         let outside = uplink::Uplink::create().await?;
-        let lab = Arc::new(Lab::new(outside.name()).await?);
+        let lab = Arc::new(Lab::new(monitor, outside.name()).await?);
         let outcome = tokio::time::timeout(3 * BOUND, run(Arc::clone(&lab))).await.context("in time");
         Arc::into_inner(lab).context("the case is over")?.slots.shutdown().await;
         outside.remove().await?;
@@ -90,9 +98,36 @@ fn with_lab<F: Future<Output = Result<()>>>(run: fn(Arc<Lab>) -> F) -> Result<()
     })
 }
 
+/// What runs the machines.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Monitor {
+    Qemu,
+    Firecracker,
+}
+
+impl Monitor {
+    /// Where files and sockets are. Disks that are copies need more room than memory has.
+    fn place(self) -> &'static str {
+        match self {
+            Self::Qemu => "/run",
+            Self::Firecracker => "/tmp",
+        }
+    }
+
+    /// By how much the clock of a guest may differ: one that is translated twice is asked late.
+    fn clock_allowance(self) -> Duration {
+        match self {
+            Self::Qemu => Duration::from_millis(50),
+            Self::Firecracker => Duration::from_secs(1),
+        }
+    }
+}
+
 /// What machines are made of here.
 struct Lab {
-    vmm: Qemu,
+    monitor: Monitor,
+    vmm: Box<dyn Vmm>,
+    disks: Box<dyn RootfsStore>,
     images: Images,
     slots: SlotPool,
     instance: InstanceId,
@@ -108,18 +143,31 @@ struct Machine {
 }
 
 impl Lab {
-    async fn new(outside: &str) -> Result<Self> {
+    async fn new(monitor: Monitor, outside: &str) -> Result<Self> {
         let directory = Utf8PathBuf::from_path_buf(stack::images()?).unwrap();
+        let images = Images::load(&directory)?;
+        let (vmm, disks, images): (Box<dyn Vmm>, Box<dyn RootfsStore>, Images) = match monitor {
+            Monitor::Qemu => {
+                let qemu = Qemu::detect(QemuOptions::from_environment()?).await?;
+                (Box::new(qemu), Box::new(Qcow2Store), images)
+            }
+            Monitor::Firecracker => {
+                let firecracker = Firecracker::detect(FirecrackerOptions::from_environment()).await?;
+                (Box::new(firecracker), Box::new(FileStore), images.with_uncompressed_kernel()?)
+            }
+        };
         let instance = InstanceId::random();
         let policy = Policy::offline();
         let uplink = Uplink::Named(outside.parse()?);
         Ok(Self {
-            vmm: Qemu::detect(QemuOptions::from_environment()?).await?,
-            images: Images::load(&directory)?,
+            monitor,
+            vmm,
+            disks,
+            images,
             slots: SlotPool::start(PoolConfig { instance: instance.clone(), uplink, ready: 2, policy })
                 .await?,
             instance,
-            directory: tempfile::Builder::new().prefix("wrenn-guest-").tempdir_in("/run")?,
+            directory: tempfile::Builder::new().prefix("wrenn-guest-").tempdir_in(monitor.place())?,
         })
     }
 
@@ -142,7 +190,7 @@ impl Lab {
         let run_dir = self.path(name);
         std::fs::create_dir(&run_dir)?;
         let size = DiskMib::new(2048)?;
-        let disk = Qcow2Store.clone_disk(base, &run_dir.join("disk"), size)?;
+        let disk = self.disks.clone_disk(base, &run_dir.join("disk"), size)?;
         let spec = MachineSpec {
             name: format!("wrenn-{}-{name}", self.instance),
             run_dir,
@@ -190,7 +238,7 @@ impl Lab {
         let disk = machine.disk.clone();
         self.stop(machine).await?;
         let frozen = self.path(&format!("{name}-frozen"));
-        Qcow2Store.freeze(&disk, &frozen)?;
+        self.disks.freeze(&disk, &frozen)?;
         Ok(DiskSpec { path: frozen, format: disk.format })
     }
 }
@@ -282,7 +330,7 @@ async fn standstill(lab: Arc<Lab>) -> Result<()> {
         let console = clone.vm.console().await;
         let told = console.lines().find_map(|line| line.split_once("clock: ")).context("the clock")?.1;
         let told: i128 = told.split_whitespace().next().context("a number")?.parse()?;
-        let allowed = i128::try_from(Duration::from_millis(50).as_nanos())?;
+        let allowed = i128::try_from(lab.monitor.clock_allowance().as_nanos())?;
         let (from, to) = (before.as_nanosecond() - allowed, after.as_nanosecond() + allowed);
         ensure!((from..=to).contains(&told), "the clock of the guest says {told}, between {from} and {to}");
         said(&mut clone, TICK).await.context("after /init")?;

@@ -91,6 +91,20 @@ pub fn cannot_run() -> Option<String> {
     None
 }
 
+/// Why tests with real machines under Firecracker cannot run here, if they cannot: there are hosts whose KVM opens and runs
+/// no guest, and it is the lab of which the opposite is known.
+#[must_use]
+pub fn cannot_run_firecracker() -> Option<String> {
+    let lacks = |variable: &str| env::var_os(variable).is_none_or(|value| value.is_empty());
+    if lacks("WRENN_LAB") {
+        return Some("skipped: it is the lab in which Firecracker is known to run guests".to_owned());
+    }
+    if lacks("WRENN_FIRECRACKER") {
+        return Some("skipped: WRENN_FIRECRACKER names no Firecracker".to_owned());
+    }
+    cannot_run()
+}
+
 impl Stack {
     /// Starts a stack and waits until it is ready.
     pub async fn start(options: StackOptions) -> Result<Self> {

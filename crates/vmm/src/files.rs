@@ -35,6 +35,16 @@ pub(crate) fn remove_stale(path: &Utf8Path) -> VmmResult<()> {
     }
 }
 
+/// The same of a file that only a driver makes there: one of another kind is somebody's, and stays.
+pub(crate) fn remove_stale_of_kind(path: &Utf8Path, is_ours: fn(&fs::FileType) -> bool) -> VmmResult<()> {
+    match fs::symlink_metadata(path) {
+        Ok(found) if is_ours(&found.file_type()) => remove_stale(path),
+        Ok(_) => Err(cannot("replace", path)(io::ErrorKind::AlreadyExists.into())),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        Err(error) => Err(cannot("examine", path)(error)),
+    }
+}
+
 /// A file of which only this user knows the content: made, or emptied. A VMM that opens it again keeps its mode.
 pub(crate) fn create_private(path: &Utf8Path) -> VmmResult<File> {
     let mut options = OpenOptions::new();

@@ -4,22 +4,13 @@ use std::sync::Arc;
 
 use libtest_mimic::Trial;
 use wrenn_host_agent::config::VmmDriver;
+use wrenn_testkit::stack;
 
 use super::{Place, Running, adoption, pause_and_resume, snapshots, with_place};
 
-/// What it takes: a Firecracker, and a kernel under which KVM is known to run a guest.
-fn cannot_run() -> Option<&'static str> {
-    if std::env::var_os("WRENN_LAB").is_none() {
-        return Some("skipped: it is the lab in which Firecracker is known to run guests");
-    }
-    std::env::var_os("WRENN_FIRECRACKER")
-        .is_none()
-        .then_some("skipped: WRENN_FIRECRACKER names no Firecracker")
-}
-
 pub(super) fn trials() -> Vec<Trial> {
-    let skip = cannot_run();
-    if let Some(why) = skip {
+    let skip = stack::cannot_run_firecracker();
+    if let Some(why) = &skip {
         println!("{why}");
     }
     let trial = |name: &str, run: fn(Arc<Place>) -> Running| {

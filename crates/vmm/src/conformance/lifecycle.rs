@@ -100,9 +100,10 @@ pub(super) async fn files_are_kept_open_as_long_as_it_lives(bench: &Bench<'_>) {
 }
 
 pub(super) async fn a_disk_only_grows(bench: &Bench<'_>) {
-    let path = bench.path("disk");
-    File::create(&path).unwrap().set_len(64 << 20).unwrap();
     let mut spec = bench.spec("a");
+    // Beside what the driver makes there: the directory is the machine's, and its disk may be in it.
+    let path = spec.run_dir.join("disk");
+    File::create(&path).unwrap().set_len(64 << 20).unwrap();
     spec.disk = Some(DiskSpec { path: path.clone(), format: DiskFormat::Raw });
     let mut vm = bounded(bench.vmm().boot(spec, BootMemory::Anonymous)).await.unwrap();
     let length = || std::fs::metadata(&path).unwrap().len();

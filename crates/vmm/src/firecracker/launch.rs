@@ -1,9 +1,12 @@
 //! From a description to a process that answers.
 //!
 //! ```text
-//!  run_dir   control.sock   Firecracker listens here        console, guest=NAME   FIFOs, the latter the log: see `spool`
-//!            disk           a link to the root disk         owner                 locked by whoever owns the machine
-//!            making, saved  there while the machine is being made, and once its memory was given away
+//!  control.sock                Firecracker listens here
+//!  console.fifo, guest=NAME    what its guest says, and what it says itself: see `spool`
+//!  console.log                 what the last owner had read of the former
+//!  disk.link                   leads to the root disk
+//!  owner.lock                  locked by whoever owns the machine
+//!  making.mark, saved.mark     there while the machine is being made, and once its memory was given away
 //! ```
 //!
 //! Firecracker works in this directory and is told names, not paths, of what is in it: those of disks become part of
@@ -11,9 +14,9 @@
 //! known in the process table, as QEMU's is: its own name for itself (`--id`) can have no such form.
 
 use std::{
-    fs::{File, Permissions},
+    fs::{File, FileType, Permissions},
     io,
-    os::unix::fs::{PermissionsExt, symlink},
+    os::unix::fs::{FileTypeExt, PermissionsExt, symlink},
     sync::Arc,
     time::Duration,
 };
@@ -33,14 +36,14 @@ use wrenn_host_linux::{
 use super::{api::Api, machine::Machine, monitor::Monitor, spool::Spool};
 use crate::{
     ExitReason, MachineSpec, VmmError, VmmResult,
-    files::{SocketFile, cannot, readable, remove_stale},
+    files::{SocketFile, cannot, readable, remove_stale, remove_stale_of_kind},
     process::{self, Leash, Watched},
 };
 
 pub(super) const CONTROL_SOCKET: &str = "control.sock";
-pub(super) const CONSOLE: &str = "console";
-pub(super) const DISK_LINK: &str = "disk";
-pub(super) const OWNER: &str = "owner";
+pub(super) const CONSOLE: &str = "console.fifo";
+pub(super) const DISK_LINK: &str = "disk.link";
+const OWNER: &str = "owner.lock";
 /// What of the console the last owner had read.
 pub(super) const CONSOLE_LOG: &str = "console.log";
 /// How much of the console is kept.
@@ -68,8 +71,8 @@ impl Mark {
 
     fn name(self) -> &'static str {
         match self {
-            Self::Making => "making",
-            Self::Saved => "saved",
+            Self::Making => "making.mark",
+            Self::Saved => "saved.mark",
         }
     }
 
@@ -110,9 +113,10 @@ pub(super) async fn start(program: &Utf8Path, spec: MachineSpec) -> VmmResult<Ma
     }
     Mark::Making.set(&spec.run_dir)?;
     Mark::Saved.clear(&spec.run_dir)?;
-    for stale in [CONTROL_SOCKET, CONSOLE_LOG, DISK_LINK] {
-        remove_stale(&spec.run_dir.join(stale))?;
-    }
+    remove_stale(&spec.run_dir.join(CONSOLE_LOG))?;
+    remove_stale_of_kind(&spec.run_dir.join(CONTROL_SOCKET), FileType::is_socket)?;
+    // The machine's owner may have files of its own here.
+    remove_stale_of_kind(&spec.run_dir.join(DISK_LINK), FileType::is_symlink)?;
     let disk = spec.disk.map(|disk| disk.path);
     if let Some(disk) = &disk {
         let link = spec.run_dir.join(DISK_LINK);

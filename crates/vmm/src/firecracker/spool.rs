@@ -9,9 +9,12 @@
 //! is gone, fills no disk, and the next owner finds what was said in the meantime.
 
 use std::{
-    fs::OpenOptions,
+    fs::{FileType, OpenOptions},
     io,
-    os::{fd::OwnedFd, unix::fs::OpenOptionsExt},
+    os::{
+        fd::OwnedFd,
+        unix::fs::{FileTypeExt, OpenOptionsExt},
+    },
     sync::{Mutex, PoisonError},
 };
 
@@ -21,7 +24,7 @@ use tokio::net::unix::pipe;
 
 use crate::{
     VmmResult,
-    files::{cannot, remove_stale},
+    files::{cannot, remove_stale_of_kind},
     tail::Tail,
 };
 
@@ -58,7 +61,7 @@ enum Taken {
 impl Spool {
     /// Makes the FIFO, in the place of one of an earlier life.
     pub(super) fn create(path: &Utf8Path, limit: usize) -> VmmResult<Self> {
-        remove_stale(path)?;
+        remove_stale_of_kind(path, FileType::is_fifo)?;
         let mode = Mode::S_IRUSR | Mode::S_IWUSR;
         nix::unistd::mkfifo(path.as_std_path(), mode)
             .map_err(|error| cannot("create", path)(error.into()))?;
@@ -173,6 +176,10 @@ mod tests {
         let next = Spool::continued(&path, 8, known.as_bytes()).unwrap();
         assert_eq!(next.text(), "6789abcd", "what was said in the meantime is there");
         drop(Spool::create(&path, 8).unwrap());
+        let somebodys = path.with_file_name("file");
+        std::fs::write(&somebodys, "content").unwrap();
+        assert!(Spool::create(&somebodys, 8).is_err());
+        assert_eq!(std::fs::read_to_string(&somebodys).unwrap(), "content");
     }
 
     #[tokio::test]
