@@ -32,6 +32,7 @@ use crate::{
     adopt::{self, CollectError},
     config::{AcceleratorFlag, Config, DiskDriver, OnStop, VmmDriver},
     control_plane_loss::{Sessions, watch_over},
+    doctor::{self, NotFit},
     images::{Images, ImagesError},
     limits::Limits,
     metrics::{
@@ -91,6 +92,9 @@ pub enum StartError {
     /// The virtual machine monitor takes no such disks.
     #[error("Firecracker takes no qcow2 disks: leave out --disks, or choose `file`")]
     Disks,
+    /// Production was asked for on a host that does not have what it needs.
+    #[error("this host is not fit")]
+    NotFit(#[source] NotFit),
     /// The images are not there.
     #[error("the guest images cannot be used")]
     Images(#[source] ImagesError),
@@ -218,6 +222,11 @@ impl Agent {
     /// # Errors
     /// What is missing, and nothing is left running.
     pub async fn start(config: Config) -> Result<Self, StartError> {
+        if config.production {
+            // Before anything is made or taken over: what runs goes on until the host was put right.
+            let fit = doctor::require(&doctor::Tree::host(), &doctor::Target::of(&config)).await;
+            fit.map_err(StartError::NotFit)?;
+        }
         fs::create_dir_all(&config.dir).map_err(failed("make", &config.dir))?;
         let dir = config.dir.canonicalize_utf8().map_err(failed("find", &config.dir))?;
         let instance: InstanceId = kept_id(&dir.join("instance"), "an instance id", InstanceId::random)?;

@@ -4,7 +4,12 @@ use std::{net::Ipv4Addr, num::NonZeroU64};
 
 use camino::Utf8PathBuf;
 
-use crate::{limits::IoBound, metrics::endpoint::MetricsAddress, network::NamespaceName};
+use crate::{
+    doctor::{self, IdRange},
+    limits::IoBound,
+    metrics::endpoint::MetricsAddress,
+    network::NamespaceName,
+};
 
 /// Flags of `wrenn agent`.
 #[derive(Debug, Clone, clap::Args)]
@@ -48,6 +53,18 @@ pub struct Config {
     /// The Firecracker to run instead of the one on the PATH.
     #[arg(long, env = "WRENN_FIRECRACKER")]
     pub firecracker: Option<Utf8PathBuf>,
+
+    /// Refuse to start unless the host has all that production needs, which `wrenn doctor` tells of.
+    #[arg(long)]
+    pub production: bool,
+
+    /// Firecracker's jailer that production needs; when not given, the one beside Firecracker or on the PATH.
+    #[arg(long, env = "WRENN_JAILER")]
+    pub jailer: Option<Utf8PathBuf>,
+
+    /// User ids that production needs for machines, FIRST-LAST.
+    #[arg(long, env = "WRENN_UIDS", value_name = "RANGE", default_value_t = doctor::UIDS)]
+    pub uids: IdRange,
 
     /// What runs guests under QEMU; Firecracker always runs them under KVM.
     #[arg(long, env = "WRENN_ACCEL", value_enum, default_value_t = AcceleratorFlag::Auto)]

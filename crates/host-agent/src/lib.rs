@@ -19,6 +19,7 @@
 //! - [`scrub`]: reads all of that against its digests now and then, and makes the digests of layers.
 //! - [`metrics`]: what sandboxes use, over time, and what the agent tells of itself.
 //! - [`limits`]: what each machine may have of the host.
+//! - [`doctor`]: whether the host has what production needs.
 //! - [`adopt`]: after a crash or a restart, goes on with what was left, and ends what is half-made; only what is
 //!   this instance's own.
 //!
@@ -33,6 +34,7 @@ pub mod adopt;
 pub mod agent;
 pub mod config;
 pub mod control_plane_loss;
+pub mod doctor;
 pub mod guest;
 pub mod images;
 pub mod limits;

@@ -46,7 +46,7 @@ use camino::{Utf8Path, Utf8PathBuf};
 use tokio::task::spawn_blocking;
 
 use self::machine::{Backing, Boot, Machine, Written};
-pub use self::probe::FirecrackerOptions;
+pub use self::probe::{FirecrackerOptions, is_known};
 use crate::{
     AdoptedMachine, BootMemory, Capabilities, DiskFormat, MachineSpec, SnapshotFiles, Vm, Vmm, VmmError,
     VmmIdentity, VmmResult,

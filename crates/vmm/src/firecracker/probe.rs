@@ -91,7 +91,9 @@ fn parse_format(said: &str) -> Option<&str> {
     Some(line)
 }
 
-fn is_known(version: &str) -> bool {
+/// Whether a version, such as `1.17.0`, is one that the driver knows.
+#[must_use]
+pub fn is_known(version: &str) -> bool {
     let mut parts = version.split('.').map(str::parse::<u32>);
     match (parts.next(), parts.next()) {
         (Some(Ok(major)), Some(Ok(minor))) => KNOWN.contains(&(major, minor)),

@@ -6,6 +6,7 @@
 //! | 0 | done |
 //! | 1 | a command of this program failed; the reason is on standard error |
 //! | 2 | the command line is wrong |
+//! | 3 | `doctor`: production must not start on this host |
 //! | 124 | the command in the sandbox did not end within `--timeout` |
 //! | 125 | `run`, `exec` or `shell` itself failed, so that there is no exit code to pass through |
 //! | 128 + n | signal n (Ctrl-C is 2) ended this program in order |
@@ -14,6 +15,7 @@
 //! With `--output json` an error is one line of JSON on standard error, in the form of the API's errors.
 
 mod copy;
+mod doctor;
 mod exec;
 mod failure;
 mod interrupts;
@@ -54,7 +56,7 @@ directory: its lines are read from .wrenn/env (or from the file env in WRENN_DIR
 
 Exit codes: `run`, `sandbox exec` and `sandbox shell` pass on the code of the command (128+n if signal n ended \
 it), 124 if it did not end within --timeout, and 125 if they failed themselves. All others: 0, 1 for a failure, \
-2 for a wrong command line.
+2 for a wrong command line, and of `doctor` 3 where production must not start.
 
 WRENN_LOG (or RUST_LOG) sets what is logged to standard error, for example WRENN_LOG=debug.";
 
@@ -85,6 +87,8 @@ enum Command {
     Up(stack::DevArguments),
     /// Stop the stack of a directory, if one runs
     Down(stack::DownArguments),
+    /// Check whether this host has what production needs
+    Doctor(doctor::Arguments),
     /// Run the host agent
     Agent(services::AgentArguments),
     /// Run the control plane
@@ -146,6 +150,7 @@ fn run_command(command: Command, output: Output) -> Result<u8, Failure> {
             Command::Dev(arguments) => arguments.dev().await,
             Command::Up(arguments) => arguments.up(output).await,
             Command::Down(arguments) => arguments.execute(output).await,
+            Command::Doctor(arguments) => arguments.execute(output).await,
             Command::Agent(arguments) => arguments.execute().await,
             Command::ControlPlane(arguments) => arguments.execute().await,
             Command::Completions { .. } => Ok(0),
