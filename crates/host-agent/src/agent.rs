@@ -54,7 +54,7 @@ use crate::{
 };
 
 /// What is true until the machine is started anew; the stacks of a machine share it.
-const RUN_DIR: &str = "/run/wrenn";
+pub(crate) const RUN_DIR: &str = "/run/wrenn";
 /// How long open calls may take to end once the agent is to stop.
 const DRAIN_BOUND: Duration = Duration::from_secs(5);
 /// How often layers that nothing stands on are looked for when nobody says that there are any.

@@ -459,6 +459,25 @@ async fn nothing_there_says_what_to_do() {
 }
 
 #[tokio::test]
+async fn a_doctor_that_refuses_has_a_code_of_its_own() {
+    let api = FakeApi::start().await;
+    // Whatever this host is: QEMU is not for production.
+    let output = say(&api, &["doctor", "--json", "--vmm", "qemu", "--listen", "127.0.0.1:0"]).await;
+    assert_eq!(output.status.code(), Some(3), "{}", stderr(&output));
+    let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!((&report["schema"], &report["production"]), (&json!(1), &json!(false)));
+    let findings = report["findings"].as_array().unwrap();
+    let of = |name: &str| findings.iter().find(|finding| finding["name"] == name).unwrap();
+    assert_eq!((&of("vmm")["outcome"], &of("vmm")["blocks"]), (&json!("failure"), &json!(true)));
+    assert_eq!(of("ports")["outcome"], "ok");
+
+    let table = say(&api, &["doctor", "--vmm", "qemu", "--listen", "127.0.0.1:0"]).await;
+    assert_eq!(table.status.code(), Some(3));
+    assert!(stdout(&table).contains("failure vmm"), "{}", stdout(&table));
+    assert!(stdout(&table).contains("Production must not start here"), "{}", stdout(&table));
+}
+
+#[tokio::test]
 async fn completions_are_printed() {
     let api = FakeApi::start().await;
     for shell in ["bash", "zsh", "fish"] {

@@ -12,6 +12,7 @@ use std::{
 use camino::{Utf8Path, Utf8PathBuf};
 use rustix::fs::OFlags;
 use tokio::time::timeout;
+use wrenn_host_linux::netns;
 
 use super::{
     Target, parse,
@@ -19,6 +20,7 @@ use super::{
     programs::{self, Program},
     tree::{Seen, Tree},
 };
+use crate::agent::RUN_DIR;
 
 /// The modules of the kernel that are looked for.
 pub(super) const MODULES: [&str; 7] =
@@ -191,7 +193,8 @@ pub(super) struct Asked {
 pub(super) fn read(tree: &Tree, target: Target, Asked { nft, firecracker, jailer }: Asked) -> Facts {
     let (mounts, kernel) = (tree.text("/proc/self/mountinfo"), tree.text("/proc/sys/kernel/osrelease"));
     let mounts = mounts.map(|text| parse::mounts(&text));
-    let trusted = [Some(target.data_dir.as_path()), firecracker.path(), jailer.path()];
+    let own = [target.data_dir.as_path(), Utf8Path::new(RUN_DIR), Utf8Path::new(netns::NAMES)];
+    let trusted = own.into_iter().chain([firecracker.path(), jailer.path()].into_iter().flatten());
     let status = tree.text("/proc/self/status");
     Facts {
         capabilities: status.parse(|text| parse::capabilities(text)),
@@ -216,7 +219,7 @@ pub(super) fn read(tree: &Tree, target: Target, Asked { nft, firecracker, jailer
         tun: tree.opens("/dev/net/tun"),
         device_mapper: tree.opens("/dev/mapper/control"),
         loop_control: tree.opens("/dev/loop-control"),
-        changeable: changeable(tree, trusted.into_iter().flatten()),
+        changeable: changeable(tree, trusted),
         data: data(tree, &target.data_dir, &mounts),
         open_files: tree.text("/proc/self/limits").parse(|text| parse::open_files(text)),
         settings: setting::ALL.into_iter().map(|path| (path, tree.number(path))).collect(),

@@ -5,6 +5,7 @@ use std::fs;
 use camino::{Utf8Path, Utf8PathBuf};
 
 use super::{facts::Asked, programs::Program, tree::Seen, *};
+use crate::{Agent, StartError};
 
 /// A directory that is the tree of a host on which production may start.
 pub(super) struct MadeUp {
@@ -192,6 +193,21 @@ fn a_module_is_loaded_only_where_it_is_there() {
     assert_eq!(fixes(&host), []);
 }
 
+#[test]
+fn what_others_can_change_is_not_trusted() {
+    use std::os::unix::fs::PermissionsExt as _;
+    for path in ["/data/wrenn", "/data", "/run/netns", "/run/wrenn"] {
+        let host = MadeUp::new();
+        host.write("/run/netns/one", "");
+        host.write("/run/wrenn/slots/1", "");
+        assert_eq!(outcome(&Report::of(&host.facts()), "paths"), Outcome::Ok);
+        fs::set_permissions(host.at(path), fs::Permissions::from_mode(0o775)).unwrap();
+        let report = Report::of(&host.facts());
+        let found = report.blocking().find(|finding| finding.name == "paths").unwrap();
+        assert!(found.seen.ends_with(&format!("can change {path}")), "{found:?}");
+    }
+}
+
 #[tokio::test]
 async fn what_is_safe_is_fixed_and_looked_at_again() {
     let host = MadeUp::new();
@@ -237,6 +253,24 @@ async fn production_is_refused_with_everything_that_is_missing() {
     }
     assert!(!names.contains(&"ksm"));
     assert!(findings.iter().all(|finding| finding.blocks));
+}
+
+#[tokio::test]
+async fn an_agent_for_production_makes_nothing_where_it_must_not_start() {
+    #[derive(clap::Parser)]
+    struct Line {
+        #[command(flatten)]
+        config: Config,
+    }
+    let place = tempfile::tempdir().unwrap();
+    let dir = place.path().join("stack");
+    // Whatever this host is: QEMU is not for production.
+    let words = ["agent", "--production", "--vmm", "qemu", "--dir", dir.to_str().unwrap()];
+    let line = <Line as clap::Parser>::parse_from(words);
+    let refused = Agent::start(line.config).await.unwrap_err();
+    let StartError::NotFit(NotFit::Findings { findings }) = refused else { panic!("{refused:?}") };
+    assert!(findings.iter().any(|finding| finding.name == "vmm"), "{findings:?}");
+    assert!(!dir.exists());
 }
 
 #[test]

@@ -108,9 +108,27 @@ fn text(report: &Report, was_fixed: bool) -> String {
 
 #[cfg(test)]
 mod tests {
+    use clap::Parser as _;
     use wrenn_host_agent::doctor::{Finding, Fix, Fixed};
 
     use super::*;
+
+    #[derive(Debug, clap::Parser)]
+    struct Line {
+        #[command(flatten)]
+        arguments: Arguments,
+    }
+
+    #[test]
+    fn flags_say_what_is_to_run() {
+        let parse = |words: &[&str]| Line::try_parse_from([&["doctor"], words].concat());
+        let target = parse(&["--data-dir", "/data", "--uids", "7-9", "--listen", "127.0.0.1:80"]).unwrap();
+        let target = target.arguments.target();
+        assert_eq!((target.data_dir.as_str(), target.uids.to_string().as_str()), ("/data", "7-9"));
+        assert_eq!(target.ports, [80]);
+        assert!(parse(&["--listen", "127.0.0.1:0"]).unwrap().arguments.target().ports.is_empty());
+        assert!(parse(&["--uids", "9-7"]).is_err());
+    }
 
     fn finding(name: &'static str, outcome: Outcome, remedy: Option<&str>, fixes: Vec<Fix>) -> Finding {
         let blocks = outcome == Outcome::Failure;

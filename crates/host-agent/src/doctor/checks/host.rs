@@ -74,7 +74,9 @@ pub(super) fn paths(facts: &Facts) -> Verdict {
     if_known(&facts.changeable, "who may change the paths", REMEDY, |changeable| {
         let those: Vec<_> = changeable.iter().map(|path| path.as_str()).collect();
         match those.is_empty() {
-            true => Verdict::ok("only root can change the data, the programs, and what is above them"),
+            true => Verdict::ok(
+                "only root can change the data, the programs, the namespaces, and what is above them",
+            ),
             false => Verdict::failure(format!("others than root can change {}", those.join(", ")), REMEDY),
         }
     })

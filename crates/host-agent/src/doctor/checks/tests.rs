@@ -18,6 +18,12 @@ use super::{
 };
 use crate::config::VmmDriver;
 
+/// A host on which all is well.
+fn good() -> Facts {
+    static GOOD: LazyLock<Facts> = LazyLock::new(|| MadeUp::new().facts());
+    GOOD.clone()
+}
+
 fn find(facts: &Facts, name: &str) -> Finding {
     all(facts).into_iter().find(|finding| finding.name == name).unwrap()
 }
@@ -25,7 +31,7 @@ fn find(facts: &Facts, name: &str) -> Finding {
 /// Changes one fact, and expects that check, and no other, to come out so.
 #[track_caller]
 fn expect(name: &str, wanted: Outcome, change: impl FnOnce(&mut Facts)) -> Finding {
-    let mut facts = MadeUp::new().facts();
+    let mut facts = good();
     assert_eq!(find(&facts, name).outcome, Outcome::Ok);
     change(&mut facts);
     for finding in all(&facts) {
@@ -68,7 +74,7 @@ fn names_are_of_one_check_each_and_of_one_form() {
 
 #[test]
 fn what_is_not_known_blocks_where_it_is_required() {
-    let mut facts = MadeUp::new().facts();
+    let mut facts = good();
     facts.smt = unreadable();
     facts.error_correcting = unreadable();
     let (smt, errors) = (find(&facts, "smt"), find(&facts, "memory-errors"));
@@ -84,7 +90,7 @@ fn rights() {
     assert_eq!(found.seen, "without CAP_SYS_ADMIN, CAP_MKNOD");
     expect("privileges", Outcome::Unknown, |facts| facts.capabilities = unreadable());
     // Without the right to look, nothing is known of the rules.
-    let mut facts = MadeUp::new().facts();
+    let mut facts = good();
     facts.nft = Program::Fails { path: "/usr/sbin/nft".into(), problem: "not permitted".to_owned() };
     assert_eq!(find(&facts, "nftables").outcome, Outcome::Failure);
     facts.capabilities = Seen::Is(0);
@@ -108,7 +114,7 @@ fn virtualization() {
         flags(facts, |flags| flags.retain(|flag| flag != "svm"));
     });
     assert!(found.seen.contains("shows no virtualization"));
-    let mut facts = MadeUp::new().facts();
+    let mut facts = good();
     flags(&mut facts, |flags| flags.extend(["hypervisor".to_owned()]));
     for name in ["bare-metal", "microcode"] {
         assert_eq!(find(&facts, name).outcome, Outcome::Advice, "{name}");
@@ -281,7 +287,7 @@ fn firecracker_and_its_jailer_are_of_one_release() {
     assert_eq!(found.seen, "/opt/program is jailer 1.15.0, and Firecracker is 1.16.1");
     expect("jailer", Outcome::Failure, |facts| facts.jailer = answers("Firecracker v1.16.1\n"));
     let both = |firecracker: Program, jailer: &str| {
-        let mut facts = MadeUp::new().facts();
+        let mut facts = good();
         (facts.firecracker, facts.jailer) = (firecracker, answers(jailer));
         (find(&facts, "vmm").outcome, find(&facts, "jailer").outcome)
     };
@@ -372,8 +378,7 @@ proptest! {
     /// What no check understands is never taken for good where it is required, and nothing panics.
     #[test]
     fn nothing_that_the_kernel_may_say_is_taken_for_protection(text in "\\PC{0,60}") {
-        static GOOD: LazyLock<Facts> = LazyLock::new(|| MadeUp::new().facts());
-        let mut facts = GOOD.clone();
+        let mut facts = good();
         facts.vulnerabilities = said_of(&format!("Vulnerable: {text}"));
         facts.command_line = Seen::Is(format!("{text} mitigations=off"));
         facts.clock_source = Seen::Is(format!("x{text}"));
