@@ -59,10 +59,11 @@ pub struct Config {
     pub production: bool,
 
     /// Firecracker's jailer that production needs; when not given, the one beside Firecracker or on the PATH.
+    /// It is checked, and not used yet.
     #[arg(long, env = "WRENN_JAILER")]
     pub jailer: Option<Utf8PathBuf>,
 
-    /// User ids that production needs for machines, FIRST-LAST.
+    /// User ids that nobody else has, for machines of production, FIRST-LAST. They are checked, and not used yet.
     #[arg(long, env = "WRENN_UIDS", value_name = "RANGE", default_value_t = doctor::UIDS)]
     pub uids: IdRange,
 

@@ -108,7 +108,7 @@ pub struct Facts {
     pub error_correcting: Seen<usize>,
     /// Control groups.
     pub groups: Seen<Groups>,
-    /// How each of [`MODULES`] can be had.
+    /// How modules of the kernel can be had, by their names.
     pub modules: BTreeMap<&'static str, Module>,
     /// `/dev/net/tun`.
     pub tun: Seen<()>,
@@ -370,5 +370,24 @@ fn listening(tree: &Tree) -> Seen<BTreeSet<u16>> {
         (Seen::Is(four), Seen::Is(six)) => Seen::Is(four.union(&six).copied().collect()),
         // A host without IPv6.
         (four, _) => four,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::rootfs::own_filesystem::{self, Kind};
+
+    #[test]
+    fn whether_files_share_blocks_is_tried_and_leaves_nothing() {
+        let xfs = |reflink| (Kind::Xfs { reflink }, 512 << 20, reflink);
+        for (kind, bytes, wanted) in [(Kind::Tmpfs, 1 << 20, false), xfs(true), xfs(false)] {
+            let made = own_filesystem::with(kind, bytes, |at| {
+                assert_eq!(shares_blocks(at).unwrap(), wanted, "{kind:?}");
+                assert_eq!(at.read_dir_utf8().unwrap().count(), 0, "{kind:?}");
+            });
+            made.or_say_skipped("sharing blocks between files without a name");
+        }
+        assert!(shares_blocks("/proc/self".into()).is_err());
     }
 }
