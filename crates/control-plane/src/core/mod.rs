@@ -156,8 +156,9 @@ impl Core {
         Ok(self.guests.of(id.clone(), route.token, route.timeout))
     }
 
-    /// Asks a guest for something. One whose sandbox is being paused, or was a moment ago, is woken and asked once
-    /// more if it resumes by itself: nothing has been sent to it then.
+    /// Asks a guest for something. One that resumes by itself is asked only when its host says that it runs: what is sent
+    /// over a connection that a pause is just breaking may have been done or not, and is not sent again. One that is paused
+    /// in the meantime, and refused the connection, is woken and asked once more: nothing has been sent to it then.
     async fn ask_guest<T, F>(
         self: &Arc<Self>,
         caller: &Caller,
@@ -167,7 +168,7 @@ impl Core {
     where
         F: Future<Output = Result<T, GuestError>>,
     {
-        let guest = self.guest(caller, id).await?;
+        let guest = self.settled_guest(caller, id).await?;
         let error = match ask(guest.clone()).await {
             Ok(answer) => return Ok((guest, answer)),
             Err(error) => error,
