@@ -26,7 +26,7 @@ use rustix::fs::{major, minor};
 use wrenn_host_linux::process::Process;
 
 use crate::{
-    SnapshotStatistics, VmmResult,
+    SnapshotStatistics, VmmError, VmmResult,
     files::cannot,
     pages::{PagesWriter, SavedPages, Zeros},
 };
@@ -85,6 +85,11 @@ impl GuestMemory {
         let base_path = file.to_owned();
         let process = of_process;
         Ok(pieces.map(|pieces| Self { process, memory, pagemap, base, base_path, zeros, pieces, bytes }))
+    }
+
+    /// The mapping of a file that has to be there for an operation.
+    pub(crate) fn of(process: &Process, file: &Utf8Path, operation: &'static str) -> VmmResult<Self> {
+        Self::open(process, file)?.ok_or_else(|| not_mapped(operation))
     }
 
     /// Writes the private pages to a file.
@@ -194,6 +199,12 @@ impl GuestMemory {
     fn write(&self, address: u64, content: &[u8]) -> VmmResult<()> {
         self.memory.write_all_at(content, address).map_err(cannot("write the memory of", &self.process))
     }
+}
+
+/// That a snapshot is to be over another memory than the machine's.
+pub(crate) fn not_mapped(operation: &'static str) -> VmmError {
+    let problem = "the snapshot's memory is not what it maps";
+    VmmError::Unsupported { operation, problem }
 }
 
 /// Private pages in a row.

@@ -1,12 +1,17 @@
 //! What a guest sees of the host's processor where it runs on it, as one word: a snapshot that was taken on another
-//! one is refused. Pure.
+//! one is refused.
 //!
 //! The kernel's list of flags holds more than what a processor has: bits of its own making, mitigations among them, and
 //! features that it shows or hides by its version and its settings. A newer kernel on the same processor has another
 //! list, and must not make what was saved useless. So only the instructions that count for programs are looked at,
 //! those that kernels have known by one name for long.
 
+use std::io;
+
+use camino::Utf8Path;
 use sha2::{Digest, Sha256};
+
+use crate::{VmmResult, files::cannot};
 
 /// The lines of `/proc/cpuinfo` that say which processor it is. The others say how it is at the moment.
 const LINES: [&str; 4] = ["vendor_id", "cpu family", "model", "stepping"];
@@ -84,9 +89,18 @@ const INSTRUCTIONS: [&str; 65] = [
 /// Digits of the digest that are kept.
 const DIGITS: usize = 16;
 
+/// The word for the processor of this host.
+pub(crate) fn seen() -> VmmResult<String> {
+    let path = Utf8Path::new("/proc/cpuinfo");
+    let read = std::fs::read_to_string(path).and_then(|cpuinfo| {
+        word(&cpuinfo).ok_or_else(|| io::Error::other("it does not say which processor the host has"))
+    });
+    read.map_err(cannot("understand", path))
+}
+
 /// The word for the first processor of `/proc/cpuinfo`. Processors of one host are alike. None where the text does not
 /// say which processor it is, or what it can do: then nothing is known of it.
-pub(crate) fn word(cpuinfo: &str) -> Option<String> {
+fn word(cpuinfo: &str) -> Option<String> {
     let first = cpuinfo.split("\n\n").next().unwrap_or_default();
     let line = |wanted: &str| {
         let mut lines = first.lines().filter_map(|line| line.split_once(':'));

@@ -6,7 +6,10 @@ use std::os::unix::fs::MetadataExt;
 use camino::{Utf8Path, Utf8PathBuf};
 use wrenn_types::Shape;
 
-use crate::{AdoptedMachine, DiskFormat, DiskSpec, MachineSpec, SnapshotFiles, VmmError, VmmResult, qcow2};
+use crate::{
+    AdoptedMachine, DiskFormat, DiskSpec, MachineSpec, SnapshotFiles, VmmError, VmmResult, files::cannot,
+    guest_memory::not_mapped, qcow2,
+};
 
 /// The longest path of a Unix socket, without its terminator.
 const SOCKET_PATH: usize = 107;
@@ -51,6 +54,19 @@ pub(crate) fn snapshot_files(files: &SnapshotFiles, restored: bool) -> VmmResult
     }
 }
 
+/// Where a snapshot of a machine that maps `base` has its pages.
+pub(crate) fn snapshot_over(
+    base: &Utf8Path,
+    files: &SnapshotFiles,
+    operation: &'static str,
+) -> VmmResult<Utf8PathBuf> {
+    snapshot_files(files, true)?;
+    if !same_file(base, &files.memory).map_err(cannot("open", &files.memory))? {
+        return Err(not_mapped(operation));
+    }
+    files.pages.clone().ok_or_else(|| not_mapped(operation))
+}
+
 /// A file that can be put on top of a disk whose top is `top`, and of which the guest sees `bytes`, if that
 /// is known.
 pub(crate) fn overlay(overlay: &DiskSpec, top: &Utf8Path, bytes: Option<u64>) -> VmmResult<()> {
@@ -59,10 +75,6 @@ pub(crate) fn overlay(overlay: &DiskSpec, top: &Utf8Path, bytes: Option<u64>) ->
         let problem = "only a qcow2 file can stand on another one";
         return Err(VmmError::Unsupported { operation: "pivot_disk", problem });
     }
-    let cannot = |operation, path: &Utf8Path| {
-        let path = path.to_owned();
-        move |source| VmmError::File { operation, path, source }
-    };
     let header = qcow2::header(&overlay.path).map_err(cannot("open", &overlay.path))?;
     let Some(header) = header else {
         return refuse("disk", format!("{} is no qcow2 file", overlay.path));
@@ -101,9 +113,7 @@ pub(crate) fn same_file(one: &Utf8Path, other: &Utf8Path) -> std::io::Result<boo
 /// A snapshot's memory is that of a machine of this shape.
 pub(crate) fn snapshot_memory(memory: &Utf8Path, shape: Shape) -> VmmResult<()> {
     let file = std::fs::metadata(memory);
-    let file =
-        file.map_err(|source| VmmError::File { operation: "open", path: memory.to_owned(), source })?;
-    let (length, bytes) = (file.len(), shape.memory.bytes());
+    let (length, bytes) = (file.map_err(cannot("open", memory))?.len(), shape.memory.bytes());
     if length != bytes {
         return refuse("memory", format!("the snapshot's has {length} bytes, and the shape's {bytes}"));
     }

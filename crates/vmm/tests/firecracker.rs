@@ -15,7 +15,7 @@ use tokio::{
     io::AsyncBufReadExt,
     sync::{Mutex, OnceCell},
 };
-use wrenn_host_linux::process::{Process, Signal, find_by_argument};
+use wrenn_host_linux::process::{Process, Signal};
 use wrenn_types::{MemoryMib, Shape, Vcpus};
 use wrenn_vmm::{
     AdoptedMachine, BootMemory, ExitReason, GuestBundle, MachineSpec, NetworkSpec, SnapshotFiles, Vm, Vmm,
@@ -102,8 +102,7 @@ impl Host {
     }
 
     fn adopted(&self, name: &str) -> AdoptedMachine {
-        let MachineSpec { name, run_dir, .. } = self.spec(name, 128);
-        AdoptedMachine { name, run_dir, has_disk: false, memory: None, pid_hint: None }
+        support::adopted(self.spec(name, 128))
     }
 
     /// A machine that boots, to become a base.
@@ -145,12 +144,6 @@ async fn ticks(vm: &mut dyn Vm, more: usize) {
     assert!(!vm.console().await.contains("BAD"));
 }
 
-async fn ended(vm: &dyn Vm) -> ExitReason {
-    let mut exit = vm.exit();
-    let told = tokio::time::timeout(BOUND, exit.wait_for(Option::is_some)).await.unwrap();
-    told.unwrap().clone().unwrap()
-}
-
 #[async_trait::async_trait]
 impl Subject for Host {
     fn vmm(&self) -> &dyn Vmm {
@@ -166,13 +159,11 @@ impl Subject for Host {
     }
 
     async fn kill(&self, vm: &dyn Vm, _name: &str) {
-        Process::open(vm.pid().unwrap()).unwrap().kill_and_wait().await.unwrap();
+        support::kill(vm).await;
     }
 
     async fn kill_by_name(&self, name: &str) {
-        let mark = format!("guest={name}");
-        let found = find_by_argument(&mark).unwrap().into_iter().find(|found| found.argument == mark);
-        found.unwrap().process.kill_and_wait().await.unwrap();
+        support::kill_by_name(name).await;
     }
 }
 
@@ -255,7 +246,7 @@ async fn a_process_that_is_asked_to_end_says_so() {
     let spec = host.spec("asked", 128);
     let vm = host.firecracker.boot(spec, BootMemory::Anonymous).await.unwrap();
     Process::open(vm.pid().unwrap()).unwrap().signal(Signal::TERM).unwrap();
-    assert_eq!(ended(vm.as_ref()).await, ExitReason::VmmKilled { signal: 15 });
+    assert_eq!(support::ended(vm.as_ref(), BOUND).await, ExitReason::VmmKilled { signal: 15 });
 }
 
 #[tokio::test]

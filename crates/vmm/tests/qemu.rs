@@ -11,7 +11,7 @@ use std::{
 
 use camino::{Utf8Path, Utf8PathBuf};
 use tokio::sync::Mutex;
-use wrenn_host_linux::process::{Process, find_by_argument, find_program};
+use wrenn_host_linux::process::{Process, find_program};
 use wrenn_types::{MemoryMib, Shape, Vcpus};
 use wrenn_vmm::{
     Accelerator, AdoptedMachine, BootMemory, DiskFormat, DiskSpec, ExitReason, GuestBundle, MachineSpec,
@@ -114,13 +114,11 @@ impl Subject for Lab {
     }
 
     async fn kill(&self, vm: &dyn Vm, _name: &str) {
-        Process::open(vm.pid().unwrap()).unwrap().kill_and_wait().await.unwrap();
+        support::kill(vm).await;
     }
 
     async fn kill_by_name(&self, name: &str) {
-        let mark = format!("guest={name}");
-        let found = find_by_argument(&mark).unwrap().into_iter().find(|found| found.argument == mark);
-        found.unwrap().process.kill_and_wait().await.unwrap();
+        support::kill_by_name(name).await;
     }
 }
 
@@ -221,14 +219,11 @@ async fn a_console_is_bounded_and_blocks_nobody() {
     assert!(log.contains("wrenn-guest ready"));
     // A process that is asked to end by a signal says so.
     Process::open(vm.pid().unwrap()).unwrap().signal(wrenn_host_linux::process::Signal::TERM).unwrap();
-    let mut exit = vm.exit();
-    let reason = tokio::time::timeout(BOUND, exit.wait_for(Option::is_some)).await.unwrap().unwrap().clone();
-    assert_eq!(reason, Some(ExitReason::VmmKilled { signal: 15 }));
+    assert_eq!(support::ended(vm.as_ref(), BOUND).await, ExitReason::VmmKilled { signal: 15 });
 }
 
 fn adopted(lab: &Lab, name: &str) -> AdoptedMachine {
-    let MachineSpec { name, run_dir, .. } = lab.spec(name, 1);
-    AdoptedMachine { name, run_dir, has_disk: false, memory: None, pid_hint: None }
+    support::adopted(lab.spec(name, 1))
 }
 
 /// The control protocol, spoken by somebody else.
@@ -309,9 +304,7 @@ async fn what_a_guest_did_while_nobody_watched_is_told_later() {
             }
         }
         let vm = lab.qemu.adopt(adopted(&lab, does)).await.unwrap();
-        let mut exit = vm.exit();
-        let told = tokio::time::timeout(BOUND, exit.wait_for(Option::is_some)).await.unwrap();
-        assert_eq!(*told.unwrap(), Some(reason));
+        assert_eq!(support::ended(vm.as_ref(), BOUND).await, reason);
     }
 }
 

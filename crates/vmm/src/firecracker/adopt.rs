@@ -7,20 +7,16 @@
 //! The process is none of our children: its end is told by a pidfd, and its exit code by nobody. Firecracker serves several
 //! connections, so the lock says who owns it: the kernel frees it with its holder.
 
-use std::{fs::File, io, sync::Arc, time::Duration};
+use std::{fs::File, sync::Arc, time::Duration};
 
 use camino::Utf8Path;
-use tokio::{
-    sync::watch,
-    task::spawn_blocking,
-    time::{Instant, sleep},
-};
+use tokio::time::{Instant, sleep};
 use wrenn_host_linux::process::Process;
 
 use super::{
     api::{Api, COMMAND_BOUND},
-    launch::{CONSOLE, CONSOLE_LIMIT, CONSOLE_LOG, CONTROL_SOCKET, DISK_LINK, LOG_LIMIT, Mark, owner},
-    machine::{Backing, Machine, State, Written},
+    launch::{CONSOLE, CONSOLE_LIMIT, CONSOLE_LOG, DISK_LINK, LOG_LIMIT, Mark, owner},
+    machine::{Backing, Machine, Written},
     monitor::Monitor,
     requests::InstanceState,
     spool::Spool,
@@ -29,28 +25,20 @@ use crate::{
     AdoptedMachine, VmmError, VmmResult,
     files::{SocketFile, cannot},
     guest_memory::GuestMemory,
+    launch::CONTROL_SOCKET,
     pages::Zeros,
-    process::{self, Leash, Watched, find},
+    process::{self, ADOPT, Leash, Watched, find_adopted, on_thread, unless_ended},
+    state::State,
 };
 
-const OPERATION: &str = "adopt";
 /// How long somebody else may still hold it, who is about to end.
 const OWNER_BOUND: Duration = Duration::from_secs(10);
 /// How often that is looked at: nobody tells.
 const OWNER_PAUSE: Duration = Duration::from_millis(20);
 
 pub(super) async fn adopt(machine: AdoptedMachine) -> VmmResult<Machine> {
-    let lost = |source: io::Error| VmmError::Connection { command: OPERATION.to_owned(), source };
-    let (mark, hint) = (process::mark(&machine.name), machine.pid_hint);
-    let found = spawn_blocking(move || find(&mark, hint)).await;
-    let found = found.map_err(io::Error::other).and_then(|found| found).map_err(lost)?;
-    let not_there = || VmmError::NotThere { name: machine.name.clone() };
-    let process = found.ok_or_else(not_there)?;
-    let alive = process.clone();
-    match take(process, &machine).await {
-        Err(_) if !alive.is_alive().map_err(lost)? => Err(not_there()),
-        other => other,
-    }
+    let process = find_adopted(&machine).await?;
+    unless_ended(take(process.clone(), &machine).await, &process, &machine)
 }
 
 async fn take(process: Process, machine: &AdoptedMachine) -> VmmResult<Machine> {
@@ -58,7 +46,7 @@ async fn take(process: Process, machine: &AdoptedMachine) -> VmmResult<Machine> 
     let owner = lock(run_dir).await?;
     for mark in Mark::ALL {
         if mark.is_set(run_dir)? {
-            return Err(VmmError::WrongState { operation: OPERATION, state: mark.state() });
+            return Err(VmmError::WrongState { operation: ADOPT, state: mark.state() });
         }
     }
     let socket = run_dir.join(CONTROL_SOCKET);
@@ -75,15 +63,13 @@ async fn take(process: Process, machine: &AdoptedMachine) -> VmmResult<Machine> 
         None => Backing::Anonymous,
         Some(file) => {
             let process = process.clone();
-            let found = spawn_blocking(move || backing(&process, &file)).await;
-            found.map_err(|error| crate::files::failed_thread(OPERATION, error))??
+            on_thread(ADOPT, move |_| backing(&process, &file)).await?
         }
     };
-    let (exit, exited) = watch::channel(None);
-    let monitor = Monitor { console: Arc::clone(&console), log, exit, socket: SocketFile::at(socket) };
-    let (leash, released) = Leash::new(process.clone());
-    tokio::spawn(monitor.run(Watched::Adopted(process), leash.ending(), released));
-    let mut adopted = Machine::new(leash, api, console, exited, run_dir.clone(), owner, disk);
+    let monitor = Monitor { console: Arc::clone(&console), log, socket: SocketFile::at(socket) };
+    let (leash, held) = Leash::new(process.clone());
+    tokio::spawn(monitor.run(Watched::Adopted(process), held));
+    let mut adopted = Machine::new(leash, api, console, run_dir.clone(), owner, disk);
     adopted.found(backing, state);
     Ok(adopted)
 }
@@ -94,7 +80,7 @@ async fn lock(run_dir: &Utf8Path) -> VmmResult<File> {
     let begin = Instant::now();
     while file.try_lock().is_err() {
         if begin.elapsed() > OWNER_BOUND {
-            return Err(VmmError::Timeout { operation: OPERATION, bound: OWNER_BOUND });
+            return Err(VmmError::Timeout { operation: ADOPT, bound: OWNER_BOUND });
         }
         sleep(OWNER_PAUSE).await;
     }
@@ -106,12 +92,12 @@ async fn ask(api: &Api, name: &str) -> VmmResult<State> {
     let info = api.info(COMMAND_BOUND).await?;
     if info.id != name {
         let message = format!("it is {}", info.id);
-        return Err(VmmError::Refused { command: OPERATION.to_owned(), message });
+        return Err(VmmError::Refused { command: ADOPT.to_owned(), message });
     }
     match info.state {
         InstanceState::Running => Ok(State::Running),
         InstanceState::Paused => Ok(State::Paused),
-        InstanceState::NotStarted => Err(VmmError::WrongState { operation: OPERATION, state: "not started" }),
+        InstanceState::NotStarted => Err(VmmError::WrongState { operation: ADOPT, state: "not started" }),
     }
 }
 

@@ -22,25 +22,17 @@ use std::{
 };
 
 use camino::Utf8Path;
-use tokio::{
-    runtime::Handle,
-    sync::watch,
-    task::spawn_blocking,
-    time::{Instant, sleep, timeout},
-};
-use wrenn_host_linux::{
-    appearance::Appearance,
-    process::{Spawn, SpawnError},
-};
+use tokio::time::{Instant, sleep, timeout};
+use wrenn_host_linux::appearance::Appearance;
 
 use super::{api::Api, machine::Machine, monitor::Monitor, spool::Spool};
 use crate::{
     ExitReason, MachineSpec, VmmError, VmmResult,
-    files::{SocketFile, cannot, readable, remove_stale, remove_stale_of_kind},
-    process::{self, Leash, Watched},
+    files::{SocketFile, cannot, remove_stale, remove_stale_of_kind},
+    launch::{self, CONTROL_SOCKET, not_started},
+    process,
 };
 
-pub(super) const CONTROL_SOCKET: &str = "control.sock";
 pub(super) const CONSOLE: &str = "console.fifo";
 pub(super) const DISK_LINK: &str = "disk.link";
 const OWNER: &str = "owner.lock";
@@ -54,8 +46,6 @@ pub(super) const LOG_LIMIT: usize = 4096;
 const START_BOUND: Duration = Duration::from_secs(20);
 /// How long a socket that is there may take until somebody listens at it.
 const LISTEN_PAUSE: Duration = Duration::from_millis(1);
-/// When the host's memory is short, a guest goes before the agent does.
-const OOM_SCORE: i16 = 500;
 
 /// A mark in the machine's directory: what must not be taken over by somebody who does not know what was being done.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -102,10 +92,8 @@ impl Mark {
 /// Starts a Firecracker. On return it listens, has been told nothing yet, and is marked as [`Mark::Making`].
 ///
 /// The machine that is returned kills the process when it is dropped, and so does this future.
-pub(super) async fn start(program: &Utf8Path, spec: MachineSpec) -> VmmResult<Machine> {
-    for file in spec.disk.iter().map(|disk| &disk.path).chain(spec.network.iter().map(|n| &n.namespace)) {
-        readable(file)?;
-    }
+pub(super) async fn start(program: &Utf8Path, mut spec: MachineSpec) -> VmmResult<Machine> {
+    launch::inputs(&spec)?;
     let owner = owner(&spec.run_dir)?;
     if owner.try_lock().is_err() {
         let problem = "somebody else has a machine in it".to_owned();
@@ -117,7 +105,7 @@ pub(super) async fn start(program: &Utf8Path, spec: MachineSpec) -> VmmResult<Ma
     remove_stale_of_kind(&spec.run_dir.join(CONTROL_SOCKET), FileType::is_socket)?;
     // The machine's owner may have files of its own here.
     remove_stale_of_kind(&spec.run_dir.join(DISK_LINK), FileType::is_symlink)?;
-    let disk = spec.disk.map(|disk| disk.path);
+    let disk = spec.disk.take().map(|disk| disk.path);
     if let Some(disk) = &disk {
         let link = spec.run_dir.join(DISK_LINK);
         symlink(disk, &link).map_err(cannot("create", &link))?;
@@ -125,49 +113,23 @@ pub(super) async fn start(program: &Utf8Path, spec: MachineSpec) -> VmmResult<Ma
     let console = Arc::new(Spool::create(&spec.run_dir.join(CONSOLE), CONSOLE_LIMIT)?);
     let mark = process::mark(&spec.name);
     let log = Arc::new(Spool::create(&spec.run_dir.join(&mark), LOG_LIMIT)?);
-    let failed = |source: io::Error| VmmError::Spawn { program: program.to_owned(), source };
-    let appearance = Appearance::watch(spec.run_dir.as_std_path()).map_err(failed)?;
+    let failed = not_started(program);
+    let appearance = Appearance::watch(spec.run_dir.as_std_path()).map_err(&failed)?;
 
-    let mut spawn = Spawn::new(program.as_std_path())
+    let spawn = launch::spawn(program, &mut spec)
         .args(arguments(&spec.name, &mark))
         .current_dir(spec.run_dir.as_std_path())
-        .new_session()
-        .oom_score_adj(OOM_SCORE)
-        .no_core_dump()
         .stdout(log.writer()?)
         .stderr(log.writer()?);
-    if let Some(network) = &spec.network {
-        spawn = spawn.network_namespace(network.namespace.as_std_path());
-    }
-    if let Some(group) = spec.control_group {
-        spawn = spawn.control_group(group);
-    }
-    for descriptor in spec.keep_open {
-        spawn = spawn.keep_open(descriptor);
-    }
-    let (exit, exited) = watch::channel(None);
     let socket = spec.run_dir.join(CONTROL_SOCKET);
-    let monitor =
-        Monitor { console: Arc::clone(&console), log, exit, socket: SocketFile::at(socket.clone()) };
-    let runtime = Handle::current();
-    let begin = move || -> Result<Leash, SpawnError> {
-        let child = spawn.start()?;
-        let (leash, released) = Leash::new(child.process().clone());
-        // Here, and not after the wait below: if nobody waits any more, the leash is dropped and kills, and
-        // the monitor is there to reap.
-        runtime.spawn(monitor.run(Watched::Child(child), leash.ending(), released));
-        Ok(leash)
-    };
-    let leash = match spawn_blocking(begin).await {
-        Ok(started) => started.map_err(|error| failed(io::Error::other(error)))?,
-        Err(error) => return Err(failed(io::Error::other(error))),
-    };
+    let monitor = Monitor { console: Arc::clone(&console), log, socket: SocketFile::at(socket.clone()) };
+    let leash = launch::start(program, spawn, |child, held| monitor.run(child, held)).await?;
+    let mut exited = leash.exit();
     let api = Api::at(socket.clone());
-    let machine = Machine::new(leash, api, console, exited.clone(), spec.run_dir, owner, disk);
+    let machine = Machine::new(leash, api, console, spec.run_dir, owner, disk);
     let listens = async {
-        let mut exited = exited;
         tokio::select! {
-            listens = until_listening(&appearance, &socket, machine.api()) => listens.map_err(failed),
+            listens = until_listening(&appearance, &socket, machine.api()) => listens.map_err(&failed),
             reason = exited.wait_for(Option::is_some) => {
                 let reason = reason.ok().and_then(|reason| reason.clone());
                 let reason = reason.unwrap_or_else(ExitReason::of_unknown_cause);
@@ -177,10 +139,10 @@ pub(super) async fn start(program: &Utf8Path, spec: MachineSpec) -> VmmResult<Ma
     };
     match timeout(START_BOUND, listens).await {
         Ok(Ok(())) => Ok(machine),
-        Ok(Err(error)) => Err(super::ended(machine, error).await),
+        Ok(Err(error)) => Err(launch::ended(machine, error).await),
         Err(_) => {
             let late = VmmError::Timeout { operation: "start", bound: START_BOUND };
-            Err(super::ended(machine, late).await)
+            Err(launch::ended(machine, late).await)
         }
     }
 }

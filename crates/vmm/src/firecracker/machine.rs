@@ -3,13 +3,13 @@
 use std::{
     fs::{File, OpenOptions},
     io::{Seek, SeekFrom},
-    sync::Arc,
+    sync::{Arc, atomic::AtomicBool},
     time::Duration,
 };
 
 use async_trait::async_trait;
 use camino::{Utf8Path, Utf8PathBuf};
-use tokio::{sync::watch, task::spawn_blocking, time::timeout};
+use tokio::sync::watch;
 
 use super::{
     api::{Api, COMMAND_BOUND},
@@ -25,27 +25,22 @@ use super::{
 };
 use crate::{
     DiskSpec, ExitReason, SnapshotFiles, SnapshotStatistics, Vm, VmmError, VmmResult,
-    files::{cannot, failed_thread},
+    files::cannot,
+    guest_memory::GuestMemory,
+    launch::GUEST_MAC,
     pages::SavedPages,
-    process::Leash,
+    process::{Leash, on_thread},
+    state::{State, other_memory},
     validate,
 };
-
-/// How long a process that lost its connection may take to be gone.
-const DEATH_BOUND: Duration = Duration::from_secs(2);
-/// How long a killed process may take to be gone.
-const KILL_BOUND: Duration = Duration::from_secs(10);
-/// The MAC that every guest has: the namespace makes it unique.
-const GUEST_MAC: &str = "02:fc:00:00:00:05";
 
 /// A Firecracker process and what it is doing.
 #[derive(Debug)]
 pub(super) struct Machine {
-    pub(super) leash: Leash,
+    leash: Leash,
     api: Api,
     console: Arc<Spool>,
-    exit: watch::Receiver<Option<ExitReason>>,
-    pub(super) run_dir: Utf8PathBuf,
+    run_dir: Utf8PathBuf,
     /// Locked by us: whoever adopts it waits for that.
     owner: File,
     disk: Option<Utf8PathBuf>,
@@ -90,27 +85,6 @@ impl Written {
     }
 }
 
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) enum State {
-    Running,
-    /// It was told to stop, and nobody knows whether it has.
-    Stopping,
-    Paused,
-    /// Its memory is part of this snapshot, which must not change any more.
-    Saved(SnapshotFiles),
-}
-
-impl State {
-    fn word(&self) -> &'static str {
-        match self {
-            Self::Running => "running",
-            Self::Stopping => "stopping",
-            Self::Paused => "paused",
-            Self::Saved(_) => "saved",
-        }
-    }
-}
-
 /// What a machine is told before its guest boots.
 #[derive(Debug)]
 pub(super) struct Boot<'a> {
@@ -127,13 +101,12 @@ impl Machine {
         leash: Leash,
         api: Api,
         console: Arc<Spool>,
-        exit: watch::Receiver<Option<ExitReason>>,
         run_dir: Utf8PathBuf,
         owner: File,
         disk: Option<Utf8PathBuf>,
     ) -> Self {
         let (backing, state) = (Backing::Anonymous, State::Paused);
-        Self { leash, api, console, exit, run_dir, owner, disk, backing, state }
+        Self { leash, api, console, run_dir, owner, disk, backing, state }
     }
 
     pub(super) fn api(&self) -> &Api {
@@ -209,11 +182,9 @@ impl Machine {
         self.backing = Backing::Private(from.memory.clone());
         if let Some(pages) = pages {
             // No guest has run in it yet, and it looks into the memory of its devices only when one does.
-            let (process, base) = (self.leash.process.clone(), from.memory.clone());
-            let load =
-                memory::with_thread(RESTORE, move |given_up| memory::load(&process, &base, &pages, given_up));
-            let loaded = load.await;
-            self.explain_file(RESTORE, loaded).await?;
+            let (process, base) = (self.leash.process().clone(), from.memory.clone());
+            let load = move |given_up: &AtomicBool| memory::load(&process, &base, &pages, given_up);
+            self.leash.with_memory(RESTORE, load).await?;
         }
         Mark::Making.clear(&self.run_dir)
     }
@@ -229,23 +200,22 @@ impl Machine {
         bound: Duration,
     ) -> VmmResult<()> {
         let answer = self.api.send(request, bound).await;
-        self.explain(operation, answer).await
+        self.leash.explain(operation, answer).await
     }
 
     /// Saves a machine that maps `base`. It goes on as if nothing had happened.
     async fn save_private(&self, base: &Utf8Path, into: &SnapshotFiles) -> VmmResult<SnapshotStatistics> {
-        let pages = self.may_save_over(base, into)?;
-        let (process, base) = (self.leash.process.clone(), base.to_owned());
-        let open = memory::with_thread(SNAPSHOT, move |_| memory::open(&process, &base)).await;
-        let mapped = self.explain_file(SNAPSHOT, open).await?;
+        let pages = validate::snapshot_over(base, into, SNAPSHOT)?;
+        let (process, base) = (self.leash.process().clone(), base.to_owned());
+        let open = move |_: &AtomicBool| GuestMemory::of(&process, &base, SNAPSHOT);
+        let mapped = self.leash.with_memory(SNAPSHOT, open).await?;
         // It cannot write the devices alone. What it takes for the memory is of no use: it knows only what was written
         // since it was asked the last time, and nothing of what we put there ourselves.
         let unused = memory::Scratch::beside(&into.state);
         let bound = memory::bound(file_bytes(&into.memory));
         self.write_snapshot(requests::SnapshotType::Diff, &into.state, unused.path(), bound).await?;
         drop(unused);
-        let saved = memory::with_thread(SNAPSHOT, move |given_up| mapped.save(&pages, given_up)).await;
-        self.explain_file(SNAPSHOT, saved).await
+        self.leash.with_memory(SNAPSHOT, move |given_up| mapped.save(&pages, given_up)).await
     }
 
     /// Saves a machine that booted over zeros. It goes on as if nothing had happened.
@@ -255,14 +225,14 @@ impl Machine {
         written: Written,
         into: &SnapshotFiles,
     ) -> VmmResult<SnapshotStatistics> {
-        let pages = self.may_save_over(zeros, into)?;
+        let pages = validate::snapshot_over(zeros, into, SNAPSHOT)?;
         let (file, forgotten) = (zeros.to_owned(), Written::Forgotten);
         self.backing = Backing::Zeros { file, written: forgotten };
         let bytes = file_bytes(zeros);
         let memory = memory::Scratch::beside(&into.state);
         let bound = memory::bound(bytes);
         self.write_snapshot(written.snapshot_type(), &into.state, memory.path(), bound).await?;
-        memory::with_thread(SNAPSHOT, move |given_up| memory::convert(&memory, bytes, &pages, given_up)).await
+        on_thread(SNAPSHOT, move |given_up| memory::convert(&memory, bytes, &pages, given_up)).await
     }
 
     /// Writes the memory to the file that was promised it.
@@ -283,15 +253,6 @@ impl Machine {
         Ok(())
     }
 
-    /// Where pages over this base go.
-    fn may_save_over(&self, base: &Utf8Path, into: &SnapshotFiles) -> VmmResult<Utf8PathBuf> {
-        validate::snapshot_files(into, true)?;
-        if !validate::same_file(base, &into.memory).map_err(cannot("open", &into.memory))? {
-            return Err(memory::not_mapped(SNAPSHOT));
-        }
-        into.pages.clone().ok_or_else(|| memory::not_mapped(SNAPSHOT))
-    }
-
     async fn write_snapshot(
         &self,
         snapshot_type: requests::SnapshotType,
@@ -308,52 +269,8 @@ impl Machine {
 
     /// Fails unless something may be done with its disk now.
     fn may_change_disk(&self, operation: &'static str) -> VmmResult<&Utf8Path> {
-        self.alive(operation)?;
-        let disk = self.disk.as_deref().ok_or_else(|| {
-            let problem = "the machine has none".to_owned();
-            VmmError::Spec { field: "disk", problem }
-        })?;
-        match self.state {
-            State::Saved(_) => Err(VmmError::WrongState { operation, state: self.state.word() }),
-            _ => Ok(disk),
-        }
-    }
-
-    /// Turns a lost connection into what it means: that the process is gone, and why.
-    async fn explain<T>(&self, operation: &'static str, result: VmmResult<T>) -> VmmResult<T> {
-        match result {
-            Err(error @ VmmError::Connection { .. }) => match self.gone_within(DEATH_BOUND).await {
-                Some(reason) => Err(VmmError::Exited { operation, reason }),
-                None => Err(error),
-            },
-            other => other,
-        }
-    }
-
-    /// The same for a memory that cannot be read because its process is gone.
-    async fn explain_file<T>(&self, operation: &'static str, result: VmmResult<T>) -> VmmResult<T> {
-        match result {
-            Err(error @ VmmError::File { .. }) if !self.leash.process.is_alive().unwrap_or(true) => {
-                match self.gone_within(DEATH_BOUND).await {
-                    Some(reason) => Err(VmmError::Exited { operation, reason }),
-                    None => Err(error),
-                }
-            }
-            other => other,
-        }
-    }
-
-    async fn gone_within(&self, bound: Duration) -> Option<ExitReason> {
-        let mut exit = self.exit.clone();
-        let gone = timeout(bound, exit.wait_for(Option::is_some)).await;
-        gone.ok()?.ok()?.clone()
-    }
-
-    fn alive(&self, operation: &'static str) -> VmmResult<()> {
-        match &*self.exit.borrow() {
-            Some(reason) => Err(VmmError::Exited { operation, reason: reason.clone() }),
-            None => Ok(()),
-        }
+        self.leash.alive(operation)?;
+        self.state.may_change_disk(operation, self.disk.as_deref())
     }
 }
 
@@ -384,11 +301,11 @@ const ONE_DEVICE: &str = "Firecracker has no layers of disks: copies are made be
 #[async_trait]
 impl Vm for Machine {
     fn pid(&self) -> Option<u32> {
-        Some(self.leash.process.pid())
+        Some(self.leash.process().pid())
     }
 
     async fn pause(&mut self) -> VmmResult<()> {
-        self.alive("pause")?;
+        self.leash.alive("pause")?;
         if matches!(self.state, State::Running | State::Stopping) {
             // Before the answer, which may never come: whoever wants it to run then has to tell it so.
             self.state = State::Stopping;
@@ -399,7 +316,7 @@ impl Vm for Machine {
     }
 
     async fn resume(&mut self) -> VmmResult<()> {
-        self.alive("resume")?;
+        self.leash.alive("resume")?;
         match &self.state {
             State::Running => Ok(()),
             State::Paused | State::Stopping => {
@@ -407,16 +324,14 @@ impl Vm for Machine {
                 self.state = State::Running;
                 Ok(())
             }
-            State::Saved(_) => Err(VmmError::WrongState { operation: "resume", state: self.state.word() }),
+            State::Saved(_) => Err(self.state.wrong_for("resume")),
         }
     }
 
     async fn snapshot(&mut self, into: &SnapshotFiles) -> VmmResult<SnapshotStatistics> {
-        self.alive(SNAPSHOT)?;
-        match &self.state {
-            State::Paused => {}
-            State::Saved(files) if files == into => return Ok(SnapshotStatistics::default()),
-            other => return Err(VmmError::WrongState { operation: SNAPSHOT, state: other.word() }),
+        self.leash.alive(SNAPSHOT)?;
+        if !self.state.is_to_be_saved(SNAPSHOT, into)? {
+            return Ok(SnapshotStatistics::default());
         }
         match self.backing.clone() {
             Backing::Private(base) => self.save_private(&base, into).await,
@@ -429,18 +344,14 @@ impl Vm for Machine {
                 }
                 saved.map(|()| SnapshotStatistics::default())
             }
-            Backing::Promised { .. } | Backing::Anonymous => {
-                let problem = "it was not booted with its memory in the snapshot's file";
-                Err(VmmError::Unsupported { operation: SNAPSHOT, problem })
-            }
+            Backing::Promised { .. } | Backing::Anonymous => Err(other_memory(SNAPSHOT)),
         }
     }
 
     async fn resize_disk(&mut self, bytes: u64) -> VmmResult<()> {
         const RESIZE: &str = "resize_disk";
         let disk = self.may_change_disk(RESIZE)?.to_owned();
-        let grown = spawn_blocking(move || grow(&disk, bytes)).await;
-        grown.map_err(|error| failed_thread(RESIZE, error))??;
+        on_thread(RESIZE, move |_| grow(&disk, bytes)).await?;
         // It opens the file again, and tells its guest how long it is.
         self.tell(RESIZE, &PartialDrive { drive_id: DISK, path_on_host: DISK_LINK }).await
     }
@@ -451,7 +362,7 @@ impl Vm for Machine {
     }
 
     async fn disk_chain(&mut self) -> VmmResult<Vec<Utf8PathBuf>> {
-        self.alive("disk_chain")?;
+        self.leash.alive("disk_chain")?;
         Ok(self.disk.iter().cloned().collect())
     }
 
@@ -465,21 +376,13 @@ impl Vm for Machine {
     }
 
     fn exit(&self) -> watch::Receiver<Option<ExitReason>> {
-        self.exit.clone()
+        self.leash.exit()
     }
 
     async fn stop(&mut self) -> VmmResult<ExitReason> {
-        if let Some(reason) = self.exit.borrow().clone() {
-            return Ok(reason);
-        }
-        self.leash.ending().wish();
-        let kill = self.leash.process.kill();
-        match self.gone_within(KILL_BOUND).await {
+        match self.leash.reason() {
             Some(reason) => Ok(reason),
-            None => match kill {
-                Ok(()) => Err(VmmError::Timeout { operation: "stop", bound: KILL_BOUND }),
-                Err(source) => Err(VmmError::Connection { command: "kill".to_owned(), source }),
-            },
+            None => self.leash.kill().await,
         }
     }
 

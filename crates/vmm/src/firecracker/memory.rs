@@ -14,10 +14,7 @@ use std::{
     fs::File,
     io,
     os::unix::fs::{FileExt, OpenOptionsExt},
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
+    sync::atomic::{AtomicBool, Ordering},
     time::Duration,
 };
 
@@ -26,14 +23,13 @@ use rustix::{
     fs::{SeekFrom, seek},
     io::Errno,
 };
-use tokio::task::spawn_blocking;
 use wrenn_host_linux::process::Process;
 use wrenn_types::bounds;
 
 use super::api::COMMAND_BOUND;
 use crate::{
-    SnapshotStatistics, VmmError, VmmResult,
-    files::{cannot, create_private, failed_thread},
+    SnapshotStatistics, VmmResult,
+    files::{cannot, create_private},
     guest_memory::GuestMemory,
     pages::{PagesWriter, SavedPages, Zeros},
 };
@@ -49,16 +45,6 @@ pub(super) fn bound(bytes: u64) -> Duration {
     COMMAND_BOUND + MOVE_BOUND + bounds::moving(bytes)
 }
 
-/// The mapping of a base.
-pub(super) fn open(process: &Process, base: &Utf8Path) -> VmmResult<GuestMemory> {
-    GuestMemory::open(process, base)?.ok_or_else(|| not_mapped(SNAPSHOT))
-}
-
-pub(super) fn not_mapped(operation: &'static str) -> VmmError {
-    let problem = "the snapshot's memory is not what it maps";
-    VmmError::Unsupported { operation, problem }
-}
-
 /// Writes saved pages over a base in whose mapping no guest has run yet.
 ///
 /// By then Firecracker has told the guest that this is another life, by a number in its memory, which would be overwritten by
@@ -69,7 +55,7 @@ pub(super) fn load(
     pages: &SavedPages,
     given_up: &AtomicBool,
 ) -> VmmResult<()> {
-    let memory = GuestMemory::open(process, base)?.ok_or_else(|| not_mapped("restore"))?;
+    let memory = GuestMemory::of(process, base, "restore")?;
     let own = memory.own_words(given_up)?;
     memory.load(pages, given_up)?;
     memory.put_back(&own)
@@ -145,27 +131,6 @@ fn next_data(file: &File, from: u64) -> io::Result<Option<u64>> {
         // A file system that knows no holes.
         Err(Errno::INVAL | Errno::OPNOTSUPP) => Ok(Some(from)),
         Err(error) => Err(error.into()),
-    }
-}
-
-/// Does something on a thread that may wait for the disk. It ends early when nobody waits for it any more.
-pub(super) async fn with_thread<T: Send + 'static>(
-    operation: &'static str,
-    work: impl FnOnce(&AtomicBool) -> VmmResult<T> + Send + 'static,
-) -> VmmResult<T> {
-    let given_up = GivenUp::default();
-    let told = Arc::clone(&given_up.0);
-    let done = spawn_blocking(move || work(&told)).await;
-    done.map_err(|error| failed_thread(operation, error))?
-}
-
-/// Tells a thread, when it is dropped, that nobody waits for it.
-#[derive(Debug, Default)]
-struct GivenUp(Arc<AtomicBool>);
-
-impl Drop for GivenUp {
-    fn drop(&mut self) {
-        self.0.store(true, Ordering::Relaxed);
     }
 }
 

@@ -43,15 +43,15 @@ mod spool;
 
 use async_trait::async_trait;
 use camino::{Utf8Path, Utf8PathBuf};
-use tokio::task::spawn_blocking;
 
-use self::machine::{Backing, Boot, Machine, Written};
+use self::machine::{Backing, Boot, Written};
 pub use self::probe::{FirecrackerOptions, is_known};
 use crate::{
     AdoptedMachine, BootMemory, Capabilities, DiskFormat, MachineSpec, SnapshotFiles, Vm, Vmm, VmmError,
     VmmIdentity, VmmResult,
-    files::{MemoryFile, failed_thread, readable},
-    pages::SavedPages,
+    files::{MemoryFile, readable},
+    guest_kernel,
+    launch::{ended, saved_pages},
     validate,
 };
 
@@ -119,14 +119,7 @@ impl Vmm for Firecracker {
         check(&spec)?;
         validate::snapshot_memory(&from.memory, spec.shape)?;
         readable(&from.state)?;
-        let pages = match from.pages.clone() {
-            None => None,
-            Some(pages) => {
-                let bytes = spec.shape.memory.bytes();
-                let opened = spawn_blocking(move || SavedPages::open(&pages, bytes)).await;
-                Some(opened.map_err(|error| failed_thread("restore", error))??)
-            }
-        };
+        let pages = saved_pages(from, spec.shape.memory.bytes()).await?;
         let tap = spec.network.as_ref().map(|network| network.tap.clone());
         let mut machine = launch::start(&self.program, spec).await?;
         match machine.load(from, pages, tap.as_deref()).await {
@@ -139,14 +132,6 @@ impl Vmm for Firecracker {
         validate::adopted(&machine)?;
         Ok(Box::new(adopt::adopt(machine).await?))
     }
-}
-
-/// Waits until a machine that failed is gone, so that nothing of it is left when its error is told.
-async fn ended(mut machine: Machine, error: VmmError) -> VmmError {
-    if let Err(stuck) = machine.stop().await {
-        tracing::error!(pid = machine.pid(), error = %stuck, "a Firecracker that failed cannot be ended");
-    }
-    error
 }
 
 fn check(spec: &MachineSpec) -> VmmResult<()> {
@@ -163,33 +148,7 @@ fn check(spec: &MachineSpec) -> VmmResult<()> {
 /// The kernel's command line.
 ///
 /// `panic=-1 reboot=k` turns a panic and a reboot into a reset by the keyboard controller, at which Firecracker ends; of that
-/// controller there is nothing else, so that the kernel need not look for it. The rest is as for QEMU's machine.
+/// controller there is nothing else, so that the kernel need not look for it.
 fn kernel_command_line(more: &[String]) -> String {
-    let words = [
-        "console=ttyS0",
-        "quiet",
-        "panic=-1",
-        "reboot=k",
-        "i8042.noaux",
-        "i8042.nomux",
-        "i8042.dumbkbd",
-        "noautogroup",
-        "psi=0",
-        "audit=0",
-        "lsm=landlock,yama",
-        "init_on_free=1",
-        "init_on_alloc=0",
-    ];
-    words.into_iter().chain(more.iter().map(String::as_str)).collect::<Vec<_>>().join(" ")
-}
-
-#[cfg(test)]
-mod tests {
-    use super::kernel_command_line;
-
-    #[test]
-    fn what_is_added_comes_last() {
-        let line = kernel_command_line(&["a=1".to_owned(), "b".to_owned()]);
-        assert!(line.starts_with("console=ttyS0 quiet panic=-1 reboot=k ") && line.ends_with(" a=1 b"));
-    }
+    guest_kernel::command_line(&["reboot=k", "i8042.noaux", "i8042.nomux", "i8042.dumbkbd"], &[], more)
 }

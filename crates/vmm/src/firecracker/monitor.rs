@@ -13,7 +13,6 @@
 
 use std::{io, sync::Arc};
 
-use tokio::sync::{oneshot, watch};
 use wrenn_host_linux::process::Exit;
 
 use super::spool::Spool;
@@ -21,7 +20,7 @@ use crate::{
     ExitReason,
     files::SocketFile,
     last_words,
-    process::{Ending, Watched},
+    process::{Held, Watched},
 };
 
 /// Everything that the task needs but the process itself.
@@ -30,18 +29,11 @@ pub(super) struct Monitor {
     pub(super) console: Arc<Spool>,
     /// What Firecracker says itself.
     pub(super) log: Arc<Spool>,
-    pub(super) exit: watch::Sender<Option<ExitReason>>,
     pub(super) socket: SocketFile,
 }
 
 impl Monitor {
-    pub(super) async fn run(self, mut process: Watched, ending: Ending, released: oneshot::Receiver<()>) {
-        let mut released = std::pin::pin!(async {
-            // A leash that is dropped without it kills, and that is waited for otherwise.
-            if released.await.is_err() {
-                std::future::pending::<()>().await;
-            }
-        });
+    pub(super) async fn run(self, mut process: Watched, mut held: Held) {
         let mut has_halted = false;
         loop {
             tokio::select! {
@@ -49,7 +41,7 @@ impl Monitor {
                 biased;
                 // Whether it could be waited for is seen below.
                 _ = process.wait() => break,
-                () = &mut released => {
+                () = held.let_go() => {
                     self.socket.leave();
                     drop((self.console, self.log));
                     // Whoever asked this owner for the exit sees the channel close when the process is gone.
@@ -67,7 +59,7 @@ impl Monitor {
             }
         }
         let exit = process.wait().await;
-        let reason = match (has_halted, ending.is_wished()) {
+        let reason = match (has_halted, held.is_end_wished()) {
             (true, _) => ExitReason::GuestShutdown,
             (false, true) => ExitReason::Stopped,
             (false, false) => unexpected(exit, &self.console.text(), &self.log.text()),
@@ -75,7 +67,7 @@ impl Monitor {
         tracing::debug!(pid = process.process().pid(), ?reason, "a Firecracker is gone");
         // Whoever is told finds nothing of it.
         drop(self.socket);
-        self.exit.send_replace(Some(reason));
+        held.tell(reason);
     }
 }
 

@@ -1,6 +1,6 @@
 //! Which Firecracker there is, and whether it can run here.
 
-use std::{fs::OpenOptions, io, ops::RangeInclusive};
+use std::{fs::OpenOptions, ops::RangeInclusive};
 
 use camino::{Utf8Path, Utf8PathBuf};
 
@@ -61,21 +61,11 @@ impl Firecracker {
             name: "firecracker".to_owned(),
             version,
             machine: format!("{TRANSPORT}, snapshots {format}"),
-            cpu_model: seen_cpu()?,
+            cpu_model: format!("host {}", host_cpu::seen()?),
             accelerator: Accelerator::Kvm,
         };
         Ok(Self { program, identity })
     }
-}
-
-fn seen_cpu() -> VmmResult<String> {
-    let path = Utf8Path::new("/proc/cpuinfo");
-    let read = std::fs::read_to_string(path).and_then(|cpuinfo| {
-        host_cpu::word(&cpuinfo)
-            .ok_or_else(|| io::Error::other("it does not say which processor the host has"))
-    });
-    let file = |source| VmmError::File { operation: "understand", path: path.to_owned(), source };
-    read.map(|word| format!("host {word}")).map_err(file)
 }
 
 /// `Firecracker v1.17.0-dev`, and then its log.

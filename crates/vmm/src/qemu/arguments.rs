@@ -9,7 +9,9 @@ use camino::Utf8Path;
 use serde_json::json;
 use wrenn_types::Shape;
 
-use crate::{Accelerator, DiskFormat, DiskSpec, VmmError, VmmResult, process};
+use crate::{
+    Accelerator, DiskFormat, DiskSpec, VmmError, VmmResult, guest_kernel, launch::GUEST_MAC, process,
+};
 
 /// The machine under TCG: its interrupt controller and timers are all there, because that is with what
 /// the guest's kernel comes up when four of them boot at once.
@@ -17,8 +19,6 @@ const TCG_MACHINE: &str = "microvm,pit=on,pic=on,rtc=on,acpi=on";
 /// The machine under KVM: as QEMU has it.
 const KVM_MACHINE: &str = "microvm,acpi=on";
 
-/// The MAC that every guest has: the namespace makes it unique.
-const GUEST_MAC: &str = "02:fc:00:00:00:05";
 /// How much of the console QEMU keeps for us.
 pub(super) const CONSOLE_BYTES: usize = 64 * 1024;
 /// The names of things inside QEMU, as commands refer to them.
@@ -115,36 +115,15 @@ pub(super) fn cpu_model(accelerator: Accelerator) -> &'static str {
 /// a keyboard controller nor a BIOS through which the kernel would try first, and the latter way it ends
 /// in a loop in the firmware in one of three tries.
 ///
-/// The second line leaves out what a guest of one user has no use for and pays for at every start of a
-/// program: groups of sessions for fairness, records of pressure and of audits, and the security modules
-/// that Debian starts with no policy. Where instructions are translated, nothing is speculated about, and
-/// what mitigates speculation is only more to translate.
-///
-/// Memory is cleared when it is freed, and so not again when it is taken: as much work, and what a guest has
-/// freed is zero in its snapshots, where zeros cost nothing and tell nobody what was there.
+/// Where instructions are translated, nothing is speculated about, and what mitigates speculation is only more to
+/// translate.
 pub(super) fn kernel_command_line(tsc_khz: Option<u32>, more: &[String]) -> String {
-    let mut words: Vec<String> = [
-        "console=ttyS0",
-        "quiet",
-        "panic=-1",
-        "reboot=t",
-        "noautogroup",
-        "psi=0",
-        "audit=0",
-        "lsm=landlock,yama",
-        "init_on_free=1",
-        "init_on_alloc=0",
-    ]
-    .map(str::to_owned)
-    .into();
-    if let Some(khz) = tsc_khz {
-        words.push("tsc=reliable".to_owned());
-        words.push(format!("tsc_early_khz={khz}"));
-        words.push("mitigations=off".to_owned());
-        words.push(format!("clearcpuid={REP_GOOD}"));
-    }
-    words.extend_from_slice(more);
-    words.join(" ")
+    let translated = |khz| {
+        let rate = format!("tsc_early_khz={khz}");
+        ["tsc=reliable".to_owned(), rate, "mitigations=off".to_owned(), format!("clearcpuid={REP_GOOD}")]
+    };
+    let own = tsc_khz.map(translated);
+    guest_kernel::command_line(&["reboot=t"], own.as_ref().map_or(&[], |words| &words[..]), more)
 }
 
 /// The words of a path that QEMU takes only as plain text, in an option of which it is all.

@@ -1,7 +1,7 @@
 //! From a description to a process that is about to answer.
 
 use std::{
-    fs, io,
+    fs,
     os::{
         fd::{AsRawFd, OwnedFd},
         unix::net::{UnixListener, UnixStream},
@@ -11,8 +11,7 @@ use std::{
 
 use camino::{Utf8Path, Utf8PathBuf};
 use rustix::pipe::{PipeFlags, pipe_with};
-use tokio::{net::unix::pipe, runtime::Handle, sync::watch, task::spawn_blocking};
-use wrenn_host_linux::process::{Spawn, SpawnError};
+use tokio::net::unix::pipe;
 
 use super::{
     arguments::{Console, Launch, Memory, Start, arguments},
@@ -21,15 +20,10 @@ use super::{
     qmp::Qmp,
 };
 use crate::{
-    Accelerator, MachineSpec, VmmError, VmmResult,
-    files::{SocketFile, cannot, readable, remove_stale},
-    process::{Leash, Watched},
+    Accelerator, MachineSpec, VmmResult,
+    files::{SocketFile, cannot, remove_stale},
+    launch::{self, CONTROL_SOCKET, not_started},
 };
-
-/// The control socket in the machine's directory. Its path is short: see `validate`.
-pub(super) const CONTROL_SOCKET: &str = "control.sock";
-/// When the host's memory is short, a guest goes before the agent does.
-const OOM_SCORE: i16 = 500;
 
 /// What all machines of a driver have in common.
 #[derive(Debug)]
@@ -45,17 +39,15 @@ pub(super) struct Engine {
 /// The machine that is returned kills the process when it is dropped, and so does this future.
 pub(super) async fn start(
     engine: &Engine,
-    spec: MachineSpec,
+    mut spec: MachineSpec,
     memory: Memory<'_>,
     from: Start<'_>,
 ) -> VmmResult<Machine> {
-    for file in spec.disk.iter().map(|disk| &disk.path).chain(spec.network.iter().map(|n| &n.namespace)) {
-        readable(file)?;
-    }
+    launch::inputs(&spec)?;
     let control = ControlSocket::bind(&spec.run_dir.join(CONTROL_SOCKET))?;
-    let failed = |source: io::Error| VmmError::Spawn { program: engine.program.clone(), source };
+    let failed = not_started(&engine.program);
     let (errors, stderr) = pipe_with(PipeFlags::CLOEXEC).map_err(|error| failed(error.into()))?;
-    let errors = pipe::Receiver::from_owned_fd(errors).map_err(failed)?;
+    let errors = pipe::Receiver::from_owned_fd(errors).map_err(&failed)?;
     let words = arguments(&Launch {
         accelerator: engine.accelerator,
         name: &spec.name,
@@ -67,49 +59,23 @@ pub(super) async fn start(
         control: Some(control.listener.as_raw_fd()),
         console: Console::Ring,
     })?;
-    let mut spawn = Spawn::new(engine.program.as_std_path())
+    let spawn = launch::spawn(&engine.program, &mut spec)
         .args(words)
         // It looks for its firmware in the working directory first.
         .current_dir("/")
-        .new_session()
-        .oom_score_adj(OOM_SCORE)
-        .no_core_dump()
         .stderr(stderr)
         .keep_open(control.listener);
-    if let Some(network) = &spec.network {
-        spawn = spawn.network_namespace(network.namespace.as_std_path());
-    }
-    if let Some(group) = spec.control_group {
-        spawn = spawn.control_group(group);
-    }
-    for descriptor in spec.keep_open {
-        spawn = spawn.keep_open(descriptor);
-    }
 
-    let qmp = Arc::new(Qmp::over(control.stream).map_err(failed)?);
+    let qmp = Arc::new(Qmp::over(control.stream).map_err(&failed)?);
     let console = Arc::new(ConsoleTail::new(Arc::clone(&qmp), spec.run_dir));
-    let (exit, exited) = watch::channel(None);
     let monitor = Monitor {
         qmp: Arc::clone(&qmp),
         console: Arc::clone(&console),
         errors: Some(errors),
-        exit,
         socket: control.file,
     };
-    let runtime = Handle::current();
-    let begin = move || -> Result<Leash, SpawnError> {
-        let child = spawn.start()?;
-        let (leash, released) = Leash::new(child.process().clone());
-        // Here, and not after the wait below: if nobody waits any more, the leash is dropped and kills, and
-        // the monitor is there to reap.
-        runtime.spawn(monitor.run(Watched::Child(child), leash.ending(), released));
-        Ok(leash)
-    };
-    let leash = match spawn_blocking(begin).await {
-        Ok(started) => started.map_err(|error| failed(io::Error::other(error)))?,
-        Err(error) => return Err(failed(io::Error::other(error))),
-    };
-    Ok(Machine::new(leash, qmp, console, exited, spec.disk.is_some()))
+    let leash = launch::start(&engine.program, spawn, |child, held| monitor.run(child, held)).await?;
+    Ok(Machine::new(leash, qmp, console, spec.disk.is_some()))
 }
 
 /// A socket that QEMU will listen on and that we are connected to already: nobody has to wait until it is

@@ -4,17 +4,14 @@ use std::{
     fs::File,
     io::{self, Write as _},
     os::fd::OwnedFd,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
+    sync::{Arc, atomic::AtomicBool},
     time::Duration,
 };
 
 use async_trait::async_trait;
 use camino::{Utf8Path, Utf8PathBuf};
 use serde_json::{Value, json};
-use tokio::{sync::watch, task::spawn_blocking, time::timeout};
+use tokio::{sync::watch, time::timeout};
 
 use super::{
     facts::{Facts, Migration},
@@ -23,10 +20,11 @@ use super::{
 };
 use crate::{
     DiskSpec, ExitReason, SnapshotFiles, SnapshotStatistics, Vm, VmmError, VmmResult,
-    files::{cannot, create_private, failed_thread},
+    files::create_private,
     guest_memory::GuestMemory,
     pages::SavedPages,
     process::Leash,
+    state::{State, other_memory},
     validate,
 };
 
@@ -34,10 +32,6 @@ use crate::{
 const START_BOUND: Duration = Duration::from_secs(20);
 /// How long the devices' state may take to be loaded or saved.
 const MIGRATION_BOUND: Duration = Duration::from_secs(60);
-/// How long a process that lost its connection may take to be gone.
-const DEATH_BOUND: Duration = Duration::from_secs(2);
-/// How long a killed process may take to be gone.
-const KILL_BOUND: Duration = Duration::from_secs(10);
 
 const SNAPSHOT: &str = "snapshot";
 /// The name under which QEMU keeps a passed file.
@@ -49,7 +43,6 @@ pub(super) struct Machine {
     leash: Leash,
     qmp: Arc<Qmp>,
     console: Arc<ConsoleTail>,
-    exit: watch::Receiver<Option<ExitReason>>,
     has_disk: bool,
     backing: Backing,
     state: State,
@@ -65,36 +58,9 @@ pub(super) enum Backing {
     Private(Utf8PathBuf),
 }
 
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) enum State {
-    Running,
-    /// It was told to stop, and nobody knows whether it has.
-    Stopping,
-    Paused,
-    /// Its memory is part of this snapshot, which must not change any more.
-    Saved(SnapshotFiles),
-}
-
-impl State {
-    fn word(&self) -> &'static str {
-        match self {
-            Self::Running => "running",
-            Self::Stopping => "stopping",
-            Self::Paused => "paused",
-            Self::Saved(_) => "saved",
-        }
-    }
-}
-
 impl Machine {
-    pub(super) fn new(
-        leash: Leash,
-        qmp: Arc<Qmp>,
-        console: Arc<ConsoleTail>,
-        exit: watch::Receiver<Option<ExitReason>>,
-        has_disk: bool,
-    ) -> Self {
-        Self { leash, qmp, console, exit, has_disk, backing: Backing::Anonymous, state: State::Running }
+    pub(super) fn new(leash: Leash, qmp: Arc<Qmp>, console: Arc<ConsoleTail>, has_disk: bool) -> Self {
+        Self { leash, qmp, console, has_disk, backing: Backing::Anonymous, state: State::Running }
     }
 
     pub(super) fn set_backing(&mut self, backing: Backing) {
@@ -114,7 +80,7 @@ impl Machine {
     pub(super) async fn booted(&mut self) -> VmmResult<()> {
         // It is answered from QEMU's main loop, which begins when the CPUs have been started.
         let answer = self.qmp.execute("qmp_capabilities", Value::Null, START_BOUND).await;
-        self.explain("boot", answer).await.map(drop)
+        self.leash.explain("boot", answer).await.map(drop)
     }
 
     /// Gives a machine that was started for it the saved state, and waits until it has it.
@@ -147,60 +113,32 @@ impl Machine {
                 Err(error) => Err(error),
             },
         };
-        self.explain("restore", told).await?;
+        self.leash.explain("restore", told).await?;
         self.migrated("restore").await
     }
 
     async fn write_pages(&self, pages: SavedPages) -> VmmResult<()> {
         let Backing::Private(base) = self.backing.clone() else { return Ok(()) };
-        let process = self.leash.process.clone();
-        let write = move |given_up: &AtomicBool| match GuestMemory::open(&process, &base)? {
-            Some(memory) => memory.load(&pages, given_up),
-            None => Err(not_mapped("restore")),
-        };
-        self.with_memory("restore", write).await
-    }
-
-    /// Reads or writes the guest's memory on a thread that may wait for the disk. It ends early when nobody
-    /// waits for it any more.
-    async fn with_memory<T: Send + 'static>(
-        &self,
-        operation: &'static str,
-        work: impl FnOnce(&AtomicBool) -> VmmResult<T> + Send + 'static,
-    ) -> VmmResult<T> {
-        let given_up = GivenUp::default();
-        let told = Arc::clone(&given_up.0);
-        let done = spawn_blocking(move || work(&told)).await;
-        match done.map_err(|error| failed_thread(operation, error))? {
-            Err(error @ VmmError::File { .. }) if !self.leash.process.is_alive().unwrap_or(true) => {
-                // There is no memory to be read of a process that is gone.
-                match self.gone_within(DEATH_BOUND).await {
-                    Some(reason) => Err(VmmError::Exited { operation, reason }),
-                    None => Err(error),
-                }
-            }
-            other => other,
-        }
+        let process = self.leash.process().clone();
+        let write =
+            move |given_up: &AtomicBool| GuestMemory::of(&process, &base, "restore")?.load(&pages, given_up);
+        self.leash.with_memory("restore", write).await
     }
 
     /// Saves a machine whose memory is private, over `base`, however it began. It goes on as if nothing had happened.
     async fn save_private(&self, base: &Utf8Path, into: &SnapshotFiles) -> VmmResult<SnapshotStatistics> {
-        validate::snapshot_files(into, true)?;
-        let Some(pages) = into.pages.clone() else { return Ok(SnapshotStatistics::default()) };
-        if !validate::same_file(base, &into.memory).map_err(cannot("open", &into.memory))? {
-            return Err(not_mapped(SNAPSHOT));
-        }
-        let (process, base) = (self.leash.process.clone(), base.to_owned());
-        let open = move |_: &AtomicBool| GuestMemory::open(&process, &base);
-        let memory = self.with_memory(SNAPSHOT, open).await?.ok_or_else(|| not_mapped(SNAPSHOT))?;
+        let pages = validate::snapshot_over(base, into, SNAPSHOT)?;
+        let (process, base) = (self.leash.process().clone(), base.to_owned());
+        let open = move |_: &AtomicBool| GuestMemory::of(&process, &base, SNAPSHOT);
+        let memory = self.leash.with_memory(SNAPSHOT, open).await?;
         // QEMU would make it readable for others.
         drop(create_private(&into.state)?);
         let devices = json!({"filename": into.state, "live": false});
         let saved = self.qmp.execute("xen-save-devices-state", devices, MIGRATION_BOUND).await;
-        if let Err(error) = self.explain(SNAPSHOT, saved).await {
+        if let Err(error) = self.leash.explain(SNAPSHOT, saved).await {
             return Err(no_room_for(&into.state).unwrap_or(error));
         }
-        self.with_memory(SNAPSHOT, move |given_up| memory.save(&pages, given_up)).await
+        self.leash.with_memory(SNAPSHOT, move |given_up| memory.save(&pages, given_up)).await
     }
 
     /// Saves the devices of a machine whose memory is in its file already.
@@ -211,22 +149,15 @@ impl Machine {
         self.command(SNAPSHOT, "migrate-set-capabilities", migration_capabilities()).await?;
         let passed = json!({"fdname": STATE});
         let passed = self.qmp.execute_with("getfd", passed, OwnedFd::from(state), COMMAND_BOUND).await;
-        self.explain(SNAPSHOT, passed).await?;
+        self.leash.explain(SNAPSHOT, passed).await?;
         self.command(SNAPSHOT, "migrate", json!({"uri": format!("fd:{STATE}")})).await?;
         self.migrated(SNAPSHOT).await
     }
 
     /// Fails unless something may be done with its disk now.
     fn may_change_disk(&self, operation: &'static str) -> VmmResult<()> {
-        self.alive(operation)?;
-        if !self.has_disk {
-            let problem = "the machine has none".to_owned();
-            return Err(VmmError::Spec { field: "disk", problem });
-        }
-        if let State::Saved(_) = self.state {
-            return Err(VmmError::WrongState { operation, state: self.state.word() });
-        }
-        Ok(())
+        self.leash.alive(operation)?;
+        self.state.may_change_disk(operation, self.has_disk.then_some(()))
     }
 
     /// Waits until the migration that is under way has come to its end.
@@ -244,33 +175,9 @@ impl Machine {
         }
         // A machine that cannot load its state ends, and says why. One that could not save it lives on.
         let asked = self.qmp.execute("query-migrate", Value::Null, COMMAND_BOUND).await;
-        let answer = self.explain(operation, asked).await?;
+        let answer = self.leash.explain(operation, asked).await?;
         let message = answer["error-desc"].as_str().unwrap_or("without a reason").to_owned();
         Err(VmmError::Refused { command: "migrate".to_owned(), message })
-    }
-
-    /// Turns a lost connection into what it means: that the process is gone, and why.
-    async fn explain<T>(&self, operation: &'static str, result: VmmResult<T>) -> VmmResult<T> {
-        match result {
-            Err(error @ VmmError::Connection { .. }) => match self.gone_within(DEATH_BOUND).await {
-                Some(reason) => Err(VmmError::Exited { operation, reason }),
-                None => Err(error),
-            },
-            other => other,
-        }
-    }
-
-    async fn gone_within(&self, bound: Duration) -> Option<ExitReason> {
-        let mut exit = self.exit.clone();
-        let gone = timeout(bound, exit.wait_for(Option::is_some)).await;
-        gone.ok()?.ok()?.clone()
-    }
-
-    fn alive(&self, operation: &'static str) -> VmmResult<()> {
-        match &*self.exit.borrow() {
-            Some(reason) => Err(VmmError::Exited { operation, reason: reason.clone() }),
-            None => Ok(()),
-        }
     }
 
     pub(super) async fn command(
@@ -280,23 +187,8 @@ impl Machine {
         arguments: Value,
     ) -> VmmResult<Value> {
         let answer = self.qmp.execute(command, arguments, COMMAND_BOUND).await;
-        self.explain(operation, answer).await
+        self.leash.explain(operation, answer).await
     }
-}
-
-/// Tells a thread, when it is dropped, that nobody waits for it.
-#[derive(Debug, Default)]
-struct GivenUp(Arc<AtomicBool>);
-
-impl Drop for GivenUp {
-    fn drop(&mut self) {
-        self.0.store(true, Ordering::Relaxed);
-    }
-}
-
-fn not_mapped(operation: &'static str) -> VmmError {
-    let problem = "the snapshot's memory is not what it maps";
-    VmmError::Unsupported { operation, problem }
 }
 
 /// What has to be agreed before a state is saved or loaded: memory that is a shared file stays out of it, and
@@ -309,11 +201,11 @@ fn migration_capabilities() -> Value {
 #[async_trait]
 impl Vm for Machine {
     fn pid(&self) -> Option<u32> {
-        Some(self.leash.process.pid())
+        Some(self.leash.process().pid())
     }
 
     async fn pause(&mut self) -> VmmResult<()> {
-        self.alive("pause")?;
+        self.leash.alive("pause")?;
         if matches!(self.state, State::Running | State::Stopping) {
             // Before the answer, which may never come: whoever wants it to run then has to tell it so.
             self.state = State::Stopping;
@@ -324,7 +216,7 @@ impl Vm for Machine {
     }
 
     async fn resume(&mut self) -> VmmResult<()> {
-        self.alive("resume")?;
+        self.leash.alive("resume")?;
         match &self.state {
             State::Running => Ok(()),
             State::Paused | State::Stopping => {
@@ -332,16 +224,14 @@ impl Vm for Machine {
                 self.state = State::Running;
                 Ok(())
             }
-            State::Saved(_) => Err(VmmError::WrongState { operation: "resume", state: self.state.word() }),
+            State::Saved(_) => Err(self.state.wrong_for("resume")),
         }
     }
 
     async fn snapshot(&mut self, into: &SnapshotFiles) -> VmmResult<SnapshotStatistics> {
-        self.alive(SNAPSHOT)?;
-        match &self.state {
-            State::Paused => {}
-            State::Saved(files) if files == into => return Ok(SnapshotStatistics::default()),
-            other => return Err(VmmError::WrongState { operation: SNAPSHOT, state: other.word() }),
+        self.leash.alive(SNAPSHOT)?;
+        if !self.state.is_to_be_saved(SNAPSHOT, into)? {
+            return Ok(SnapshotStatistics::default());
         }
         match &self.backing {
             Backing::Private(base) => self.save_private(base, into).await,
@@ -350,10 +240,7 @@ impl Vm for Machine {
                 self.state = State::Saved(into.clone());
                 Ok(SnapshotStatistics::default())
             }
-            Backing::Shared(_) | Backing::Anonymous => {
-                let problem = "it was not booted with its memory in the snapshot's file";
-                Err(VmmError::Unsupported { operation: SNAPSHOT, problem })
-            }
+            Backing::Shared(_) | Backing::Anonymous => Err(other_memory(SNAPSHOT)),
         }
     }
 
@@ -368,7 +255,7 @@ impl Vm for Machine {
     }
 
     async fn disk_chain(&mut self) -> VmmResult<Vec<Utf8PathBuf>> {
-        self.alive("disk_chain")?;
+        self.leash.alive("disk_chain")?;
         if self.has_disk { self.chain().await } else { Ok(Vec::new()) }
     }
 
@@ -382,29 +269,22 @@ impl Vm for Machine {
     }
 
     fn exit(&self) -> watch::Receiver<Option<ExitReason>> {
-        self.exit.clone()
+        self.leash.exit()
     }
 
     async fn stop(&mut self) -> VmmResult<ExitReason> {
-        if let Some(reason) = self.exit.borrow().clone() {
+        if let Some(reason) = self.leash.reason() {
             return Ok(reason);
         }
-        self.leash.ending().wish();
+        self.leash.wish_end();
         let quit = async {
             // The answer may be lost with the process; its end is what counts.
             drop(self.qmp.execute("quit", Value::Null, QUIT_BOUND).await);
-            self.gone_within(QUIT_BOUND).await
+            self.leash.gone_within(QUIT_BOUND).await
         };
-        if let Ok(Some(reason)) = timeout(QUIT_BOUND, quit).await {
-            return Ok(reason);
-        }
-        let kill = self.leash.process.kill();
-        match self.gone_within(KILL_BOUND).await {
-            Some(reason) => Ok(reason),
-            None => match kill {
-                Ok(()) => Err(VmmError::Timeout { operation: "stop", bound: KILL_BOUND }),
-                Err(source) => Err(VmmError::Connection { command: "kill".to_owned(), source }),
-            },
+        match timeout(QUIT_BOUND, quit).await {
+            Ok(Some(reason)) => Ok(reason),
+            _ => self.leash.kill().await,
         }
     }
 

@@ -62,19 +62,17 @@ mod qmp;
 
 use async_trait::async_trait;
 use camino::Utf8Path;
-use tokio::task::spawn_blocking;
 
 pub use self::probe::{AcceleratorChoice, QemuOptions};
 use self::{
     arguments::{Memory, SavedState, Start, kernel_command_line},
     launch::Engine,
-    machine::{Backing, Machine},
+    machine::Backing,
 };
 use crate::{
-    AdoptedMachine, BootMemory, Capabilities, MachineSpec, SnapshotFiles, Vm, Vmm, VmmError, VmmIdentity,
-    VmmResult,
-    files::{MemoryFile, cannot, failed_thread, readable},
-    pages::SavedPages,
+    AdoptedMachine, BootMemory, Capabilities, MachineSpec, SnapshotFiles, Vm, Vmm, VmmIdentity, VmmResult,
+    files::{MemoryFile, cannot, readable},
+    launch::{ended, saved_pages},
     validate,
 };
 
@@ -146,13 +144,10 @@ impl Vmm for Qemu {
         validate::machine(&spec)?;
         validate::snapshot_memory(&from.memory, spec.shape)?;
         let state = std::fs::File::open(&from.state).map_err(cannot("open", &from.state))?;
-        let (pages, saved) = match &from.pages {
-            None => (None, SavedState::Migration),
-            Some(pages) => {
-                let (pages, bytes) = (pages.clone(), spec.shape.memory.bytes());
-                let opened = spawn_blocking(move || SavedPages::open(&pages, bytes)).await;
-                (Some(opened.map_err(|error| failed_thread("restore", error))??), SavedState::Devices)
-            }
+        let pages = saved_pages(from, spec.shape.memory.bytes()).await?;
+        let saved = match &pages {
+            None => SavedState::Migration,
+            Some(_) => SavedState::Devices,
         };
         let memory = Memory::PrivateFile(&from.memory);
         let mut machine = launch::start(&self.engine, spec, memory, Start::Saved(saved)).await?;
@@ -167,12 +162,4 @@ impl Vmm for Qemu {
         validate::adopted(&machine)?;
         Ok(Box::new(adopt::adopt(machine).await?))
     }
-}
-
-/// Waits until a machine that failed is gone, so that nothing of it is left when its error is told.
-async fn ended(mut machine: Machine, error: VmmError) -> VmmError {
-    if let Err(stuck) = machine.stop().await {
-        tracing::error!(pid = machine.pid(), error = %stuck, "a QEMU that failed cannot be ended");
-    }
-    error
 }

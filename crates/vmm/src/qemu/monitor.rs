@@ -19,7 +19,7 @@ use serde_json::{Value, json};
 use tokio::{
     io::AsyncReadExt,
     net::unix::pipe,
-    sync::{Mutex, oneshot, watch},
+    sync::{Mutex, watch},
     task::JoinHandle,
     time::timeout,
 };
@@ -34,7 +34,7 @@ use crate::{
     ExitReason,
     files::SocketFile,
     last_words,
-    process::{Ending, Watched},
+    process::{Held, Watched},
     tail::Tail,
 };
 
@@ -94,26 +94,19 @@ pub(super) struct Monitor {
     pub(super) console: Arc<ConsoleTail>,
     /// What a child says on its standard error.
     pub(super) errors: Option<pipe::Receiver>,
-    pub(super) exit: watch::Sender<Option<ExitReason>>,
     pub(super) socket: SocketFile,
 }
 
 impl Monitor {
-    pub(super) async fn run(self, mut process: Watched, ending: Ending, released: oneshot::Receiver<()>) {
+    pub(super) async fn run(self, mut process: Watched, mut held: Held) {
         let errors = self.errors.map(|errors| tokio::spawn(last_errors(errors)));
         let mut facts = self.qmp.facts();
-        let let_go = async {
-            // A leash that is dropped without it kills, and that is waited for otherwise.
-            if released.await.is_err() {
-                std::future::pending::<()>().await;
-            }
-        };
         let shutdown = tokio::select! {
             // What is let go is not ended any more, whatever its guest did at the same moment.
             biased;
             // Whether it could be waited for is seen below.
             _ = process.wait() => None,
-            () = let_go => {
+            () = held.let_go() => {
                 self.socket.leave();
                 drop((self.qmp, self.console));
                 if let Some(errors) = errors {
@@ -136,14 +129,14 @@ impl Monitor {
         let exit = process.wait().await;
         let reason = match by_guest {
             Some(reason) => reason,
-            None if ending.is_wished() => ExitReason::Stopped,
+            None if held.is_end_wished() => ExitReason::Stopped,
             None => {
                 let shutdown = facts.borrow().shutdown;
                 unexpected(exit, shutdown, errors).await
             }
         };
         tracing::debug!(pid = process.process().pid(), ?reason, "a QEMU is gone");
-        self.exit.send_replace(Some(reason));
+        held.tell(reason);
     }
 }
 

@@ -139,15 +139,7 @@ fn seen_cpu(accelerator: Accelerator) -> VmmResult<String> {
     let model = cpu_model(accelerator);
     match accelerator {
         Accelerator::Tcg => Ok(model.to_owned()),
-        Accelerator::Kvm => {
-            let path = Utf8Path::new("/proc/cpuinfo");
-            let read = std::fs::read_to_string(path).and_then(|cpuinfo| {
-                host_cpu::word(&cpuinfo)
-                    .ok_or_else(|| io::Error::other("it does not say which processor the host has"))
-            });
-            let file = |source| VmmError::File { operation: "understand", path: path.to_owned(), source };
-            read.map(|word| format!("{model} {word}")).map_err(file)
-        }
+        Accelerator::Kvm => host_cpu::seen().map(|word| format!("{model} {word}")),
     }
 }
 

@@ -1,10 +1,11 @@
 //! A guest that counts, made from the guest kernel and busybox.
 #![allow(clippy::unwrap_used)]
 
-use std::{fmt::Write as _, io::Write as _, path::Path};
+use std::{fmt::Write as _, io::Write as _, path::Path, time::Duration};
 
 use camino::{Utf8Path, Utf8PathBuf};
-use wrenn_vmm::GuestBundle;
+use wrenn_host_linux::process::{Process, find_by_argument};
+use wrenn_vmm::{AdoptedMachine, ExitReason, GuestBundle, MachineSpec, Vm};
 
 /// What the guest does: see `wrenn_vmm::conformance`. The command line decides how it ends.
 ///
@@ -53,6 +54,31 @@ done
 pub(crate) fn skipped(why: &str) {
     // If it cannot be said, there is nobody to say it to.
     drop(std::io::stderr().write_all(format!("skipped: {why}\n").as_bytes()));
+}
+
+/// Ends a machine from outside.
+pub(crate) async fn kill(vm: &dyn Vm) {
+    Process::open(vm.pid().unwrap()).unwrap().kill_and_wait().await.unwrap();
+}
+
+/// The same of a machine that nobody owns.
+pub(crate) async fn kill_by_name(name: &str) {
+    let mark = format!("guest={name}");
+    let found = find_by_argument(&mark).unwrap().into_iter().find(|found| found.argument == mark);
+    found.unwrap().process.kill_and_wait().await.unwrap();
+}
+
+/// Why a machine ended, once it has.
+pub(crate) async fn ended(vm: &dyn Vm, bound: Duration) -> ExitReason {
+    let mut exit = vm.exit();
+    let told = tokio::time::timeout(bound, exit.wait_for(Option::is_some)).await.unwrap();
+    told.unwrap().clone().unwrap()
+}
+
+/// What is known of a machine without a disk when its owner is gone.
+pub(crate) fn adopted(spec: MachineSpec) -> AdoptedMachine {
+    let MachineSpec { name, run_dir, .. } = spec;
+    AdoptedMachine { name, run_dir, has_disk: false, memory: None, pid_hint: None }
 }
 
 /// In which form a VMM takes its kernel.
