@@ -74,7 +74,7 @@ impl Core {
     ) -> Result<(), CoreError> {
         let paths = json!({ "path": place.path });
         let work = async {
-            let guest = self.settled_guest(caller, id).await?;
+            let guest = self.guest(caller, id).await?;
             match guest.upload(&place.path, place.user(), body).await {
                 Ok(()) => Ok(()),
                 Err(error) => Err(self.explain(caller, id, error).await),

@@ -121,36 +121,14 @@ impl Core {
         self.platform.read().unwrap_or_else(PoisonError::into_inner).contains(name)
     }
 
-    /// The way to the guest of a sandbox that should be running. One that is paused and asks for it is resumed.
-    pub(crate) async fn guest(self: &Arc<Self>, caller: &Caller, id: &SandboxId) -> Result<Guest, CoreError> {
-        match self.routes.find(caller.team, id) {
-            Some(route) => Ok(self.guests.of(id.clone(), route.token, route.timeout)),
-            None => {
-                let moment = self.routes.moment();
-                self.guest_of(caller, id, self.row(caller.team, id).await?, moment).await
-            }
+    /// The way to the guest of a sandbox that should be running. One that is paused and asks for it is resumed; of one that
+    /// resumes by itself it is certain that it did not sleep a moment ago, so that it can be sent what is sent only once.
+    async fn guest(self: &Arc<Self>, caller: &Caller, id: &SandboxId) -> Result<Guest, CoreError> {
+        if let Some(route) = self.routes.find(caller.team, id) {
+            return Ok(self.guests.of(id.clone(), route.token, route.timeout));
         }
-    }
-
-    /// The guest of a sandbox of which it is certain that it does not sleep: for what can be sent only once.
-    async fn settled_guest(self: &Arc<Self>, caller: &Caller, id: &SandboxId) -> Result<Guest, CoreError> {
-        match self.routes.find(caller.team, id) {
-            Some(route) => Ok(self.guests.of(id.clone(), route.token, route.timeout)),
-            None => {
-                let moment = self.routes.moment();
-                self.guest_of(caller, id, self.settled_row(caller, id).await?, moment).await
-            }
-        }
-    }
-
-    /// The guest of a sandbox with this row, read after `moment`, which is woken if it has to be.
-    async fn guest_of(
-        self: &Arc<Self>,
-        caller: &Caller,
-        id: &SandboxId,
-        row: SandboxRow,
-        moment: routes::Moment,
-    ) -> Result<Guest, CoreError> {
+        let moment = self.routes.moment();
+        let row = self.settled_row(caller, id).await?;
         let row = if sleeps(&row) { self.wake(caller, id).await? } else { is_live(row, id)? };
         let route = self.remember_route(moment, caller.team, id, &row);
         Ok(self.guests.of(id.clone(), route.token, route.timeout))
@@ -168,7 +146,7 @@ impl Core {
     where
         F: Future<Output = Result<T, GuestError>>,
     {
-        let guest = self.settled_guest(caller, id).await?;
+        let guest = self.guest(caller, id).await?;
         let error = match ask(guest.clone()).await {
             Ok(answer) => return Ok((guest, answer)),
             Err(error) => error,
