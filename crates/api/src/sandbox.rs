@@ -51,8 +51,8 @@ pub struct CreateSandbox {
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Option<String>, example = "kill")]
     pub deadline_action: Option<TimeoutAction>,
-    /// Whether a request that needs it running (a command, a file, a terminal) resumes it when it is paused,
-    /// instead of being refused; false when absent.
+    /// Whether a request that needs it running (a command, a file, a terminal, traffic to a port of it) resumes it when it
+    /// is paused, instead of being refused; false when absent.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub auto_resume: Option<bool>,
     /// Up to 20 names and values of your own, to find sandboxes by. Names are letters, digits, dots,

@@ -4,6 +4,8 @@ use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
 use wrenn_types::{DiskMib, MemoryMib, bounds};
 
+use crate::edge::ProxyDomain;
+
 /// The flags of `wrenn control-plane`.
 #[derive(Debug, Clone, clap::Args)]
 pub struct Config {
@@ -19,6 +21,9 @@ pub struct Config {
     /// Where to write the API key that is made when the database has no team yet (mode 0600).
     #[arg(long)]
     pub first_key_file: Option<PathBuf>,
+    /// The domain of host names by which ports of sandboxes are reached, PORT-SANDBOX.DOMAIN; without one they are not.
+    #[arg(long, env = "WRENN_PROXY_DOMAIN", value_name = "DOMAIN")]
+    pub proxy_domain: Option<ProxyDomain>,
     /// How long things may take.
     #[arg(skip)]
     pub bounds: Bounds,
@@ -50,6 +55,9 @@ pub struct Bounds {
     pub body_piece: Duration,
     /// Silence of a guest in the middle of a stream that should carry a keepalive more often.
     pub guest_silence: Duration,
+    /// Silence in both directions of a connection to a port of a guest, before an answer or in the middle of it. A time in
+    /// which a long poll has surely been answered.
+    pub port_silence: Duration,
     /// How often a client of a stream is told that the connection still lives.
     pub ping: Duration,
     /// How long an intent may take to reach its host: a younger one that the host does not know of yet may be on
@@ -115,6 +123,7 @@ impl Default for Bounds {
             guest: Duration::from_secs(30),
             body_piece: Duration::from_secs(60),
             guest_silence: Duration::from_secs(90),
+            port_silence: Duration::from_secs(3600),
             ping: Duration::from_secs(30),
             start_grace: Duration::from_secs(10),
             host_missing: Duration::from_secs(20),

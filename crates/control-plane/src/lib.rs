@@ -5,9 +5,10 @@
 //!                            translates  decides │
 //!                                                ├─ host ── Connect RPC ──► host agent
 //!                                                └─ guest ── its own protocol, through a tunnel ──► envd
+//! callers ──any HTTP─────────► edge ──► core ───────└─ guest ── the same, through a tunnel ──► a program's port
 //! ```
 //!
-//! - `http` translates; `core` decides; `store` remembers.
+//! - `http` translates; `edge` passes on; `core` decides; `store` remembers.
 //! - `host` commands the host agent and opens tunnels; `guest` speaks to `envd` through them.
 //! - Nothing that must outlive the process is anywhere but in the database: any number of these can run
 //!   over one.
@@ -16,6 +17,7 @@
 
 mod config;
 mod core;
+mod edge;
 mod guest;
 mod host;
 mod http;
@@ -35,6 +37,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use wrenn_types::ApiKey;
 
 pub use config::{Bounds, Config};
+pub use edge::{ParseProxyDomainError, ProxyDomain};
 pub use http::openapi;
 pub use store::StoreError;
 
@@ -138,7 +141,11 @@ pub async fn start(config: Config) -> Result<Running, StartError> {
     );
     let recording = tokio::spawn(record);
     let following = tokio::spawn(core::follow_host(std::sync::Arc::clone(&core)));
-    let serving = tokio::spawn(http::serve(listener, http::router(core), stop.clone(), bounds.drain));
+    let surfaces = http::Surfaces {
+        edge: config.proxy_domain.map(|domain| edge::Edge::new(std::sync::Arc::clone(&core), domain)),
+        api: http::router(core),
+    };
+    let serving = tokio::spawn(http::serve(listener, surfaces, stop.clone(), bounds.drain));
     tracing::info!(%address, "the control plane serves");
     Ok(Running { address, stop, record_stop, tasks, serving, recording, following, store, bounds })
 }

@@ -27,7 +27,11 @@ const ID: &str = "sb-00000001";
 
 fn wrenn(api: &FakeApi, words: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_wrenn"));
-    command.args(words).env("WRENN_BASE_URL", api.base_url()).env("WRENN_API_KEY", KEY);
+    command
+        .args(words)
+        .env("WRENN_BASE_URL", api.base_url())
+        .env("WRENN_API_KEY", KEY)
+        .env_remove("WRENN_PROXY_DOMAIN");
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).kill_on_drop(true);
     command
 }
@@ -60,6 +64,23 @@ fn stderr(output: &Output) -> &str {
 fn signal(child: &Child, signal: Signal) {
     let pid = Pid::from_raw(i32::try_from(child.id().unwrap()).unwrap()).unwrap();
     kill_process(pid, signal).unwrap();
+}
+
+#[tokio::test]
+async fn where_a_port_is() {
+    let api = FakeApi::start().await;
+    let base_url = api.base_url();
+    let (_, server_port) = base_url.rsplit_once(':').unwrap();
+    let told = say(&api, &["sandbox", "url", ID, "8000"]).await;
+    assert_eq!(stdout(&told), format!("http://8000-{ID}.localhost:{server_port}\n"));
+    let named = ["--output", "json", "sandbox", "url", ID, "1"];
+    let told =
+        timeout(BOUND, wrenn(&api, &named).env("WRENN_PROXY_DOMAIN", "s.example.com:81").output()).await;
+    let told: Value = serde_json::from_slice(&told.unwrap().unwrap().stdout).unwrap();
+    assert_eq!(told, json!({ "url": format!("http://1-{ID}.s.example.com:81") }));
+    for wrong in ["0", "65536", "http"] {
+        assert_eq!(say(&api, &["sandbox", "url", ID, wrong]).await.status.code(), Some(2), "{wrong}");
+    }
 }
 
 #[tokio::test]

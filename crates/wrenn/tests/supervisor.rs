@@ -191,7 +191,8 @@ async fn a_stack_comes_up_and_stops_in_order() {
     let env = place.dir().join("env");
     assert_eq!(
         fs::read_to_string(&env).unwrap(),
-        "export WRENN_BASE_URL=http://127.0.0.1:4444\nexport WRENN_API_KEY=wrn_00112233445566778899aabbccddeeff\n"
+        "export WRENN_BASE_URL=http://127.0.0.1:4444\nexport WRENN_PROXY_DOMAIN=localhost:4444\n\
+         export WRENN_API_KEY=wrn_00112233445566778899aabbccddeeff\n"
     );
     assert_eq!(fs::metadata(&env).unwrap().permissions().mode() & 0o777, 0o600);
     assert_eq!(place.sql("select current_user").await.unwrap(), "wrenn");

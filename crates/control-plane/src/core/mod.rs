@@ -1,4 +1,5 @@
-//! What the control plane decides. It knows nothing of HTTP: the surfaces in [`crate::http`] translate.
+//! What the control plane decides. It knows nothing of HTTP: the surfaces in [`crate::http`] and
+//! [`crate::edge`] translate.
 //!
 //! - [`auth`]: whose key it is. [`spec`]: what may be asked for.
 //! - [`lifecycle`]: create, list, get, delete, ping. [`persist`]: pause, resume, rollback. [`snapshots`] and
@@ -29,6 +30,7 @@ mod watch;
 use std::{
     collections::HashSet,
     future::Future,
+    num::NonZeroU16,
     sync::{Arc, Mutex, PoisonError, RwLock},
 };
 
@@ -42,7 +44,7 @@ use wrenn_types::{AccessToken, HostId, SandboxId, SandboxState, TeamId};
 
 use crate::{
     config::Bounds,
-    guest::{Guest, GuestError, Guests, Reach},
+    guest::{Guest, GuestError, Guests, Outgoing, Reach},
     host::{HostClient, Stage},
     store::{SandboxRow, Store},
 };
@@ -160,6 +162,27 @@ impl Core {
             Ok(answer) => Ok((guest, answer)),
             Err(error) => Err(self.explain(caller, id, error).await),
         }
+    }
+
+    /// Sends a request to a port of a sandbox, which is woken if it has to be. Nothing is in the audit log of it, as of no
+    /// traffic that a caller has with a program.
+    pub(crate) async fn send_to_port(
+        self: &Arc<Self>,
+        caller: &Caller,
+        id: &SandboxId,
+        port: NonZeroU16,
+        outgoing: &Outgoing,
+    ) -> Result<http::Response<hyper::body::Incoming>, CoreError> {
+        let ask = |guest: Guest| async move { guest.send_to_port(port, outgoing).await };
+        let (_, response) = self.ask_guest(caller, id, ask).await?;
+        self.recorder.sandbox_used(id, Timestamp::now());
+        Ok(response)
+    }
+
+    /// Whether the host says that a sandbox runs.
+    pub(crate) async fn runs(&self, id: &SandboxId) -> bool {
+        let seen = self.host.sandbox(id).await;
+        matches!(seen, Ok(Some(seen)) if matches!(seen.stage, Stage::Running | Stage::Snapshotting))
     }
 
     /// Whether a sandbox resumes by itself and has to. Where the row says that it runs, its host may know better: what

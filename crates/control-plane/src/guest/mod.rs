@@ -1,11 +1,12 @@
 //! The guest's agent, `envd`, in its own protocol through a tunnel: processes and the file system by
-//! Connect RPC, the contents of files by plain HTTP.
+//! Connect RPC, the contents of files by plain HTTP. What else listens in a guest is asked in [`ports`].
 //!
 //! One HTTP client serves all sandboxes; the authority of a request is the sandbox's id, so the client's
 //! pool keeps the tunnels of each sandbox apart and warm.
 
 mod body;
 mod files;
+mod ports;
 mod process;
 
 use std::{error::Error as StdError, path::PathBuf, time::Duration};
@@ -30,6 +31,7 @@ use crate::{
 
 pub(crate) use body::{Pieces, upload_body};
 pub(crate) use files::Download;
+pub(crate) use ports::Outgoing;
 pub(crate) use process::{End, Input, Launch, ProcessEvent, ProcessStream, Selector, Signal};
 
 /// Where `envd` listens in every guest.
@@ -180,6 +182,7 @@ impl From<ClientError> for GuestError {
 #[derive(Debug, Clone)]
 pub(crate) struct Guests {
     http: Http,
+    ports: ports::Http,
     question: Duration,
 }
 
@@ -189,13 +192,14 @@ impl Guests {
             .pool_timer(TokioTimer::new())
             .pool_idle_timeout(Duration::from_secs(60))
             .pool_max_idle_per_host(4)
-            .build(TunnelConnector::new(socket, tunnel));
-        Self { http, question }
+            .build(TunnelConnector::new(socket.clone(), tunnel));
+        Self { http, ports: ports::client(socket, tunnel), question }
     }
 
     /// The guest of one sandbox.
     pub(crate) fn of(&self, id: SandboxId, token: AccessToken, timeout: InactivityTimeout) -> Guest {
-        Guest { id, token, timeout, http: self.http.clone(), question: self.question }
+        let (http, ports) = (self.http.clone(), self.ports.clone());
+        Guest { id, token, timeout, http, ports, question: self.question }
     }
 }
 
@@ -206,6 +210,7 @@ pub(crate) struct Guest {
     token: AccessToken,
     timeout: InactivityTimeout,
     http: Http,
+    ports: ports::Http,
     question: Duration,
 }
 

@@ -28,7 +28,7 @@ use wrenn_types::{
 };
 
 pub(crate) use persist::{Captured, Deadline, Settings};
-pub(crate) use tunnel::{Tunnel, TunnelConnector, TunnelError};
+pub(crate) use tunnel::{History, Tunnel, TunnelConnector, TunnelError};
 
 /// Why a host agent did not do what it was asked.
 #[derive(Debug, thiserror::Error)]

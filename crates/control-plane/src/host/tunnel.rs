@@ -13,7 +13,10 @@ use std::{
     io::{self, IoSlice},
     path::PathBuf,
     pin::Pin,
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     task::{Context, Poll},
     time::Duration,
 };
@@ -152,19 +155,37 @@ impl tower::Service<Uri> for TunnelConnector {
     }
 }
 
+/// Whether a request was answered over a connection. Who sends one marks it; the HTTP client hands it out with each
+/// answer, and with each error of a connection that broke.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct History(Arc<AtomicBool>);
+
+impl History {
+    pub(crate) fn set_served(&self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+
+    pub(crate) fn has_served(&self) -> bool {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
 /// A connection of an HTTP client that is no TCP connection.
 #[derive(Debug)]
-pub(crate) struct Tunnel<T>(T);
+pub(crate) struct Tunnel<T> {
+    stream: T,
+    history: History,
+}
 
 impl<T> Tunnel<T> {
     pub(crate) fn new(stream: T) -> Self {
-        Self(stream)
+        Self { stream, history: History::default() }
     }
 }
 
 impl<T> Connection for Tunnel<T> {
     fn connected(&self) -> Connected {
-        Connected::new()
+        Connected::new().extra(self.history.clone())
     }
 }
 
@@ -174,7 +195,7 @@ impl<T: hyper::rt::Read + Unpin> hyper::rt::Read for Tunnel<T> {
         context: &mut Context<'_>,
         buffer: hyper::rt::ReadBufCursor<'_>,
     ) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.0).poll_read(context, buffer)
+        Pin::new(&mut self.stream).poll_read(context, buffer)
     }
 }
 
@@ -184,19 +205,19 @@ impl<T: hyper::rt::Write + Unpin> hyper::rt::Write for Tunnel<T> {
         context: &mut Context<'_>,
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.0).poll_write(context, bytes)
+        Pin::new(&mut self.stream).poll_write(context, bytes)
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.0).poll_flush(context)
+        Pin::new(&mut self.stream).poll_flush(context)
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.0).poll_shutdown(context)
+        Pin::new(&mut self.stream).poll_shutdown(context)
     }
 
     fn is_write_vectored(&self) -> bool {
-        self.0.is_write_vectored()
+        self.stream.is_write_vectored()
     }
 
     fn poll_write_vectored(
@@ -204,6 +225,6 @@ impl<T: hyper::rt::Write + Unpin> hyper::rt::Write for Tunnel<T> {
         context: &mut Context<'_>,
         slices: &[IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.0).poll_write_vectored(context, slices)
+        Pin::new(&mut self.stream).poll_write_vectored(context, slices)
     }
 }

@@ -84,7 +84,8 @@ impl ApiError {
     }
 }
 
-fn core_parts(error: &CoreError) -> Parts {
+/// What an error of the core means over HTTP.
+pub(crate) fn core_parts(error: &CoreError) -> Parts {
     let (status, code) = match error {
         CoreError::Invalid(_) | CoreError::Resource(_) => {
             (StatusCode::BAD_REQUEST, ErrorCode::InvalidRequest)

@@ -1,5 +1,5 @@
 //! The public surface: it translates requests for [`crate::core`] and its answers for callers, and decides
-//! nothing itself.
+//! nothing itself. What is sent to the host name of a sandbox's port does not come here, but to [`crate::edge`].
 //!
 //! ```text
 //! /v1/sandboxes/…   ┐
@@ -42,14 +42,17 @@ use utoipa_swagger_ui::{Config as SwaggerConfig, SwaggerUi};
 use wrenn_api::Health;
 
 use crate::core::Core;
-use error::ApiError;
-pub(crate) use error::code_word;
-pub(crate) use server::serve;
+pub(crate) use error::{ApiError, code_word, core_parts, log};
+pub(crate) use server::{Surfaces, serve};
 use terminal::Dialect;
 
 #[derive(OpenApi)]
 #[openapi(
-    info(title = "Wrenn", description = "Sandboxes: microVMs to run untrusted code in."),
+    info(
+        title = "Wrenn",
+        description = "Sandboxes: microVMs to run untrusted code in. What listens in one on a port is not a route of \
+            this document: it is reached by its host name, `{port}-{sandbox}.{domain}`, with the same API key."
+    ),
     modifiers(&Security),
     security(("api_key" = [])),
     components(schemas(

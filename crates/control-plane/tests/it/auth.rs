@@ -55,29 +55,7 @@ async fn a_team_sees_nothing_of_another() {
     // The tunnel of the owner is open and its route known, before the other asks.
     assert_eq!(world.client.shell(&id, "true").await.status, 200);
 
-    let database = world.database().await;
-    let other = wrenn_types::ApiKey::random();
-    let hash: [u8; 32] = sha2::Digest::finalize(sha2::Digest::chain_update(
-        <sha2::Sha256 as sha2::Digest>::new(),
-        other.expose().as_bytes(),
-    ))
-    .into();
-    let team = uuid::Uuid::now_v7();
-    sqlx::query("INSERT INTO teams (id, name) VALUES ($1, 'other')")
-        .bind(team)
-        .execute(&database)
-        .await
-        .unwrap();
-    sqlx::query(
-        "INSERT INTO api_keys (id, team_id, name, key_hash, key_prefix) VALUES ($1, $1, 'k', $2, 'p')",
-    )
-    .bind(team)
-    .bind(hash.as_slice())
-    .execute(&database)
-    .await
-    .unwrap();
-
-    let other = world.client.with_key(other.expose());
+    let other = world.other_team().await;
     assert_eq!(other.get("/v1/sandboxes").await.json(), json!([]));
     let base = format!("/v1/sandboxes/{id}");
     for answer in [

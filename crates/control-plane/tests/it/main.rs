@@ -8,6 +8,7 @@
 mod auth;
 mod bad_input;
 mod commands;
+mod edge;
 mod faults;
 mod files;
 mod lifecycle;

@@ -1,7 +1,7 @@
-//! `wrenn sandbox …`: create, list, get, exec, shell, cp, rm. What keeps a sandbox is in [`super::persist`], what
+//! `wrenn sandbox …`: create, list, get, exec, shell, cp, url, rm. What keeps a sandbox is in [`super::persist`], what
 //! it has used in [`super::metrics`].
 
-use std::{collections::BTreeMap, time::Instant};
+use std::{collections::BTreeMap, num::NonZeroU16, time::Instant};
 
 use jiff::{SignedDuration, Timestamp};
 use serde::Serialize;
@@ -41,6 +41,15 @@ pub(super) enum Command {
     Shell(shell::Arguments),
     /// Copy a file from or to a sandbox
     Cp(copy::Arguments),
+    /// Print the address of a port of a sandbox; requests to it need the API key
+    Url {
+        /// Which sandbox
+        #[arg(value_name = "SANDBOX")]
+        id: SandboxId,
+        /// The port on which a program in it listens
+        #[arg(value_name = "PORT")]
+        port: NonZeroU16,
+    },
     /// Save sandboxes and stop them, to be resumed later
     Pause(persist::PauseArguments),
     /// Bring paused sandboxes back, every process where it was
@@ -158,6 +167,7 @@ impl Command {
             Self::Exec(arguments) => run(&client, arguments, output).await,
             Self::Shell(arguments) => arguments.execute(&client, output).await,
             Self::Cp(arguments) => arguments.execute(&client, output).await,
+            Self::Url { id, port } => url(&client, &id, port, output),
             Self::Rm(arguments) => remove(&client, arguments, output).await,
         }
     }
@@ -267,6 +277,16 @@ async fn run(client: &Client, arguments: ExecArguments, output: Output) -> Resul
     let cmd = start.cmd.clone();
     let ended = exec::follow(client, &id, start, &mut sink, &mut interrupts).await?;
     exec::conclude(output, &id, &cmd, started, sink, &ended)
+}
+
+fn url(client: &Client, id: &SandboxId, port: NonZeroU16, output: Output) -> Result<u8, Failure> {
+    let url = client.port_url(id, port);
+    if output.is_json() {
+        output.json(&serde_json::json!({ "url": url }))?;
+    } else {
+        output.line(&url)?;
+    }
+    Ok(0)
 }
 
 async fn remove(client: &Client, arguments: RemoveArguments, output: Output) -> Result<u8, Failure> {

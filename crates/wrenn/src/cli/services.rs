@@ -6,6 +6,7 @@
 use camino::Utf8PathBuf;
 use rustix::process::Signal;
 use serde_json::json;
+use wrenn_control_plane::ProxyDomain;
 use wrenn_host_agent::Agent;
 
 use super::{
@@ -49,6 +50,9 @@ pub(super) struct ControlPlaneArguments {
     /// Where to write the API key that is made when the database has no team yet
     #[arg(long)]
     first_key_file: Option<Utf8PathBuf>,
+    /// Domain of the host names by which ports of sandboxes are reached, PORT-SANDBOX.DOMAIN; without one they are not
+    #[arg(long, env = "WRENN_PROXY_DOMAIN", value_name = "DOMAIN")]
+    proxy_domain: Option<ProxyDomain>,
 }
 
 impl SupervisedArguments {
@@ -81,6 +85,7 @@ impl ControlPlaneArguments {
             database_url: self.database_url,
             agent_socket: self.agent_socket.into(),
             first_key_file: self.first_key_file.map(Into::into),
+            proxy_domain: self.proxy_domain,
             bounds: wrenn_control_plane::Bounds::default(),
         };
         let running = tokio::select! {

@@ -17,6 +17,7 @@ use tokio::{
     io::{AsyncBufReadExt as _, BufReader},
     process::Command,
 };
+use wrenn_control_plane::ProxyDomain;
 use wrenn_host_agent::config::{OnControlPlaneLoss, OnStop};
 
 use super::{
@@ -37,6 +38,9 @@ pub(super) struct DevArguments {
     /// Address of the public API; port 0 takes a free one
     #[arg(long, default_value = "127.0.0.1:8000")]
     listen: SocketAddr,
+    /// Domain of the host names by which ports of sandboxes are reached, PORT-SANDBOX.DOMAIN
+    #[arg(long, env = "WRENN_PROXY_DOMAIN", value_name = "DOMAIN", default_value = "localhost")]
+    proxy_domain: ProxyDomain,
     /// Directory of the stack: its data, logs, and the file env
     #[arg(long, env = DIRECTORY_VARIABLE, default_value = DEFAULT_DIRECTORY)]
     dir: Utf8PathBuf,
@@ -190,6 +194,7 @@ impl DevArguments {
             directory: absolute(&self.dir)?,
             run_root: RUN_ROOT.into(),
             listen: self.listen,
+            proxy_domain: self.proxy_domain,
             images: absolute(&self.images)?,
             snapshots: absolute(&snapshots)?,
             ready_slots: self.ready_slots,
@@ -210,6 +215,7 @@ impl DevArguments {
             line.extend(value.into_iter().flat_map(|value| [name.to_owned(), value]));
         };
         flag("--listen", Some(self.listen.to_string()));
+        flag("--proxy-domain", Some(self.proxy_domain.to_string()));
         flag("--dir", Some(directory.root().to_string()));
         flag("--images", Some(self.images.to_string()));
         flag("--snapshots", self.snapshots.as_ref().map(Utf8PathBuf::to_string));
@@ -287,12 +293,13 @@ fn summary(ready: &StackReady, detached: bool) -> String {
     let dir = &ready.dir;
     let stop = if detached { format!("wrenn down --dir {dir}") } else { "Ctrl-C".to_owned() };
     let key = match &ready.api_key {
-        Some(_) => format!(". {dir}/env    (sets WRENN_BASE_URL and WRENN_API_KEY)"),
+        Some(_) => format!(". {dir}/env    (sets WRENN_BASE_URL, WRENN_API_KEY and WRENN_PROXY_DOMAIN)"),
         None => "the one you have: this database had a first key before".to_owned(),
     };
     [
         "Wrenn is ready.".to_owned(),
         format!("API      {}    (Swagger UI at {}/docs)", ready.base_url, ready.base_url),
+        format!("Ports    http://PORT-SANDBOX.{}    (with the key)", ready.proxy_domain),
         format!("Key      {key}"),
         "Try      wrenn run -- python3 -c 'print(6 * 7)'".to_owned(),
         format!("Logs     {dir}/logs"),
@@ -364,6 +371,8 @@ mod tests {
             "wrenn",
             "--listen",
             "127.0.0.1:0",
+            "--proxy-domain",
+            "s.example.com",
             "--dir",
             dir.as_str(),
             "--images",
@@ -383,6 +392,7 @@ mod tests {
         line.remove(1);
         let again = Line::try_parse_from(line).unwrap().arguments;
         assert_eq!((again.listen, again.dir, again.ready_slots), (arguments.listen, dir, Some(3)));
+        assert_eq!(again.proxy_domain.as_str(), "s.example.com");
         let loss = (again.on_control_plane_loss, again.control_plane_loss_after);
         assert_eq!(loss, (Some(OnControlPlaneLoss::Pause), Some(7)));
         assert_eq!(again.on_stop, OnStop::Leave);
@@ -393,6 +403,7 @@ mod tests {
         let ready = StackReady {
             ready: true,
             base_url: "http://127.0.0.1:8000".to_owned(),
+            proxy_domain: "localhost:8000".to_owned(),
             api_key: Some("wrn_0".to_owned()),
             dir: "/x/.wrenn".into(),
         };

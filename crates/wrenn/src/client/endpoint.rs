@@ -1,18 +1,21 @@
 //! Where the API is, and the key to it.
 
-use std::{fs, io, os::unix::fs::MetadataExt as _};
+use std::{fs, io, net::IpAddr, os::unix::fs::MetadataExt as _};
 
 use camino::{Utf8Path, Utf8PathBuf};
 use http::Uri;
+use wrenn_control_plane::{ParseProxyDomainError, ProxyDomain};
 use wrenn_types::{ApiKey, ParseApiKeyError};
 
-use crate::supervisor::env_file::{API_KEY, BASE_URL, lookup};
+use crate::supervisor::env_file::{API_KEY, BASE_URL, PROXY_DOMAIN, lookup};
 
 /// An API and a key to it.
 #[derive(Debug, Clone)]
 pub struct Endpoint {
     pub(super) base: BaseUrl,
     pub(super) key: ApiKey,
+    /// Below which the ports of sandboxes have their host names, with the port to connect to where it is not 80.
+    pub(super) proxy: String,
 }
 
 /// The address of an API: scheme, host, port and a path that all routes are under.
@@ -81,6 +84,9 @@ pub enum EndpointError {
     /// The key is none.
     #[error("{API_KEY} does not hold a key")]
     Key(#[source] ParseApiKeyError),
+    /// The domain is none.
+    #[error("{PROXY_DOMAIN} does not hold a domain")]
+    ProxyDomain(#[source] ParseProxyDomainError),
 }
 
 impl Endpoint {
@@ -89,7 +95,29 @@ impl Endpoint {
     /// # Errors
     /// One of them is not what it should be.
     pub fn new(base_url: &str, api_key: &str) -> Result<Self, EndpointError> {
-        Ok(Self { base: base_url.parse()?, key: api_key.trim().parse().map_err(EndpointError::Key)? })
+        Self::with_proxy(base_url, api_key, None)
+    }
+
+    /// An endpoint of its two parts, and the domain below which ports have their host names. Without one it is that of the
+    /// API, and of an API on a loopback address `localhost`.
+    fn with_proxy(base_url: &str, api_key: &str, domain: Option<&str>) -> Result<Self, EndpointError> {
+        let base: BaseUrl = base_url.parse()?;
+        let key = api_key.trim().parse().map_err(EndpointError::Key)?;
+        let mut proxy = match domain {
+            Some(text) => {
+                // The server takes the domain out of the same text and leaves the port to those who connect.
+                text.parse::<ProxyDomain>().map_err(EndpointError::ProxyDomain)?;
+                text.trim().to_owned()
+            }
+            None if base.host.parse::<IpAddr>().is_ok_and(|address| address.is_loopback()) => {
+                "localhost".to_owned()
+            }
+            None => base.host.clone(),
+        };
+        if !proxy.contains(':') && base.port != 80 {
+            proxy = format!("{proxy}:{}", base.port);
+        }
+        Ok(Self { base, key, proxy })
     }
 
     /// The endpoint that the two variables name, or if neither is set the one in `file`.
@@ -99,7 +127,9 @@ impl Endpoint {
     pub fn find(variable: impl Fn(&str) -> Option<String>, file: &Utf8Path) -> Result<Self, EndpointError> {
         let set = |name| variable(name).filter(|value| !value.trim().is_empty());
         match (set(BASE_URL), set(API_KEY)) {
-            (Some(base_url), Some(api_key)) => Self::new(&base_url, &api_key),
+            (Some(base_url), Some(api_key)) => {
+                Self::with_proxy(&base_url, &api_key, set(PROXY_DOMAIN).as_deref())
+            }
             (Some(_), None) => Err(EndpointError::Half { set: BASE_URL, missing: API_KEY }),
             (None, Some(_)) => Err(EndpointError::Half { set: API_KEY, missing: BASE_URL }),
             (None, None) => Self::from_file(file),
@@ -122,7 +152,7 @@ impl Endpoint {
         let line = |missing| {
             lookup(&text, missing).ok_or_else(|| EndpointError::Incomplete { file: file.to_owned(), missing })
         };
-        Self::new(&line(BASE_URL)?, &line(API_KEY)?)
+        Self::with_proxy(&line(BASE_URL)?, &line(API_KEY)?, lookup(&text, PROXY_DOMAIN).as_deref())
     }
 }
 
@@ -189,7 +219,11 @@ mod tests {
         let file = Utf8PathBuf::from_path_buf(guard.path().join("env")).unwrap();
         let variables = |base: Option<&str>, key: Option<&str>| {
             let (base, key) = (base.map(str::to_owned), key.map(str::to_owned));
-            move |name: &str| if name == BASE_URL { base.clone() } else { key.clone() }
+            move |name: &str| match name {
+                BASE_URL => base.clone(),
+                API_KEY => key.clone(),
+                _ => None,
+            }
         };
         let find = |base, key| Endpoint::find(variables(base, key), &file);
 
@@ -202,6 +236,22 @@ mod tests {
         assert!(matches!(find(Some("http://a:2"), None), Err(EndpointError::Half { missing: API_KEY, .. })));
         assert!(matches!(find(Some(" "), Some(KEY)), Err(EndpointError::Half { missing: BASE_URL, .. })));
         assert!(matches!(find(Some("http://a:2"), Some("x")), Err(EndpointError::Key(_))));
+    }
+
+    #[test]
+    fn where_ports_are() {
+        let proxy = |base, domain| Endpoint::with_proxy(base, KEY, domain).map(|endpoint| endpoint.proxy);
+        for (base, domain, expected) in [
+            ("http://127.0.0.1:8000", None, "localhost:8000"),
+            ("http://[::1]", None, "localhost"),
+            ("http://wrenn.example.com:81/api", None, "wrenn.example.com:81"),
+            ("http://127.0.0.1:8000", Some("s.example.com"), "s.example.com:8000"),
+            ("http://127.0.0.1:8000", Some("s.example.com:9"), "s.example.com:9"),
+        ] {
+            assert_eq!(proxy(base, domain).unwrap(), expected);
+        }
+        let wrong = proxy("http://127.0.0.1:8000", Some("http://x"));
+        assert!(matches!(wrong, Err(EndpointError::ProxyDomain(_))));
     }
 
     #[test]

@@ -21,7 +21,7 @@ mod socket;
 mod terminal;
 mod timing;
 
-use std::time::Duration;
+use std::{num::NonZeroU16, time::Duration};
 
 use ::http::{Method, StatusCode};
 use wrenn_api::{
@@ -78,6 +78,12 @@ impl Client {
     #[must_use]
     pub fn new(endpoint: Endpoint) -> Self {
         Self { transport: Transport::new(endpoint) }
+    }
+
+    /// The address of a port of a sandbox. Whether something answers there is not looked at.
+    #[must_use]
+    pub fn port_url(&self, id: &SandboxId, port: NonZeroU16) -> String {
+        format!("http://{port}-{id}.{}", self.transport.endpoint.proxy)
     }
 
     /// Whether the server answers, and its version.

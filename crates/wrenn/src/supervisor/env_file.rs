@@ -7,6 +7,9 @@ pub const BASE_URL: &str = "WRENN_BASE_URL";
 /// The name of the key.
 pub const API_KEY: &str = "WRENN_API_KEY";
 
+/// The name of the domain below which ports of sandboxes have their host names, with the port to connect to.
+pub const PROXY_DOMAIN: &str = "WRENN_PROXY_DOMAIN";
+
 /// The text of an env file.
 #[must_use]
 pub fn render(variables: &[(&str, &str)]) -> String {

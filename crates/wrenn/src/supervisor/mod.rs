@@ -50,6 +50,7 @@ use tokio::{
     sync::mpsc,
 };
 use tokio_util::sync::CancellationToken;
+use wrenn_control_plane::ProxyDomain;
 use wrenn_host_agent::config::{OnControlPlaneLoss, OnStop};
 use wrenn_types::ApiKey;
 
@@ -82,6 +83,8 @@ pub struct Config {
     pub run_root: Utf8PathBuf,
     /// Where the public API listens; port 0 takes a free one.
     pub listen: SocketAddr,
+    /// The domain of the host names of ports.
+    pub proxy_domain: ProxyDomain,
     /// Guest bundle and templates.
     pub images: Utf8PathBuf,
     /// Warm snapshots.
@@ -214,6 +217,9 @@ pub struct StackReady {
     pub ready: bool,
     /// Where the public API is.
     pub base_url: String,
+    /// Below which host names the ports of sandboxes are, with the port to connect to.
+    #[serde(default)]
+    pub proxy_domain: String,
     /// The first API key; none if the database was there before and its key is not known here.
     pub api_key: Option<String>,
     /// The directory of the stack.
@@ -387,6 +393,7 @@ impl Stack {
     fn control_plane(&self, database_url: String) -> Recipe {
         let child = self.child();
         let listen = self.config.listen;
+        let proxy_domain = self.config.proxy_domain.clone();
         let socket = self.claim.agent_socket();
         let first_key = self.claim.directory.first_key();
         Recipe {
@@ -398,6 +405,8 @@ impl Stack {
                     "control-plane",
                     "--listen",
                     &listen.to_string(),
+                    "--proxy-domain",
+                    proxy_domain.as_str(),
                     "--agent-socket",
                     socket.as_str(),
                     "--first-key-file",
@@ -427,8 +436,10 @@ impl Stack {
     fn announce(&self, address: SocketAddr) -> Result<(), StackError> {
         let directory = &self.claim.directory;
         let base_url = format!("http://{}", reachable(address));
+        let proxy_domain = format!("{}:{}", self.config.proxy_domain, address.port());
         let api_key = known_key(directory);
-        let mut variables = vec![(env_file::BASE_URL, base_url.as_str())];
+        let mut variables =
+            vec![(env_file::BASE_URL, base_url.as_str()), (env_file::PROXY_DOMAIN, proxy_domain.as_str())];
         variables.extend(api_key.as_ref().map(|key| (env_file::API_KEY, key.expose())));
         let write = |path: Utf8PathBuf, content: &[u8]| {
             files::write_atomically(&path, PRIVATE, content)
@@ -438,7 +449,8 @@ impl Stack {
 
         let ready = StackReady {
             ready: true,
-            base_url: base_url.clone(),
+            base_url,
+            proxy_domain,
             api_key: api_key.as_ref().map(|key| key.expose().to_owned()),
             dir: directory.root().to_owned(),
         };

@@ -29,7 +29,7 @@ use tokio::{
     task::JoinHandle,
 };
 use wrenn_proto::hostagent::v1 as wire;
-use wrenn_types::HostId;
+use wrenn_types::{HostId, guest::AGENT_PORT};
 
 use super::{eventually, guardian::Guardian};
 
@@ -98,6 +98,8 @@ struct Inner {
     pings: AtomicUsize,
     watchers: AtomicUsize,
     tunnels: AtomicUsize,
+    /// Where what listens on other ports than that of `envd` is.
+    programs: Mutex<HashMap<(String, u16), std::net::SocketAddr>>,
 }
 
 pub(crate) struct FakeAgent {
@@ -146,6 +148,7 @@ impl FakeAgent {
             pings: AtomicUsize::new(0),
             watchers: AtomicUsize::new(0),
             tunnels: AtomicUsize::new(0),
+            programs: Mutex::default(),
         };
         let mut agent = Self { socket, inner: Arc::new(inner), server: None };
         agent.serve();
@@ -260,6 +263,11 @@ impl FakeAgent {
         guests.get_mut(id).unwrap().address = address;
     }
 
+    /// A program listens on a port of a sandbox from now on.
+    pub(crate) fn put_program(&self, id: &str, port: u16, address: std::net::SocketAddr) {
+        self.inner.programs.lock().unwrap().insert((id.to_owned(), port), address);
+    }
+
     /// What the agent says of a sandbox from now on, when it is asked.
     pub(crate) fn tell(&self, id: &str, state: wire::SandboxState) {
         let mut guests = self.inner.guests.lock().unwrap();
@@ -365,7 +373,6 @@ async fn tunnel(
     UrlPath((id, port)): UrlPath<(String, u16)>,
     mut request: Request,
 ) -> Response {
-    assert_eq!(port, 49_983);
     assert_eq!(request.headers()[header::UPGRADE], "wrenn-tunnel");
     let found = {
         let guests = inner.guests.lock().unwrap();
@@ -379,6 +386,11 @@ async fn tunnel(
         let body = r#"{"code":"failed_precondition","message":"the sandbox does not run"}"#;
         return (StatusCode::CONFLICT, body).into_response();
     }
+    let program = inner.programs.lock().unwrap().get(&(id, port)).copied();
+    let Some(address) = program.or_else(|| (port == AGENT_PORT).then_some(address)) else {
+        let body = r#"{"code":"unavailable","message":"nothing listens on this port"}"#;
+        return (StatusCode::BAD_GATEWAY, body).into_response();
+    };
     inner.tunnels.fetch_add(1, Ordering::SeqCst);
     let mut serving = inner.serving.subscribe();
     let mut guest = TcpStream::connect(address).await.unwrap();

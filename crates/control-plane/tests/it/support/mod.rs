@@ -4,12 +4,15 @@ pub(crate) mod agent;
 pub(crate) mod client;
 pub(crate) mod guardian;
 pub(crate) mod postgres;
+pub(crate) mod program;
 pub(crate) mod socket;
 
 use std::{path::PathBuf, time::Duration};
 
+use sha2::{Digest as _, Sha256};
 use tokio::runtime::Runtime;
 use wrenn_control_plane::{Bounds, Config, Running};
+use wrenn_types::ApiKey;
 
 use agent::FakeAgent;
 use client::Client;
@@ -76,6 +79,7 @@ impl World {
             database_url: self.database_url.clone(),
             agent_socket: self.agent.socket().to_owned(),
             first_key_file: Some(self.key_file()),
+            proxy_domain: Some("localhost".parse().unwrap()),
             bounds: self.bounds.clone(),
         }
     }
@@ -132,6 +136,28 @@ impl World {
             eventually("it runs", async || self.client.get(&path).await.json()["status"] == "running").await;
         }
         id
+    }
+
+    /// A caller of another team.
+    pub(crate) async fn other_team(&self) -> Client {
+        let database = self.database().await;
+        let key = ApiKey::random();
+        let hash: [u8; 32] = Sha256::digest(key.expose().as_bytes()).into();
+        let team = uuid::Uuid::now_v7();
+        sqlx::query("INSERT INTO teams (id, name) VALUES ($1, 'other')")
+            .bind(team)
+            .execute(&database)
+            .await
+            .unwrap();
+        sqlx::query(
+            "INSERT INTO api_keys (id, team_id, name, key_hash, key_prefix) VALUES ($1, $1, 'k', $2, 'p')",
+        )
+        .bind(team)
+        .bind(hash.as_slice())
+        .execute(&database)
+        .await
+        .unwrap();
+        self.client.with_key(key.expose())
     }
 
     /// The rows that a statement finds, as text.

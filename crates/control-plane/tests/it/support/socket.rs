@@ -27,7 +27,13 @@ pub(crate) enum Said {
 
 impl Socket {
     pub(crate) async fn open(client: &Client, path: &str) -> Result<Self, tungstenite::Error> {
+        Self::open_at(client, &client.address.to_string(), path).await
+    }
+
+    /// The same, by a host name of the client's choice.
+    pub(crate) async fn open_at(client: &Client, host: &str, path: &str) -> Result<Self, tungstenite::Error> {
         let mut request = format!("ws://{}{path}", client.address).into_client_request().unwrap();
+        request.headers_mut().insert("host", host.parse().unwrap());
         request.headers_mut().insert("x-api-key", client.key.parse().unwrap());
         Ok(Self(connect_async(request).await?.0))
     }
