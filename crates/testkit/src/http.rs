@@ -67,13 +67,19 @@ impl Answer {
 #[derive(Debug)]
 pub struct Client {
     authority: String,
+    host: String,
     key: String,
     connection: Option<SendRequest<Body>>,
 }
 
 impl Clone for Client {
     fn clone(&self) -> Self {
-        Self { authority: self.authority.clone(), key: self.key.clone(), connection: None }
+        Self {
+            authority: self.authority.clone(),
+            host: self.host.clone(),
+            key: self.key.clone(),
+            connection: None,
+        }
     }
 }
 
@@ -81,7 +87,31 @@ impl Client {
     /// A caller of `http://authority` with this key; an empty key is not sent.
     #[must_use]
     pub fn new(authority: &str, key: &str) -> Self {
-        Self { authority: authority.to_owned(), key: key.to_owned(), connection: None }
+        Self {
+            authority: authority.to_owned(),
+            host: authority.to_owned(),
+            key: key.to_owned(),
+            connection: None,
+        }
+    }
+
+    /// The same at the same address, by another host name.
+    #[must_use]
+    pub fn calling(mut self, host: String) -> Self {
+        self.host = host;
+        self
+    }
+
+    /// Another one, without a key.
+    #[must_use]
+    pub fn without_key(&self) -> Self {
+        Self { key: String::new(), ..self.clone() }
+    }
+
+    /// The host name that it sends.
+    #[must_use]
+    pub fn host(&self) -> &str {
+        &self.host
     }
 
     /// Host and port.
@@ -106,7 +136,7 @@ impl Client {
         let stream = TcpStream::connect(&self.authority).await.context("connect to the API")?;
         stream.set_nodelay(true)?;
         let (sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
-        tokio::spawn(connection);
+        tokio::spawn(connection.with_upgrades());
         Ok(sender)
     }
 
@@ -118,7 +148,7 @@ impl Client {
         headers: &[(&str, &str)],
         body: Body,
     ) -> Result<http::Response<Incoming>> {
-        let mut request = Request::builder().method(method).uri(path).header("host", &self.authority);
+        let mut request = Request::builder().method(method).uri(path).header("host", &self.host);
         if !self.key.is_empty() {
             request = request.header("x-api-key", &self.key);
         }

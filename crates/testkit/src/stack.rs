@@ -129,6 +129,7 @@ impl Stack {
             .env_remove("DATABASE_URL")
             .env_remove("WRENN_BASE_URL")
             .env_remove("WRENN_API_KEY")
+            .env_remove("WRENN_PROXY_DOMAIN")
             .envs(options.environment)
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
@@ -164,6 +165,13 @@ impl Stack {
     pub fn client(&self) -> Client {
         let base = self.ready["base_url"].as_str().unwrap_or_default();
         Client::new(base.trim_start_matches("http://"), self.key())
+    }
+
+    /// A caller of a port of a sandbox, by its host name and with the first API key.
+    #[must_use]
+    pub fn port(&self, id: &str, port: u16) -> Client {
+        let domain = self.ready["proxy_domain"].as_str().unwrap_or_default();
+        self.client().calling(format!("{port}-{id}.{domain}"))
     }
 
     /// The first API key.

@@ -21,6 +21,7 @@ mod lifecycle;
 mod metrics;
 mod persistence;
 mod policies;
+mod ports;
 mod soak;
 mod streams;
 
@@ -37,6 +38,7 @@ fn main() -> ExitCode {
         lifecycle::cases(),
         persistence::cases(),
         disk_only::cases(),
+        ports::cases(),
         metrics::cases(),
         exec::cases(),
         files::cases(),
