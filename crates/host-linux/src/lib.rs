@@ -3,10 +3,13 @@
 //! This is one of the two crates that may hold `unsafe` code; every block carries its argument.
 
 pub mod appearance;
+pub mod block_device;
 pub mod cgroup;
 pub mod conntrack;
+pub mod device_mapper;
 pub mod disk;
 pub mod lock;
+pub mod loop_device;
 pub mod netns;
 pub mod privileges;
 pub mod process;
