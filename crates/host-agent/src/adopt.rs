@@ -37,6 +37,7 @@ use crate::{
     limits::Limits,
     network::SlotError,
     registry::Registry,
+    rootfs::RootfsError,
     sandbox::{
         SandboxSpec, bounds,
         driver::{Beginning, chain},
@@ -60,6 +61,9 @@ pub enum CollectError {
     /// The namespaces could not be removed.
     #[error("could not remove the network slots that were left")]
     Network(#[source] SlotError),
+    /// The disks could not be closed.
+    #[error("could not close the disks that were left open")]
+    Disks(#[source] RootfsError),
     /// The records could not be read or removed.
     #[error("could not read or remove what was left of a sandbox")]
     Record(#[source] RecordError),

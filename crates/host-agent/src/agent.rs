@@ -9,6 +9,8 @@
 //! Network slots that an earlier agent left free are removed before the pool starts, unless there are machines to go
 //! on with: then that is done beside the serving, because somebody may wait for them.
 
+mod disks;
+
 use std::{
     fs::{self, DirBuilder},
     io::{self, Write as _},
@@ -30,7 +32,7 @@ use wrenn_vmm::{
 
 use crate::{
     adopt::{self, CollectError},
-    config::{AcceleratorFlag, Config, DiskDriver, OnStop, VmmDriver},
+    config::{AcceleratorFlag, Config, OnStop, VmmDriver},
     control_plane_loss::{Sessions, watch_over},
     doctor::{self, NotFit},
     images::{Images, ImagesError},
@@ -43,7 +45,7 @@ use crate::{
     },
     network::{self, Policy, PoolConfig, SlotError, SlotPool, Uplink},
     registry::Registry,
-    rootfs::{FileStore, Qcow2Store, RootfsStore},
+    rootfs::RootfsError,
     rpc::Service,
     sandbox::{host::Host, record},
     scrub::{self, Scrub, Scrubber},
@@ -90,8 +92,23 @@ pub enum StartError {
     #[error("the default disk size cannot be used")]
     DefaultDisk(#[source] ResourceError),
     /// The virtual machine monitor takes no such disks.
-    #[error("Firecracker takes no qcow2 disks: leave out --disks, or choose `file`")]
+    #[error(
+        "leave out --disks, or choose `file`: `qcow2` is for QEMU alone, and `dm-snapshot` for Firecracker"
+    )]
     Disks,
+    /// The host cannot keep such disks.
+    #[error("root disks cannot be kept as was asked for (--disks)")]
+    DiskDriver(#[source] RootfsError),
+    /// There are disks of another driver.
+    #[error(
+        "there are root disks that were made as {kept}, and cannot be used as {wanted}: choose that (--disks), or delete the sandboxes and snapshots first"
+    )]
+    OtherDisks {
+        /// How the disks that there are were made.
+        kept: String,
+        /// How new ones are to be made.
+        wanted: String,
+    },
     /// Production was asked for on a host that does not have what it needs.
     #[error("this host is not fit")]
     NotFit(#[source] NotFit),
@@ -240,10 +257,8 @@ impl Agent {
         let host_id = kept_id(&dir.join("agent/host"), "a host id", HostId::random)?;
         let default_disk = DiskMib::new(config.default_disk_mib.into()).map_err(StartError::DefaultDisk)?;
 
-        let disks: Arc<dyn RootfsStore> = match config.disk_driver().ok_or(StartError::Disks)? {
-            DiskDriver::Qcow2 => Arc::new(Qcow2Store),
-            DiskDriver::File => Arc::new(FileStore),
-        };
+        let driver = config.disk_driver().ok_or(StartError::Disks)?;
+        let disks = disks::open(driver, &instance, &dir.join("agent")).await?;
         let images = Images::load(&config.images).and_then(|images| match config.vmm {
             VmmDriver::Qemu => Ok(images),
             VmmDriver::Firecracker => images.with_uncompressed_kernel(),
@@ -261,6 +276,12 @@ impl Agent {
         let stock = stock.map_err(StartError::Collect)?;
         if stock.ended > 0 {
             tracing::warn!(machines = stock.ended, "ended machines that an earlier agent left half-made");
+        }
+        let left = Arc::clone(&disks);
+        let closed = blocking(move || left.collect()).await;
+        let closed = closed.map_err(|error| StartError::Collect(CollectError::Disks(error)))?;
+        if closed > 0 {
+            tracing::info!(disks = closed, "closed disks that an earlier agent left open");
         }
         let store =
             SnapshotStore::new(&config.snapshots, Utf8Path::new(RUN_DIR)).map_err(StartError::Snapshots)?;
@@ -294,6 +315,7 @@ impl Agent {
         let scrub = Arc::new(Scrub::default());
         let scrubber = Scrubber::new(scrub::Parts {
             snapshots: snapshots.clone(),
+            disks: Arc::clone(&disks),
             store,
             sandboxes_dir: sandboxes_dir.clone(),
             mark: format!("guest={}", Host::machine_mark(&instance)),

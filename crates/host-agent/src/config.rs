@@ -75,7 +75,8 @@ pub struct Config {
     #[arg(long, env = "WRENN_QEMU")]
     pub qemu: Option<Utf8PathBuf>,
 
-    /// How root disks are kept; when not given, `qcow2` under QEMU and `file` under Firecracker.
+    /// How root disks are kept; when not given, `qcow2` under QEMU and `file` under Firecracker. `dm-snapshot` is for
+    /// Firecracker, as `qcow2` is for QEMU.
     #[arg(long, env = "WRENN_DISKS", value_enum)]
     pub disks: Option<DiskDriver>,
 
@@ -136,9 +137,11 @@ impl Config {
 
 fn disk_driver(vmm: VmmDriver, wanted: Option<DiskDriver>) -> Option<DiskDriver> {
     match (vmm, wanted) {
-        (VmmDriver::Qemu, wanted) => Some(wanted.unwrap_or(DiskDriver::Qcow2)),
-        (VmmDriver::Firecracker, None | Some(DiskDriver::File)) => Some(DiskDriver::File),
-        (VmmDriver::Firecracker, Some(DiskDriver::Qcow2)) => None,
+        (VmmDriver::Qemu, None | Some(DiskDriver::Qcow2)) => Some(DiskDriver::Qcow2),
+        (_, Some(DiskDriver::File)) | (VmmDriver::Firecracker, None) => Some(DiskDriver::File),
+        (VmmDriver::Firecracker, Some(DiskDriver::DmSnapshot)) => Some(DiskDriver::DmSnapshot),
+        (VmmDriver::Qemu, Some(DiskDriver::DmSnapshot))
+        | (VmmDriver::Firecracker, Some(DiskDriver::Qcow2)) => None,
     }
 }
 
@@ -182,6 +185,8 @@ pub enum DiskDriver {
     Qcow2,
     /// A plain file per sandbox: shared blocks where the file system can, a sparse copy elsewhere.
     File,
+    /// A snapshot of the device mapper per sandbox, over one device per image; for Firecracker.
+    DmSnapshot,
 }
 
 /// What runs guests.
@@ -206,7 +211,9 @@ mod tests {
             (VmmDriver::Qemu, Some(DiskDriver::File), Some(DiskDriver::File)),
             (VmmDriver::Firecracker, None, Some(DiskDriver::File)),
             (VmmDriver::Firecracker, Some(DiskDriver::File), Some(DiskDriver::File)),
+            (VmmDriver::Firecracker, Some(DiskDriver::DmSnapshot), Some(DiskDriver::DmSnapshot)),
             (VmmDriver::Firecracker, Some(DiskDriver::Qcow2), None),
+            (VmmDriver::Qemu, Some(DiskDriver::DmSnapshot), None),
         ] {
             assert_eq!(disk_driver(vmm, wanted), found, "{vmm:?} {wanted:?}");
         }

@@ -199,7 +199,7 @@ impl Warm {
             vmm: self.parts.vmm.identity().clone(),
             shape: request.shape,
             disk: request.disk,
-            disk_format: self.parts.disks.format(),
+            disk_format: self.parts.disks.flat_format(),
         }
     }
 
@@ -269,12 +269,14 @@ impl Warm {
         let disks = Arc::clone(&self.parts.disks);
         let (image, size, path) = (request.image.clone(), request.disk, working);
         let disk = blocking(move || disks.clone_disk(&image, &path, size)).await.map_err(WarmError::Disk)?;
+        let opened = OpenDisk::open(&self.parts.disks, &disk).await?;
         let mut slot = self.parts.slots.take().await.map_err(WarmError::Slot)?;
-        let saved = self.boot_and_save(request, &disk, &mut slot, &files).await;
+        let saved = self.boot_and_save(request, &opened.device, &mut slot, &files).await;
         self.parts.slots.release(slot).await;
         saved?;
         let disks = Arc::clone(&self.parts.disks);
         let snapshot = blocking(move || {
+            drop(opened);
             // What stands on it outlives the template's image, which may be replaced or removed.
             disks.flatten(&disk, &disk_path).map_err(WarmError::Disk)?;
             building.commit().map_err(WarmError::Store)
@@ -373,6 +375,35 @@ impl Warm {
         let failed = |operation| move |source| WarmError::Machine { operation, source };
         vm.pause().await.map_err(failed("pause"))?;
         vm.snapshot(files).await.map(drop).map_err(failed("save"))
+    }
+}
+
+/// The disk of a template's machine, closed when this is dropped: at once, or when the machine is gone.
+#[derive(Debug)]
+struct OpenDisk {
+    disks: Arc<dyn RootfsStore>,
+    path: Utf8PathBuf,
+    /// What the machine is given.
+    device: DiskSpec,
+}
+
+impl OpenDisk {
+    async fn open(disks: &Arc<dyn RootfsStore>, disk: &DiskSpec) -> Result<Self, WarmError> {
+        let (disks, disk) = (Arc::clone(disks), disk.clone());
+        let open = move || {
+            let device = disks.open(&disk)?;
+            Ok(Self { disks, path: disk.path, device })
+        };
+        blocking(open).await.map_err(WarmError::Disk)
+    }
+}
+
+impl Drop for OpenDisk {
+    fn drop(&mut self) {
+        if let Err(error) = self.disks.close(&self.path) {
+            let path = &self.path;
+            tracing::warn!(%path, error = &error as &dyn std::error::Error, "a disk stays open until the next start");
+        }
     }
 }
 

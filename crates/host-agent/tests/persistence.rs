@@ -13,7 +13,8 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use wrenn_host_agent::{
     Agent, Config,
     config::{
-        AcceleratorFlag, CONTROL_PLANE_LOSS_AFTER, OnControlPlaneLoss, OnStop, SCRUB_INTERVAL, VmmDriver,
+        AcceleratorFlag, CONTROL_PLANE_LOSS_AFTER, DiskDriver, OnControlPlaneLoss, OnStop, SCRUB_INTERVAL,
+        VmmDriver,
     },
     guest::ENVD_PORT,
     limits::Limits,
@@ -42,7 +43,7 @@ fn main() -> ExitCode {
     let trial = |name: &str, run: fn(Arc<Place>) -> Running| {
         let skipped = skip.is_some();
         Trial::test(name, move || {
-            with_place(VmmDriver::Qemu, run).map_err(|error| format!("{error:?}").into())
+            with_place(VmmDriver::Qemu, None, run).map_err(|error| format!("{error:?}").into())
         })
         .with_ignored_flag(skipped)
     };
@@ -73,22 +74,35 @@ struct Place {
     dir: tempfile::TempDir,
     outside: String,
     vmm: VmmDriver,
+    disks: Option<DiskDriver>,
 }
 
-fn with_place(vmm: VmmDriver, run: fn(Arc<Place>) -> Running) -> Result<()> {
+fn with_place(vmm: VmmDriver, disks: Option<DiskDriver>, run: fn(Arc<Place>) -> Running) -> Result<()> {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
     runtime.block_on(async {
         let outside = Uplink::create().await?;
         let dir = tempfile::Builder::new().prefix("wrenn-test-").tempdir()?;
-        let place = Arc::new(Place { dir, outside: outside.name().to_owned(), vmm });
+        let place = Arc::new(Place { dir, outside: outside.name().to_owned(), vmm, disks });
         // A guest of the lab is translated, and so is its host.
         let bound = if vmm == VmmDriver::Firecracker { 4 * BOUND } else { 2 * BOUND };
         let outcome = tokio::time::timeout(bound, run(Arc::clone(&place))).await.context("in time");
         // Whatever a case that failed has left is ended by one more agent.
         place.agent(OnStop::Destroy).await?.stop().await;
         outside.remove().await?;
-        outcome?
+        outcome??;
+        no_device_is_left(&place)
     })
+}
+
+/// Of an instance without sandboxes the kernel has no devices of disks.
+fn no_device_is_left(place: &Place) -> Result<()> {
+    let instance = std::fs::read_to_string(place.path().join("instance"))?;
+    for entry in std::fs::read_dir("/sys/block")? {
+        // Most block devices have no such name.
+        let name = std::fs::read_to_string(entry?.path().join("dm/name")).unwrap_or_default();
+        ensure!(!name.contains(instance.trim()), "{name} is left");
+    }
+    Ok(())
 }
 
 impl Place {
@@ -120,7 +134,7 @@ impl Place {
             firecracker: std::env::var("WRENN_FIRECRACKER").ok().map(Utf8PathBuf::from),
             accelerator: AcceleratorFlag::Tcg,
             qemu: None,
-            disks: None,
+            disks: self.disks,
             metrics: None,
             production: false,
             jailer: None,

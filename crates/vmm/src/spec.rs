@@ -86,6 +86,10 @@ pub enum DiskFormat {
     Raw,
     /// QEMU's copy-on-write format.
     Qcow2,
+    /// What differs from an image, as the kernel's snapshots keep it. It is no disk of a machine: that is the
+    /// device that the kernel makes of both, which is raw.
+    #[serde(rename = "dm-snapshot")]
+    DmSnapshot,
 }
 
 /// The root disk. The guest sees it as `/dev/vda`.

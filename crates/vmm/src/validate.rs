@@ -29,6 +29,10 @@ pub(crate) fn machine(spec: &MachineSpec) -> VmmResult<()> {
     sockets(&spec.run_dir)?;
     if let Some(disk) = &spec.disk {
         absolute("disk", &disk.path)?;
+        if disk.format == DiskFormat::DmSnapshot {
+            let problem = "a machine takes the device of a dm-snapshot, not its file";
+            return Err(VmmError::Unsupported { operation: "the disk's format", problem });
+        }
     }
     if let Some(network) = &spec.network {
         absolute("network namespace", &network.namespace)?;

@@ -53,7 +53,7 @@ pub use self::{
     tree::Tree,
 };
 use crate::{
-    config::{Config, VmmDriver},
+    config::{Config, DiskDriver, VmmDriver},
     metrics::endpoint::MetricsAddress,
     network::SlotNumber,
 };
@@ -69,6 +69,8 @@ const IS_CONFINED: bool = false;
 pub struct Target {
     /// The virtual machine monitor.
     pub vmm: VmmDriver,
+    /// How root disks are kept; none: as is usual for the virtual machine monitor.
+    pub disks: Option<DiskDriver>,
     /// The directory of the data, which need not be there yet.
     pub data_dir: Utf8PathBuf,
     /// The Firecracker, instead of the one on the `PATH`.
@@ -91,6 +93,7 @@ impl Target {
     pub fn new(vmm: VmmDriver, data_dir: Utf8PathBuf) -> Self {
         Self {
             vmm,
+            disks: None,
             data_dir: std::path::absolute(&data_dir)
                 .ok()
                 .and_then(|path| Utf8PathBuf::from_path_buf(path).ok())
@@ -112,6 +115,7 @@ impl Target {
             _ => None,
         };
         Self {
+            disks: config.disks,
             firecracker: config.firecracker.clone(),
             jailer: config.jailer.clone(),
             uids: config.uids,

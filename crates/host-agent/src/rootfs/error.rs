@@ -4,7 +4,7 @@ use std::io;
 
 use camino::{Utf8Path, Utf8PathBuf};
 
-use super::HeaderError;
+use super::{DmSnapshotError, HeaderError};
 
 /// The result of an operation on a root disk.
 pub type RootfsResult<T> = Result<T, RootfsError>;
@@ -57,6 +57,40 @@ pub enum RootfsError {
         path: Utf8PathBuf,
         /// What is wrong with it.
         problem: &'static str,
+    },
+    /// The kernel would not make, change or remove a device.
+    #[error("could not {operation} {device}")]
+    Device {
+        /// What was to be done, as a verb.
+        operation: &'static str,
+        /// The device.
+        device: String,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// Somebody has the disk, or the disks, open.
+    #[error("{path} is in use")]
+    InUse {
+        /// The file.
+        path: Utf8PathBuf,
+    },
+    /// Something that was written to the disk could not be kept, and the kernel takes and gives nothing any more.
+    #[error(
+        "the kernel has given up the disk {path}: what was written to it could not be kept, most likely for lack of space on the host"
+    )]
+    GivenUp {
+        /// The file.
+        path: Utf8PathBuf,
+    },
+    /// The file is no dm-snapshot, or not one that can be used.
+    #[error("{path} is not usable as a dm-snapshot")]
+    DmSnapshot {
+        /// The file.
+        path: Utf8PathBuf,
+        /// What is wrong with it.
+        #[source]
+        source: DmSnapshotError,
     },
     /// A qcow2 file is not one, or not in a state in which it can be used.
     #[error("{path} is not usable as a qcow2 file")]

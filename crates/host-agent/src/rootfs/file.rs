@@ -95,7 +95,7 @@ mod tests {
     /// An image with 32 MiB in the middle of its holes.
     fn large_image(at: &Utf8Path) -> DiskSpec {
         let base = image(at);
-        write(&base, 100 * MIB, 32 * MIB, 7);
+        write(&FileStore, &base, 100 * MIB, 32 * MIB, 7);
         base
     }
 
@@ -115,13 +115,13 @@ mod tests {
                 assert!(all > 0 && shared == all, "{shared} of {all} extents of {path} are shared");
             }
             // What is written is its own then, and nothing else.
-            write(&disk, 110 * MIB, 4 * MIB, 8);
+            write(&FileStore, &disk, 110 * MIB, 4 * MIB, 8);
             let taken = used(at) - before;
             assert!((4 * MIB..6 * MIB).contains(&taken), "{taken} bytes for 4 MiB");
             let (all, shared) = extents(&disk.path);
             assert!(shared > 0 && shared < all, "{shared} of {all}");
-            assert_pattern(&base, 100 * MIB, 32 * MIB, 7);
-            assert_pattern(&disk, 110 * MIB, 4 * MIB, 8);
+            assert_pattern(&FileStore, &base, 100 * MIB, 32 * MIB, 7);
+            assert_pattern(&FileStore, &disk, 110 * MIB, 4 * MIB, 8);
             // Frozen, it shares with its own clones, and with what its base still has of it.
             let layer = FileStore.freeze(&disk, &at.join("layer")).unwrap();
             let before = used(at);
@@ -129,8 +129,8 @@ mod tests {
             assert!(used(at) - before < MIB);
             FileStore.remove(&layer.path).unwrap();
             FileStore.remove(&base.path).unwrap();
-            assert_pattern(&second, 100 * MIB, 10 * MIB, 7);
-            assert_pattern(&second, 110 * MIB, 4 * MIB, 8);
+            assert_pattern(&FileStore, &second, 100 * MIB, 10 * MIB, 7);
+            assert_pattern(&FileStore, &second, 110 * MIB, 4 * MIB, 8);
         });
         made.or_say_skipped("sharing blocks with a base on XFS");
     }
@@ -149,7 +149,7 @@ mod tests {
                 assert!(all > 0 && shared == 0, "{shared} of {all} extents of {path} are shared");
             }
             FileStore.remove(&base.path).unwrap();
-            assert_pattern(&disk, 100 * MIB, 32 * MIB, 7);
+            assert_pattern(&FileStore, &disk, 100 * MIB, 32 * MIB, 7);
         });
         made.or_say_skipped("copies without holes on XFS");
     }

@@ -113,7 +113,7 @@ fn open_chain(top: &Utf8Path) -> RootfsResult<(Vec<Layer>, u64)> {
         let failed = |error| RootfsError::file("read", &path, error);
         let file = File::open(&path).map_err(failed)?;
         let map = match format {
-            DiskFormat::Raw => {
+            DiskFormat::Raw | DiskFormat::DmSnapshot => {
                 Map::Plain { length: file.metadata().map_err(failed)?.len(), next_data: Some(0) }
             }
             DiskFormat::Qcow2 => {

@@ -9,17 +9,21 @@
 //! ```
 //!
 //! A *base* is a file that never changes again: a template's image, or a layer that was frozen. A *disk*
-//! has exactly one writer, its virtual machine. Both are named by a [`DiskSpec`], which is what a VMM
-//! driver takes, so nothing has to be translated on the way.
+//! has exactly one writer, its virtual machine. Both are named by a [`DiskSpec`].
+//!
+//! A machine takes what [`RootfsStore::open`] answers, which for most drivers is the file itself; after the machine is gone the
+//! disk is closed. A base is never opened.
 //!
 //! Drivers:
 //! - [`Qcow2Store`]: a disk is an empty overlay of 256 KiB, of which 12 KiB are written, whatever the size
 //!   of the base. Needs QEMU as the VMM, and nothing of the kernel.
 //! - [`FileStore`]: a disk is the bytes themselves; shared with the base where the filesystem can
 //!   (reflink), else copied without its holes, and then the time depends on the base. For every VMM.
+//! - [`DmSnapshotStore`]: a disk is a sparse file with what differs from the base, which all disks share as one device
+//!   of the kernel. Needs the device mapper and root, and nothing of the VMM.
 //!
 //! *Large and small.* The size of a disk is what its guest sees, and only ever grows: it is no more than a number, in the
-//! header of an overlay or as the length of a sparse file, and a guest's kernel grows its file system while that is
+//! header of an overlay or of a file, or as the length of a sparse file, and a guest's kernel grows its file system while that is
 //! mounted. What a disk takes of the host is another thing, and that shrinks. Machines open disks with `discard=unmap`, a
 //! guest trims its file system before each snapshot, and what it gives back is no block of the host any more; a
 //! flattened disk has no room for zeros at all. So there is no shrinking of a size here:
@@ -33,11 +37,12 @@
 //! - *A pause of the disk alone* could be, as its kernel boots; the next overlay has the user's size again anyway, and what
 //!   lies between are holes.
 //!
-//! Both pass the one suite in `conformance`. Calls block on the disk and nothing else; where a copy may
+//! All pass the one suite in `conformance`. Calls block on the disk and nothing else; where a copy may
 //! be made, call them on a thread that may block. Nothing here takes a name from the wire: the caller
 //! builds paths from parsed ids.
 
 mod copy;
+mod dm_snapshot;
 mod error;
 mod file;
 mod flatten;
@@ -59,6 +64,7 @@ use wrenn_types::DiskMib;
 use wrenn_vmm::{DiskFormat, DiskSpec};
 
 pub(crate) use copy::copy_content;
+pub use dm_snapshot::{DmSnapshotError, DmSnapshotStore};
 pub use error::{RootfsError, RootfsResult};
 pub use file::FileStore;
 pub use qcow2::Qcow2Store;
@@ -69,15 +75,73 @@ pub trait RootfsStore: fmt::Debug + Send + Sync {
     /// The format of every disk that this store makes.
     fn format(&self) -> DiskFormat;
 
+    /// The format of what [`RootfsStore::flatten`] makes.
+    fn flat_format(&self) -> DiskFormat {
+        self.format()
+    }
+
     /// Makes the disk `disk`, which must not exist, with the content of `base` and the size `size`; what
     /// lies beyond the end of the base reads as zeros. The base is only read, now and for as long as the
     /// disk exists, and must stay where it is. Symbolic links on the way to it are followed once, now: a
-    /// link that is turned to another image later does not change a disk under its guest.
+    /// link that is turned to another image later does not change a disk under its guest. A base may be the open disk of
+    /// a machine that stands still: the clone is then what that machine has written.
     ///
     /// # Errors
     /// No file is left behind, and a file that was there before is not touched.
     /// [`RootfsError::TooSmall`] when `size` is less than the base has.
     fn clone_disk(&self, base: &DiskSpec, disk: &Utf8Path, size: DiskMib) -> RootfsResult<DiskSpec>;
+
+    /// Makes of a disk what a machine can be given, and be given again when that one is gone. The path may lead to
+    /// another file than the disk's, which only this process and the machine may use, until the disk is closed.
+    ///
+    /// # Errors
+    /// It is not open then. [`RootfsError::InUse`] when it has a machine.
+    fn open(&self, disk: &DiskSpec) -> RootfsResult<DiskSpec> {
+        Ok(disk.clone())
+    }
+
+    /// Gives back what was made for the machine of a disk, which is gone: all that it has written is in the disk.
+    /// Where it is stuck in the kernel, that is done when it ends. Idempotent.
+    ///
+    /// # Errors
+    /// It is open still. What is left is collected by the next agent.
+    fn close(&self, _disk: &Utf8Path) -> RootfsResult<()> {
+        Ok(())
+    }
+
+    /// Whether a disk or a layer is open, and so may be written to. Of some stores only the machine knows.
+    ///
+    /// # Errors
+    /// It cannot be told.
+    fn is_open(&self, _disk: &Utf8Path) -> RootfsResult<bool> {
+        Ok(false)
+    }
+
+    /// Waits until all that a machine that stands still has written to its disk is in the file: its file can then be
+    /// made durable, and be a base after the machine was ended.
+    ///
+    /// # Errors
+    /// Not all of it is. [`RootfsError::GivenUp`] when it never will be.
+    fn settle(&self, _disk: &DiskSpec) -> RootfsResult<()> {
+        Ok(())
+    }
+
+    /// Makes a disk larger whose machine is told by its VMM afterwards. Nothing to do where that makes it so.
+    ///
+    /// # Errors
+    /// It has the size that it had. [`RootfsError::TooSmall`] when it is larger.
+    fn grow(&self, _disk: &DiskSpec, _size: DiskMib) -> RootfsResult<()> {
+        Ok(())
+    }
+
+    /// Gives back what an earlier agent had opened, and what others have left on this machine that nobody looks
+    /// after. The disks of machines that live stay as they are. Answers how many disks were open.
+    ///
+    /// # Errors
+    /// Something of this agent's own is left.
+    fn collect(&self) -> RootfsResult<usize> {
+        Ok(0)
+    }
 
     /// Makes an immutable base of a disk whose machine is gone, moves it to `layer`, which must not
     /// exist unless it is the disk itself, and waits until it is durable. The disk is then no longer a

@@ -167,7 +167,8 @@ fn header(virtual_bytes: u64, backing: Option<(&str, DiskFormat)>, table: (u32, 
 
 fn format_name(format: DiskFormat) -> &'static [u8] {
     match format {
-        DiskFormat::Raw => b"raw",
+        // The latter is the base of none, which was said before.
+        DiskFormat::Raw | DiskFormat::DmSnapshot => b"raw",
         DiskFormat::Qcow2 => b"qcow2",
     }
 }

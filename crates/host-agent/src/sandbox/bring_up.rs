@@ -44,6 +44,7 @@ use super::{
     machine::{Machine, gone, remove_run_dir},
     record::{FORMAT, Ledger, MachineRecord, Record},
     source::{Source, Start},
+    within::Fate,
 };
 use crate::{
     guest::{self, Identity, IdleConnection},
@@ -185,7 +186,7 @@ pub struct Persona {
     pub is_new: bool,
 }
 
-/// The layer is there.
+/// The layer is there, and open for a machine.
 #[derive(Debug)]
 struct WithDisk {
     course: Course,
@@ -265,14 +266,31 @@ impl WithDisk {
         let (bottom, target, size) = (source.bottom.clone(), host.snapshots.layer_path(&layer), source.disk);
         // A clone of a file without shared blocks may be a long copy.
         let bound = bounds::clone_disk(host.copied_by_clone(&bottom));
-        let disk = course
-            .step("disk", bound, async {
-                blocking(move || host.disks.clone_disk(&bottom, &target, size))
-                    .await
-                    .map_err(BringUpError::Disk)
-            })
-            .await?;
-        Ok(Self { course, source, layer, disk })
+        let fate = Fate::default();
+        let (disks, asked) = (Arc::clone(&host.disks), fate.clone());
+        let make = move || {
+            let clone = disks.clone_disk(&bottom, &target, size)?;
+            let opened = disks.open(&clone);
+            // Nobody would know of it any more.
+            if (opened.is_err() || !asked.keep())
+                && let Err(error) = disks.remove(&target)
+            {
+                tracing::warn!(path = %target, error = &error as &dyn std::error::Error, "a disk stays until the next collection");
+            }
+            opened
+        };
+        let made =
+            course.step("disk", bound, async { blocking(make).await.map_err(BringUpError::Disk) }).await;
+        match made {
+            Ok(disk) => Ok(Self { course, source, layer, disk }),
+            Err(error) => {
+                // It was there a moment ago.
+                if !fate.give_up() {
+                    host.remove_layer(&layer).await;
+                }
+                Err(error)
+            }
+        }
     }
 
     async fn take_slot(mut self, policy: &Policy) -> Result<WithSlot, BringUpError> {
@@ -435,14 +453,15 @@ impl Recorded {
 impl Started {
     async fn identify(mut self, persona: &Persona) -> Result<Up, BringUpError> {
         let record = self.before.ledger.record();
-        let WithSlot { before: WithDisk { course, source, .. }, slot } = &mut self.before.before;
+        let WithSlot { before: WithDisk { course, source, layer, .. }, slot } = &mut self.before.before;
         let connector = slot.connector();
-        let (vm, grows) = (&mut self.vm, source.grows);
+        let (vm, grows, host) = (&mut self.vm, source.grows, Arc::clone(&course.host));
         let mut exit = vm.exit();
         let mut resumed = course
             .step("resume", bounds::RUN, async {
                 vm.resume().await.map_err(BringUpError::Restore)?;
                 if let Some(disk) = grows {
+                    host.grow_disk(layer, disk).await.map_err(BringUpError::Disk)?;
                     vm.resize_disk(disk.bytes()).await.map_err(BringUpError::Restore)?;
                 }
                 Ok(())

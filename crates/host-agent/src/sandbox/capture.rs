@@ -74,6 +74,9 @@ pub enum CaptureError {
     /// The next layer of the disk could not be made.
     #[error("the next layer of the disk could not be made")]
     Disk(#[source] RootfsError),
+    /// What the machine has written to its disk is not all in it.
+    #[error("what the machine has written to its disk could not be kept")]
+    Settle(#[source] RootfsError),
     /// The record of the sandbox is not one that we write.
     #[error("the record names no layer of the disk")]
     NoLayers,
@@ -106,7 +109,7 @@ impl CaptureError {
         match self {
             Self::Record(error) => error.is_no_space(),
             Self::Store(error) => error.is_no_space(),
-            Self::Disk(error) => error.is_no_space(),
+            Self::Disk(error) | Self::Settle(error) => error.is_no_space(),
             Self::Machine { source: VmmError::File { source, .. }, .. } => {
                 matches!(source.kind(), std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded)
             }
@@ -252,7 +255,11 @@ async fn save(
             vm.snapshot(&files).await.map_err(failed("save"))?;
         }
         match (next, overlay) {
-            (None, _) => {}
+            // What a machine has written may not be in the file yet that is made durable next.
+            (None, _) => {
+                let top = record.layers.first().ok_or(CaptureError::NoLayers)?;
+                host.settle_disk(top).await.map_err(CaptureError::Settle)?;
+            }
             (Some(next), Some(overlay)) => {
                 vm.pivot_disk(&overlay).await.map_err(failed("put on its next layer"))?;
                 let next = next.clone();

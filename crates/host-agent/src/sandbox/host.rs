@@ -19,10 +19,10 @@ use crate::{
     limits::Limits,
     metrics::{Metrics, operations::Operations},
     network::SlotPool,
-    rootfs::RootfsStore,
+    rootfs::{RootfsResult, RootfsStore},
     scrub::Scrub,
     snapshots::{Kept, Snapshots},
-    warm::Warm,
+    warm::{Warm, blocking},
 };
 
 /// What every sandbox on this host is made with. Shared; what is in it does not change
@@ -90,12 +90,12 @@ impl Host {
         self.machines_dir.join(name.as_str())
     }
 
-    /// Whether a disk stands on what it was cloned from. Else it is a copy, and a whole disk.
+    /// Whether a disk stands on the layer that it was cloned from. Else it is a copy of that, and whole beside the base.
     #[must_use]
     pub fn has_layers(&self) -> bool {
         match self.disks.format() {
             DiskFormat::Qcow2 => true,
-            DiskFormat::Raw => false,
+            DiskFormat::Raw | DiskFormat::DmSnapshot => false,
         }
     }
 
@@ -123,6 +123,32 @@ impl Host {
         let (snapshots, kept) = (self.snapshots.clone(), kept.clone());
         let bytes = within(bounds::LOOK, move || snapshots.own_bytes(&kept)).await;
         bytes.map(Result::unwrap_or_default).unwrap_or_default()
+    }
+
+    /// Makes the open disk of a machine larger, before the machine is told.
+    pub(super) async fn grow_disk(&self, layer: &LayerId, size: DiskMib) -> RootfsResult<()> {
+        let (disks, disk) = (Arc::clone(&self.disks), self.layer(layer));
+        blocking(move || disks.grow(&disk, size)).await
+    }
+
+    /// Has all that a machine that stands still has written to its disk written to its top layer.
+    pub(super) async fn settle_disk(&self, layer: &LayerId) -> RootfsResult<()> {
+        let (disks, disk) = (Arc::clone(&self.disks), self.layer(layer));
+        blocking(move || disks.settle(&disk)).await
+    }
+
+    /// Closes the disk of a machine that is gone. One that cannot be closed is closed by the next agent.
+    pub(super) async fn close_disk(&self, layer: &LayerId) {
+        let (disks, path) = (Arc::clone(&self.disks), self.snapshots.layer_path(layer));
+        match within(bounds::REMOVE, move || disks.close(&path)).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => {
+                tracing::warn!(%layer, error = &error as &dyn std::error::Error, "a disk stays open until the next start");
+            }
+            Err(Overdue(bound)) => {
+                tracing::warn!(%layer, ?bound, "a disk is open for now: to close it takes long")
+            }
+        }
     }
 
     /// Has layers and bases that nothing stands on collected in a moment.

@@ -68,11 +68,14 @@ impl Machine {
         if let Err(error) = self.vm.stop().await {
             // Given back, the namespace would be dismantled under the process that is in it.
             self.slot.leave();
+            // This one goes when the process does, which may be writing to it what its guest wrote last.
+            host.close_disk(&self.name).await;
             return Err(error);
         }
         drop(self.vm);
         remove_run_dir(&self.run_dir);
         host.limits.end(&self.id, &self.name);
+        host.close_disk(&self.name).await;
         host.slots.release(self.slot).await;
         Ok(())
     }

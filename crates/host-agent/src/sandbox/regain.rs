@@ -133,6 +133,7 @@ pub async fn end_uncontrolled(host: &Host, record: &Record) -> io::Result<()> {
     let name = Host::machine_name(&host.instance, &record.id, &machine.name);
     machine::end_marked(&name, |_| false).await?;
     remove_run_dir(&host.run_dir(&machine.name));
+    host.close_disk(&machine.name).await;
     host.limits.end(&record.id, &machine.name);
     Ok(())
 }

@@ -49,6 +49,7 @@ use self::{
     writers::Written,
 };
 use crate::{
+    rootfs::RootfsStore,
     sandbox::record,
     snapshot_store::{SnapshotStore, SnapshotStoreError, SnapshotStoreResult},
     snapshots::{Look, Part, Progress, SealProgress, Snapshots},
@@ -124,6 +125,8 @@ impl Scrub {
 pub struct Parts {
     /// What it looks after.
     pub snapshots: Snapshots,
+    /// The root disks.
+    pub disks: Arc<dyn RootfsStore>,
     /// The warm snapshots, some of which are the same files as bases.
     pub store: SnapshotStore,
     /// The parent of the sandboxes' directories.
@@ -323,7 +326,8 @@ impl Scrubber {
         };
         let mut sealed = Vec::new();
         for layer in layers {
-            if written.contains(&self.parts.snapshots.layer_path(&layer)) {
+            let path = self.parts.snapshots.layer_path(&layer);
+            if written.contains(&path) || self.is_open(path).await {
                 tracing::debug!(%layer, "a machine may write to this layer; it gets its digest later");
                 continue;
             }
@@ -340,6 +344,18 @@ impl Scrubber {
             }
         }
         sealed
+    }
+
+    /// Whether a machine may write to a disk by way of a device. One of which that cannot be told is taken for such.
+    async fn is_open(&self, path: Utf8PathBuf) -> bool {
+        let disks = Arc::clone(&self.parts.disks);
+        blocking(move || disks.is_open(&path)).await.unwrap_or_else(|error| {
+            tracing::warn!(
+                error = &error as &dyn std::error::Error,
+                "it is not known whether a disk is open"
+            );
+            true
+        })
     }
 
     /// Takes the digest of a layer; whether it has one since.

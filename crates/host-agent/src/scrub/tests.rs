@@ -4,6 +4,7 @@ use std::os::unix::fs::MetadataExt;
 
 use super::*;
 use crate::{
+    rootfs::Qcow2Store,
     scrub::writers::tests::Writer,
     snapshots::tests::{
         damage::{Whole, flip},
@@ -34,6 +35,7 @@ impl World {
         fs::create_dir_all(&sandboxes_dir).unwrap();
         Scrubber::new(Parts {
             snapshots: self.it.store.clone(),
+            disks: Arc::new(Qcow2Store),
             store: SnapshotStore::new(&at.join("warm"), &at.join("run")).unwrap(),
             sandboxes_dir,
             mark: self.mark(),

@@ -1,9 +1,10 @@
-//! The same on Firecracker, in the lab: a sandbox that is made, used, paused, resumed, saved, and taken over.
+//! The same on Firecracker, in the lab: a sandbox that is made, used, paused, resumed, saved, and taken over; on disks
+//! that are files, and on those of the device mapper.
 
 use std::sync::Arc;
 
 use libtest_mimic::Trial;
-use wrenn_host_agent::config::VmmDriver;
+use wrenn_host_agent::config::{DiskDriver, VmmDriver};
 use wrenn_testkit::stack;
 
 use super::{Place, Running, adoption, pause_and_resume, snapshots, with_place};
@@ -13,14 +14,25 @@ pub(super) fn trials() -> Vec<Trial> {
     if let Some(why) = &skip {
         println!("{why}");
     }
-    let trial = |name: &str, run: fn(Arc<Place>) -> Running| {
-        let run = move || with_place(VmmDriver::Firecracker, run);
+    let trial_on = |disks, name: &str, run: fn(Arc<Place>) -> Running| {
+        let run = move || with_place(VmmDriver::Firecracker, disks, run);
         Trial::test(name, move || run().map_err(|error| format!("{error:?}").into()))
             .with_ignored_flag(skip.is_some())
     };
+    let trial = |name: &str, run| trial_on(None, name, run);
+    let on_devices = |name: &str, run| trial_on(Some(DiskDriver::DmSnapshot), name, run);
     vec![
         trial("firecracker::what_is_paused_comes_back", |place| Box::pin(pause_and_resume(place))),
         trial("firecracker::a_snapshot_outlives_everything_else", |place| Box::pin(snapshots(place))),
         trial("firecracker::another_agent_goes_on_where_one_left", |place| Box::pin(adoption(place))),
+        on_devices("firecracker::dm_snapshot::what_is_paused_comes_back", |place| {
+            Box::pin(pause_and_resume(place))
+        }),
+        on_devices("firecracker::dm_snapshot::a_snapshot_outlives_everything_else", |place| {
+            Box::pin(snapshots(place))
+        }),
+        on_devices("firecracker::dm_snapshot::another_agent_goes_on_where_one_left", |place| {
+            Box::pin(adoption(place))
+        }),
     ]
 }

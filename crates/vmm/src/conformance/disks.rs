@@ -13,7 +13,7 @@ const CLUSTER: u64 = 1 << 16;
 /// An empty qcow2 file on another one: header, one block of reference counts, and an empty table.
 fn overlay(path: &Utf8Path, base: &DiskSpec, bytes: u64) -> DiskSpec {
     let format: &[u8] = match base.format {
-        DiskFormat::Raw => b"raw\0\0\0\0\0",
+        DiskFormat::Raw | DiskFormat::DmSnapshot => b"raw\0\0\0\0\0",
         DiskFormat::Qcow2 => b"qcow2\0\0\0",
     };
     let format_length = format.iter().position(|byte| *byte == 0).unwrap();

@@ -47,6 +47,13 @@ pub(super) async fn missing_files_are_named(bench: &Bench<'_>) {
     spec.disk = Some(DiskSpec { path: missing.clone(), format: DiskFormat::Raw });
     assert!(names(boot_error(bench, spec).await));
 
+    // It is there, and it is no disk.
+    let file = bench.path("file of a snapshot");
+    std::fs::write(&file, [0; 4096]).unwrap();
+    let mut spec = bench.spec("a");
+    spec.disk = Some(DiskSpec { path: file, format: DiskFormat::DmSnapshot });
+    assert!(matches!(boot_error(bench, spec).await, VmmError::Unsupported { .. }));
+
     // The memory file is made by the driver: one that is there already is somebody else's.
     let taken = bench.path("taken");
     std::fs::write(&taken, "somebody's").unwrap();

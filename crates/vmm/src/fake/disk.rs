@@ -59,7 +59,9 @@ impl Disk {
         let top = &self.chain[0];
         let file = OpenOptions::new().write(true).open(top).map_err(cannot("open", top))?;
         match (self.format, self.bytes) {
-            (DiskFormat::Raw, _) => file.set_len(bytes).map_err(cannot("size", top))?,
+            (DiskFormat::Raw | DiskFormat::DmSnapshot, _) => {
+                file.set_len(bytes).map_err(cannot("size", top))?
+            }
             // Where a qcow2 file says its size.
             (DiskFormat::Qcow2, Some(_)) => {
                 file.write_all_at(&bytes.to_be_bytes(), 24).map_err(cannot("size", top))?;

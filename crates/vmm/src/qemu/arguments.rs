@@ -233,7 +233,8 @@ fn memory_file(bytes: u64, path: &Utf8Path, share: bool) -> serde_json::Value {
 /// qcow2 file builds on is named, with its format, in its header, which the guest cannot write.
 pub(super) fn block_device(disk: &DiskSpec, node: &str) -> serde_json::Value {
     let driver = match disk.format {
-        DiskFormat::Raw => "raw",
+        // The latter was refused before.
+        DiskFormat::Raw | DiskFormat::DmSnapshot => "raw",
         DiskFormat::Qcow2 => "qcow2",
     };
     let file = json!({"driver": "file", "filename": disk.path, "discard": "unmap"});

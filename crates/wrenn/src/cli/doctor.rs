@@ -6,7 +6,7 @@ use std::net::SocketAddr;
 
 use camino::Utf8PathBuf;
 use wrenn_host_agent::{
-    config::VmmDriver,
+    config::{DiskDriver, VmmDriver},
     doctor::{self, IdRange, Outcome, Report, Target, Tree},
 };
 
@@ -30,6 +30,9 @@ pub(super) struct Arguments {
     /// The virtual machine monitor
     #[arg(long, env = "WRENN_VMM", value_enum, default_value_t = VmmDriver::Firecracker)]
     vmm: VmmDriver,
+    /// How root disks are to be kept; when not given, as is usual for the virtual machine monitor
+    #[arg(long, env = "WRENN_DISKS", value_enum)]
+    disks: Option<DiskDriver>,
     /// The Firecracker to run instead of the one on the PATH
     #[arg(long, env = "WRENN_FIRECRACKER")]
     firecracker: Option<Utf8PathBuf>,
@@ -63,6 +66,7 @@ impl Arguments {
     fn target(self) -> Target {
         let port = self.listen.port();
         Target {
+            disks: self.disks,
             firecracker: self.firecracker,
             jailer: self.jailer,
             uids: self.uids,

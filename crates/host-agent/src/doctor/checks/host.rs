@@ -1,7 +1,7 @@
 //! Rights, users, paths, devices, disk, limits and network.
 
 use super::{
-    super::{Facts, Fix, Outcome, facts::setting, parse::Module, tree::Seen},
+    super::{DiskDriver, Facts, Fix, Outcome, facts::setting, parse::Module, tree::Seen},
     Verdict, if_known,
 };
 
@@ -100,19 +100,23 @@ pub(super) fn tun(facts: &Facts) -> Verdict {
 
 pub(super) fn device_mapper(facts: &Facts) -> Verdict {
     const REMEDY: &str =
-        "modprobe dm_snapshot loop; a container needs /dev/mapper/control and /dev/loop-control";
+        "modprobe -a dm_snapshot loop; a container needs /dev/mapper/control and /dev/loop-control";
     let devices = [("/dev/mapper/control", &facts.device_mapper), ("/dev/loop-control", &facts.loop_control)];
     let mut missing: Vec<_> =
         devices.into_iter().filter(|(_, seen)| **seen != Seen::Is(())).map(|(name, _)| name).collect();
     if facts.modules.get("dm_snapshot") != Some(&Module::Present) {
         missing.push("dm_snapshot");
     }
-    match missing.is_empty() {
-        true => Verdict::ok("dm-snapshot and loop devices can be used"),
-        // Root disks are files, so this is for a later version.
-        false => Verdict::advice(format!("without {}", missing.join(", ")), REMEDY)
-            .fixed_by(loadable(facts, &["dm_snapshot", "loop"])),
+    if missing.is_empty() {
+        return Verdict::ok("dm-snapshot and loop devices can be used");
     }
+    let seen = format!("without {}", missing.join(", "));
+    let verdict = match facts.target.disks {
+        Some(DiskDriver::DmSnapshot) => Verdict::failure(seen, REMEDY),
+        // No root disk needs them.
+        None | Some(DiskDriver::File | DiskDriver::Qcow2) => Verdict::advice(seen, REMEDY),
+    };
+    verdict.fixed_by(loadable(facts, &["dm_snapshot", "loop"]))
 }
 
 pub(super) fn data_disk(facts: &Facts) -> Verdict {

@@ -16,7 +16,7 @@ use super::{
     },
     *,
 };
-use crate::config::VmmDriver;
+use crate::config::{DiskDriver, VmmDriver};
 
 /// A host on which all is well.
 fn good() -> Facts {
@@ -328,6 +328,14 @@ fn devices() {
     assert_eq!(found.seen, "without /dev/mapper/control, dm_snapshot");
     assert_eq!(found.fixes, [Fix::Load("dm_snapshot")]);
     expect("device-mapper", Outcome::Advice, |facts| facts.loop_control = unreadable());
+    for (disks, outcome) in [(DiskDriver::File, Outcome::Advice), (DiskDriver::DmSnapshot, Outcome::Failure)]
+    {
+        let found = expect("device-mapper", outcome, |facts| {
+            facts.target.disks = Some(disks);
+            facts.loop_control = Seen::Absent;
+        });
+        assert_eq!(found.blocks, outcome == Outcome::Failure);
+    }
 }
 
 #[test]
