@@ -51,4 +51,6 @@ pub mod tunnel;
 pub mod warm;
 
 pub use agent::{Agent, StartError};
+/// What becomes of a process that is told to: see `wrenn_vmm::pager`.
+pub use wrenn_vmm::pager;
 pub use config::Config;

@@ -26,9 +26,11 @@ pub struct Bounds {
     pub descriptors: u64,
     /// Bytes of memory that it can write and shares with nobody, stacks excepted.
     pub memory: u64,
+    /// How long a file may become by its writing.
+    pub file: u64,
 }
 
-/// Bounds this process for ever: also in what no process that only serves needs. It writes no file, locks no memory and
+/// Bounds this process for ever: also in what no process that only serves needs. It locks no memory and
 /// leaves no core dump; and once it has [given up](give_up) what root may do, it makes no process and no thread.
 ///
 /// # Errors
@@ -38,7 +40,7 @@ pub fn bound(bounds: Bounds) -> io::Result<()> {
         (Resource::Nofile, bounds.descriptors),
         (Resource::Data, bounds.memory),
         (Resource::Nproc, 0),
-        (Resource::Fsize, 0),
+        (Resource::Fsize, bounds.file),
         (Resource::Memlock, 0),
         (Resource::Core, 0),
     ] {

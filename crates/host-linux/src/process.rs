@@ -16,16 +16,18 @@
 //!   not end it**; who drops it without having waited leaves a zombie for as long as this process lives.
 //! - [`Process`] is any process of this machine, held by its pidfd, so that a signal can never reach another
 //!   one that has inherited the number.
+//! - [`SharedFate`] has the kernel end a process when this one ends, however it does.
 //! - [`find_by_argument`] finds processes by a mark in their command line: how strays of an earlier life
 //!   are found. [`argument_of`] does so with one whose number is known.
 
+mod fate;
 mod find;
 mod spawn;
 mod step;
 
 use std::{
     io,
-    os::fd::{AsFd, OwnedFd},
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
     sync::Arc,
     time::Duration,
 };
@@ -39,6 +41,7 @@ use rustix::{
 use tokio::io::{Interest, unix::AsyncFd};
 
 pub use self::{
+    fate::SharedFate,
     find::{Found, argument_of, find_by_argument},
     spawn::{Spawn, find_program},
     step::{SpawnError, Step},
@@ -81,6 +84,12 @@ impl Process {
         let number = number.ok_or_else(|| io::Error::from(io::ErrorKind::InvalidInput))?;
         let pidfd = pidfd_open(number, PidfdFlags::empty())?;
         Ok(Self { pid, pidfd: Arc::new(pidfd) })
+    }
+
+    /// Its pidfd, which can be read from once it has ended.
+    #[must_use]
+    pub fn pidfd(&self) -> BorrowedFd<'_> {
+        self.pidfd.as_fd()
     }
 
     fn from_pidfd(pid: u32, pidfd: OwnedFd) -> Self {

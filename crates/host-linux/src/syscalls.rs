@@ -7,6 +7,8 @@ use std::io;
 
 use nix::libc;
 
+use crate::userfaultfd;
+
 /// A system call that may be made.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Call {
@@ -82,6 +84,26 @@ pub const OF_TIME: &[Call] = &[
     Call::any(libc::SYS_gettimeofday),
     Call::any(libc::SYS_restart_syscall),
     Call::any(libc::SYS_sched_yield),
+];
+
+/// To be sent a memory over a socket that is listened to, to serve its page faults from files that are open, and to write
+/// to those that are.
+pub const OF_PAGING: &[Call] = &[
+    Call::any(libc::SYS_read),
+    Call::any(libc::SYS_write),
+    Call::any(libc::SYS_pread64),
+    Call::any(libc::SYS_pwrite64),
+    Call::any(libc::SYS_accept4),
+    Call::any(libc::SYS_getsockopt),
+    Call::any(libc::SYS_recvmsg),
+    Call::any(libc::SYS_sendto),
+    Call::any(libc::SYS_close),
+    #[cfg(target_arch = "x86_64")]
+    Call::any(libc::SYS_poll),
+    Call::any(libc::SYS_ppoll),
+    Call { number: libc::SYS_ioctl, only: Some((1, userfaultfd::COPY)) },
+    Call { number: libc::SYS_ioctl, only: Some((1, userfaultfd::ZEROPAGE)) },
+    Call { number: libc::SYS_ioctl, only: Some((1, userfaultfd::WAKE)) },
 ];
 
 /// The numbers by which the kernel knows this architecture (`linux/audit.h`).

@@ -42,6 +42,7 @@ mod guest_memory;
 mod host_cpu;
 mod last_words;
 mod launch;
+pub mod pager;
 mod pages;
 mod process;
 mod program;

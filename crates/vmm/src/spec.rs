@@ -219,6 +219,11 @@ pub enum ExitReason {
         /// The signal's number.
         signal: i32,
     },
+    /// The process that served its memory ended, and the machine was ended for that.
+    Pager {
+        /// The end of what that process said, bounded; nothing, if it was killed.
+        said: String,
+    },
 }
 
 impl ExitReason {

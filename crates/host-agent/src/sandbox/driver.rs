@@ -614,6 +614,9 @@ pub(super) fn exited(reason: &ExitReason, is_oom: bool) -> End {
         ExitReason::VmmKilled { signal } => {
             (EndReason::VmmCrash, format!("the virtual machine monitor was killed by signal {signal}"))
         }
+        ExitReason::Pager { said } => {
+            (EndReason::VmmCrash, format!("the process that serves its memory ended: {said}"))
+        }
         ExitReason::Stopped => (EndReason::VmmCrash, "the virtual machine monitor was stopped".to_owned()),
     };
     End { reason: word, message, error: None }

@@ -127,13 +127,37 @@ pub(crate) struct SavedPages {
     path: Utf8PathBuf,
     file: File,
     page_bytes: u32,
+    memory_bytes: u64,
     runs: Vec<Run>,
+    /// Of each run, how many pages with content there are before it.
+    content_before: Vec<u64>,
+}
+
+/// Pages in a row that come from one place.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Stretch {
+    pub(crate) pages: u64,
+    pub(crate) origin: Origin,
+}
+
+/// Where the content of pages is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Origin {
+    /// They are as the base has them.
+    Base,
+    Zero,
+    /// In the file, from this byte on.
+    Saved(u64),
 }
 
 impl SavedPages {
     /// Opens the pages of a memory of this size.
     pub(crate) fn open(path: &Utf8Path, memory_bytes: u64) -> VmmResult<Self> {
-        let mut file = File::open(path).map_err(cannot("open", path))?;
+        Self::of(File::open(path).map_err(cannot("open", path))?, path, memory_bytes)
+    }
+
+    /// The same of a file that was opened, and is at its beginning.
+    pub(crate) fn of(mut file: File, path: &Utf8Path, memory_bytes: u64) -> VmmResult<Self> {
         let unusable =
             |error: FormatError| cannot("use", path)(io::Error::new(io::ErrorKind::InvalidData, error));
         let length = file.metadata().map_err(cannot("read", path))?.len();
@@ -154,7 +178,48 @@ impl SavedPages {
         let mut table = vec![0; usize::try_from(bytes).unwrap_or(usize::MAX)];
         file.read_exact_at(&mut table, offset).map_err(cannot("read", path))?;
         let runs = header.runs(&table).map_err(unusable)?;
-        Ok(Self { path: path.to_owned(), file, page_bytes: header.page_bytes, runs })
+        let content_before = runs.iter().scan(0, |content, run| {
+            let before = *content;
+            *content += if run.kind == Kind::Content { u64::from(run.pages) } else { 0 };
+            Some(before)
+        });
+        let (content_before, page_bytes) = (content_before.collect(), header.page_bytes);
+        Ok(Self { path: path.to_owned(), file, page_bytes, memory_bytes, runs, content_before })
+    }
+
+    /// Where this page comes from, and those that follow it there.
+    pub(crate) fn stretch(&self, page: u64) -> Stretch {
+        let after = self.runs.partition_point(|run| run.first <= page);
+        if let Some(at) = after.checked_sub(1) {
+            let (run, into) = (self.runs[at], page - self.runs[at].first);
+            if into < u64::from(run.pages) {
+                // The first page of the file is the header's.
+                let content = || (1 + self.content_before[at] + into) * u64::from(self.page_bytes);
+                let origin = match run.kind {
+                    Kind::Zero => Origin::Zero,
+                    Kind::Content => Origin::Saved(content()),
+                };
+                return Stretch { pages: u64::from(run.pages) - into, origin };
+            }
+        }
+        let memory_pages = self.memory_bytes / u64::from(self.page_bytes);
+        let end = self.runs.get(after).map_or(memory_pages, |run| run.first);
+        Stretch { pages: end.saturating_sub(page), origin: Origin::Base }
+    }
+
+    /// Reads bytes of its file: those of [`Origin::Saved`].
+    pub(crate) fn read(&self, at: u64, into: &mut [u8]) -> VmmResult<()> {
+        self.file.read_exact_at(into, at).map_err(cannot("read", &self.path))
+    }
+
+    /// How long a page is.
+    pub(crate) fn page_bytes(&self) -> u32 {
+        self.page_bytes
+    }
+
+    /// Its open file.
+    pub(crate) fn file(&self) -> &File {
+        &self.file
     }
 
     /// Hands out all bytes that differ, from the first to the last, each piece with its place in the memory.

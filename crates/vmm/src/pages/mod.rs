@@ -22,7 +22,7 @@
 mod file;
 mod format;
 
-pub(crate) use self::file::{PagesWriter, SavedPages, Zeros};
+pub(crate) use self::file::{Origin, PagesWriter, SavedPages, Stretch, Zeros};
 
 #[cfg(test)]
 mod tests;

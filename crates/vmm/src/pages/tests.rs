@@ -5,7 +5,7 @@ use proptest::prelude::*;
 use sha2::{Digest as _, Sha256};
 
 use super::{
-    PagesWriter, SavedPages, Zeros,
+    Origin, PagesWriter, SavedPages, Stretch, Zeros,
     format::{FormatError, HEADER, Header, Kind, Run, Runs},
 };
 use crate::{SnapshotStatistics, VmmError};
@@ -82,6 +82,29 @@ proptest! {
         prop_assert_eq!((statistics.pages, statistics.zero_pages), (model.len() as u64, zero_pages));
         let file = fs::metadata(&path).unwrap().len();
         prop_assert_eq!(statistics.bytes_written, file - u64::from(PAGE) + HEADER as u64);
+    }
+
+    #[test]
+    fn every_page_has_a_place_that_it_comes_from(model in model()) {
+        let (_directory, path) = directory();
+        write(&path, &model, 7);
+        let saved = SavedPages::open(&path, MEMORY).unwrap();
+        for page in 0..MEMORY_PAGES {
+            let Stretch { pages, origin } = saved.stretch(page);
+            prop_assert!(pages >= 1 && page + pages <= MEMORY_PAGES);
+            for more in 0..pages {
+                let found = match origin {
+                    Origin::Base => None,
+                    Origin::Zero => Some(0),
+                    Origin::Saved(at) => {
+                        let mut content = [0; PAGE_LENGTH];
+                        saved.read(at + more * u64::from(PAGE), &mut content).unwrap();
+                        Some(content[PAGE_LENGTH - 1])
+                    }
+                };
+                prop_assert_eq!(found, model.get(&(page + more)).copied(), "{}", page + more);
+            }
+        }
     }
 
     #[test]

@@ -33,7 +33,7 @@ use std::process::ExitCode;
 
 use clap::{CommandFactory as _, Parser, Subcommand};
 use tracing_subscriber::EnvFilter;
-use wrenn_host_agent::network::filter;
+use wrenn_host_agent::{network::filter, pager};
 
 use self::{
     failure::Failure,
@@ -119,6 +119,11 @@ pub fn main() -> ExitCode {
     if std::env::args_os().nth(1).is_some_and(|word| word == filter::WORD) {
         let Err(error) = filter::main();
         return ExitCode::from(Failure::new(1, error).report(Output::new(Format::Table)));
+    }
+    // So is a pager.
+    if std::env::args_os().nth(1).is_some_and(|word| word == pager::WORD) {
+        let served = pager::main().map_err(|error| Failure::new(1, error).report(Output::new(Format::Table)));
+        return served.err().map_or(ExitCode::SUCCESS, ExitCode::from);
     }
     let Arguments { output, command } = Arguments::parse();
     let output = Output::new(output);

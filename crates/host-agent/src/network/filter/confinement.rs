@@ -98,7 +98,7 @@ pub(super) fn remove_group(instance: &InstanceId, number: SlotNumber) -> io::Res
 
 /// The first thing that a process does: whatever it reads, it has no more than this.
 pub(super) fn bound() -> io::Result<()> {
-    privileges::bound(Bounds { descriptors: DESCRIPTORS, memory: MEMORY })
+    privileges::bound(Bounds { descriptors: DESCRIPTORS, memory: MEMORY, file: 0 })
 }
 
 /// The last thing that it does before it serves: from here on it can do nothing but that.

@@ -1,0 +1,260 @@
+//! The driver's side: starts a pager, finds one that is there, and knows why one ended.
+
+use std::{
+    ffi::OsString,
+    fs::File,
+    io::{self, Read as _, Seek as _, SeekFrom},
+    os::{fd::OwnedFd, unix::net::UnixStream as StdUnixStream},
+    path::PathBuf,
+    time::Duration,
+};
+
+use camino::{Utf8Path, Utf8PathBuf};
+use serde::Serialize;
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::UnixStream,
+    task::spawn_blocking,
+    time::timeout,
+};
+use wrenn_host_linux::process::{Process, Spawn};
+
+use super::{
+    process::{DONE, Order, WORD},
+    state::{NAME, StateReader},
+};
+use crate::{
+    ExitReason, VmmError, VmmResult,
+    files::{cannot, create_private, failed_thread, remove_stale},
+    process::{Leash, Watched, find},
+};
+
+/// What a pager says before it ends.
+const LOG: &str = "pager.log";
+/// Where Firecracker finds it, from its own directory.
+pub(crate) const SOCKET: &str = "memory.sock";
+/// How long a pager may take for a step, on a machine that is busy with many others.
+const BOUND: Duration = Duration::from_secs(20);
+/// How long a pager may take to be gone whose VMM is.
+const END_BOUND: Duration = Duration::from_secs(2);
+/// How much of what it said is told.
+const SAID: u64 = 4096;
+/// When the host's memory is short, a guest and its pager go before the agent does.
+const OOM_SCORE: i16 = 500;
+
+/// The program that becomes a pager.
+#[derive(Debug, Clone)]
+pub struct PagerProgram {
+    /// Its path.
+    pub program: PathBuf,
+    /// What makes a pager of it.
+    pub arguments: Vec<OsString>,
+    /// Its environment.
+    pub environment: Vec<(OsString, OsString)>,
+}
+
+impl PagerProgram {
+    /// This program, whatever has become of its file, where its first word makes it a pager ([`super::WORD`]).
+    #[must_use]
+    pub fn this() -> Self {
+        Self { program: "/proc/self/exe".into(), arguments: vec![WORD.into()], environment: Vec::new() }
+    }
+}
+
+/// What a pager is wanted for.
+#[derive(Debug)]
+pub(crate) struct Wanted {
+    /// The machine's name and directory.
+    pub(crate) name: String,
+    pub(crate) run_dir: Utf8PathBuf,
+    /// Its memory: the base, what was saved over it, and how long it is.
+    pub(crate) base: Utf8PathBuf,
+    pub(crate) pages: Option<Utf8PathBuf>,
+    pub(crate) bytes: u64,
+    /// Where the order of its first pages is kept.
+    pub(crate) working_set: Utf8PathBuf,
+    /// That of the machine.
+    pub(crate) control_group: Option<OwnedFd>,
+}
+
+/// A pager, which ends when this is dropped, and with it its VMM, unless it was let go.
+#[derive(Debug)]
+pub(crate) struct Pager {
+    leash: Leash,
+    run_dir: Utf8PathBuf,
+    control: Option<UnixStream>,
+}
+
+impl Pager {
+    /// Starts one; that it is ready is waited for later.
+    pub(crate) async fn begin(program: &PagerProgram, wanted: Wanted) -> VmmResult<Self> {
+        let Wanted { name, run_dir, base, pages, bytes, working_set, control_group } = wanted;
+        let failed = spawn_failed(program);
+        forget(&run_dir)?;
+        let log = create_private(&run_dir.join(LOG))?;
+        let (ours, theirs) = StdUnixStream::pair().map_err(&failed)?;
+        ours.set_nonblocking(true).map_err(&failed)?;
+        let mut control = UnixStream::from_std(ours).map_err(&failed)?;
+        let mut spawn = Spawn::new(&program.program)
+            .args(program.arguments.iter().cloned())
+            .arg(mark(&name))
+            .current_dir(run_dir.as_std_path())
+            .new_session()
+            .oom_score_adj(OOM_SCORE)
+            .no_core_dump()
+            .stdin(theirs)
+            .stderr(log);
+        for (variable, value) in &program.environment {
+            spawn = spawn.env(variable, value);
+        }
+        if let Some(group) = control_group {
+            spawn = spawn.control_group(group);
+        }
+        let started = spawn_blocking(move || {
+            spawn.start().map(|child| {
+                let leash = Leash::new(child.process().clone()).0;
+                (leash, child)
+            })
+        });
+        let started = started.await.map_err(|error| failed_thread("start", error))?;
+        let (leash, child) = started.map_err(|error| failed(io::Error::other(error)))?;
+        // Reaped for as long as we live, let go or not.
+        tokio::spawn(async move { drop(Watched::Child(child).wait().await) });
+        let order = Order {
+            socket: run_dir.join(SOCKET),
+            socket_owner: None,
+            base,
+            pages,
+            bytes,
+            state: run_dir.join(NAME),
+            working_set: Some(working_set),
+        };
+        tell(&mut control, &order).await.map_err(&failed)?;
+        Ok(Self { leash, run_dir, control: Some(control) })
+    }
+
+    /// Waits until it listens, and binds it and its VMM to each other: from then on neither goes on without the other.
+    pub(crate) async fn bind(&mut self, program: &PagerProgram, vmm: &Process) -> VmmResult<()> {
+        let Some(control) = &mut self.control else { return Ok(()) };
+        let steps = async {
+            done(control).await?;
+            tell(control, &vmm.pid()).await?;
+            done(control).await
+        };
+        let source = match timeout(BOUND, steps).await {
+            Ok(Ok(())) => return Ok(()),
+            Ok(Err(error)) => error,
+            Err(_) => return Err(VmmError::Timeout { operation: "start", bound: BOUND }),
+        };
+        // It has said why, if it has ended.
+        drop(timeout(END_BOUND, self.leash.process.ended()).await);
+        let said = said(&self.run_dir);
+        let source = if said.is_empty() { source } else { io::Error::other(said) };
+        Err(spawn_failed(program)(source))
+    }
+
+    /// Its VMM has connected, and nobody else is to.
+    pub(crate) fn is_connected(&mut self) -> VmmResult<()> {
+        self.control = None;
+        remove_stale(&self.run_dir.join(SOCKET))
+    }
+
+    /// The pager of a machine that runs without an owner.
+    pub(crate) fn find(name: &str, run_dir: &Utf8Path) -> io::Result<Option<Self>> {
+        let found = find(&mark(name), None)?;
+        let run_dir = run_dir.to_owned();
+        Ok(found.map(|process| Self { leash: Leash::new(process).0, run_dir, control: None }))
+    }
+
+    pub(crate) fn process(&self) -> &Process {
+        &self.leash.process
+    }
+
+    /// What tells its end.
+    pub(crate) fn watch(&self) -> PagerWatch {
+        PagerWatch { process: self.leash.process.clone(), run_dir: self.run_dir.clone() }
+    }
+
+    pub(crate) fn let_go(&mut self) {
+        self.leash.let_go();
+    }
+}
+
+/// Whether a pager ended, and why.
+#[derive(Debug, Clone)]
+pub(crate) struct PagerWatch {
+    process: Process,
+    run_dir: Utf8PathBuf,
+}
+
+impl PagerWatch {
+    /// Waits for its end.
+    pub(crate) async fn ended(&self) {
+        // That it cannot be watched is no reason to take it for ended.
+        if self.process.ended().await.is_err() {
+            std::future::pending::<()>().await;
+        }
+    }
+
+    /// Of a VMM that is gone: whether that was because of its pager.
+    pub(crate) async fn verdict(&self) -> Option<ExitReason> {
+        timeout(END_BOUND, self.process.ended()).await.ok()?.ok()?;
+        let is_done = StateReader::open(&self.run_dir).and_then(|state| state.is_done());
+        // It saw the VMM's end, and ended for that.
+        (!is_done.unwrap_or_default()).then(|| reason(&self.run_dir))
+    }
+}
+
+/// Whether a machine in this directory has a pager, or had one.
+pub(crate) fn is_wanted(run_dir: &Utf8Path) -> VmmResult<bool> {
+    let path = run_dir.join(NAME);
+    path.try_exists().map_err(cannot("examine", &path))
+}
+
+/// Removes what the pager of an earlier machine left.
+pub(crate) fn forget(run_dir: &Utf8Path) -> VmmResult<()> {
+    [NAME, LOG, SOCKET].iter().try_for_each(|name| remove_stale(&run_dir.join(name)))
+}
+
+/// Why a machine ended whose pager had ended.
+pub(crate) fn reason(run_dir: &Utf8Path) -> ExitReason {
+    ExitReason::Pager { said: said(run_dir) }
+}
+
+/// Where the order of the first pages of a snapshot is kept: beside its devices.
+pub(crate) fn working_set_beside(state: &Utf8Path) -> Utf8PathBuf {
+    state.with_file_name(format!("{}.working-set", state.file_name().unwrap_or_default()))
+}
+
+fn said(run_dir: &Utf8Path) -> String {
+    let read = File::open(run_dir.join(LOG)).and_then(|mut log| {
+        let length = log.metadata()?.len();
+        log.seek(SeekFrom::Start(length.saturating_sub(SAID)))?;
+        let mut said = Vec::new();
+        log.take(SAID).read_to_end(&mut said)?;
+        Ok(String::from_utf8_lossy(&said).trim().to_owned())
+    });
+    // A directory that its owner has removed.
+    read.unwrap_or_default()
+}
+
+fn mark(name: &str) -> String {
+    format!("pager-of={name}")
+}
+
+fn spawn_failed(program: &PagerProgram) -> impl Fn(io::Error) -> VmmError + use<> {
+    let program = program.program.to_string_lossy().into_owned();
+    move |source| VmmError::Spawn { program: program.clone().into(), source }
+}
+
+async fn tell(control: &mut UnixStream, what: &impl Serialize) -> io::Result<()> {
+    let mut line = serde_json::to_vec(what)?;
+    line.push(b'\n');
+    control.write_all(&line).await
+}
+
+async fn done(control: &mut UnixStream) -> io::Result<()> {
+    let mut answer = [0; DONE.len()];
+    control.read_exact(&mut answer).await?;
+    if answer == DONE.as_bytes() { Ok(()) } else { Err(io::ErrorKind::InvalidData.into()) }
+}
