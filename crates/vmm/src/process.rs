@@ -273,7 +273,7 @@ fn not_there(machine: &AdoptedMachine) -> VmmError {
 }
 
 /// The process with this argument.
-fn find(mark: &str, hint: Option<u32>) -> io::Result<Option<Process>> {
+pub(crate) fn find(mark: &str, hint: Option<u32>) -> io::Result<Option<Process>> {
     if let Some(pid) = hint
         && let Some(found) = argument_of(pid, mark)?
         && found.argument == mark

@@ -15,13 +15,14 @@ use tokio::{
     io::AsyncBufReadExt,
     sync::{Mutex, OnceCell},
 };
-use wrenn_host_linux::process::{Process, Signal};
+use wrenn_host_linux::process::{Process, Signal, find_by_argument};
 use wrenn_types::{MemoryMib, Shape, Vcpus};
 use wrenn_vmm::{
     AdoptedMachine, BootMemory, ExitReason, GuestBundle, MachineSpec, NetworkSpec, SnapshotFiles, Vm, Vmm,
     VmmError,
     conformance::{self, Subject},
-    firecracker::{Firecracker, FirecrackerOptions},
+    firecracker::{Firecracker, FirecrackerOptions, MemoryBackend},
+    pager::{self, PagerProgram},
 };
 
 /// How long a guest may take, whose host is translated too.
@@ -43,9 +44,56 @@ struct Host {
     _directory: tempfile::TempDir,
 }
 
+/// What makes the program of this test a pager.
+const PAGER: &str = "WRENN_TEST_PAGER";
+
+/// Not a test: what is started as a pager, which has this variable.
+#[test]
+fn becomes_a_pager() {
+    if std::env::var_os(PAGER).is_some()
+        && let Err(error) = pager::main()
+    {
+        panic!("{error:?}");
+    }
+}
+
+/// Memory that this program serves.
+fn served() -> MemoryBackend {
+    MemoryBackend::Uffd(PagerProgram {
+        program: "/proc/self/exe".into(),
+        arguments: ["--exact", "becomes_a_pager", "--nocapture"].map(Into::into).to_vec(),
+        environment: vec![(PAGER.into(), "1".into())],
+    })
+}
+
+/// A test of each way in which a machine that is restored gets its memory.
+macro_rules! of_both {
+    ($($test:ident)*) => {
+        mod mapped {
+            $(#[tokio::test] async fn $test() { super::$test(super::MemoryBackend::File).await; })*
+        }
+        mod served {
+            $(#[tokio::test] async fn $test() { super::$test(super::served()).await; })*
+        }
+    };
+}
+
+of_both! {
+    conforms
+    a_full_disk_fails_a_snapshot_and_nothing_else
+    each_life_has_a_number_of_its_own
+    a_memory_with_a_hole_in_its_addresses_is_saved_and_restored
+    a_clone_has_the_device_of_its_own_namespace
+}
+
 impl Host {
     async fn new() -> Option<Self> {
-        let firecracker = match Firecracker::detect(FirecrackerOptions::from_environment()).await {
+        Self::with(MemoryBackend::File).await
+    }
+
+    async fn with(memory: MemoryBackend) -> Option<Self> {
+        let options = FirecrackerOptions { memory, ..FirecrackerOptions::from_environment() };
+        let firecracker = match Firecracker::detect(options).await {
             Ok(firecracker) => firecracker,
             Err(error) => {
                 support::skipped(&error.to_string());
@@ -167,10 +215,9 @@ impl Subject for Host {
     }
 }
 
-#[tokio::test]
-async fn conforms() {
+async fn conforms(memory: MemoryBackend) {
     let _alone = ONE_AT_A_TIME.lock().await;
-    let Some(host) = Host::new().await else { return };
+    let Some(host) = Host::with(memory).await else { return };
     conformance::run(&host).await;
 }
 
@@ -249,10 +296,9 @@ async fn a_process_that_is_asked_to_end_says_so() {
     assert_eq!(support::ended(vm.as_ref(), BOUND).await, ExitReason::VmmKilled { signal: 15 });
 }
 
-#[tokio::test]
-async fn a_full_disk_fails_a_snapshot_and_nothing_else() {
+async fn a_full_disk_fails_a_snapshot_and_nothing_else(memory: MemoryBackend) {
     let _alone = ONE_AT_A_TIME.lock().await;
-    let Some(host) = Host::new().await else { return };
+    let Some(host) = Host::with(memory).await else { return };
     let base = SnapshotFiles { memory: host.path("memory"), state: host.path("state"), pages: None };
     let mut vm = host.boot(host.spec("template", 128), &base.memory).await;
     vm.pause().await.unwrap();
@@ -290,10 +336,9 @@ fn saved(files: &SnapshotFiles) -> Vec<u8> {
     std::fs::read(files.pages.as_ref().unwrap()).unwrap()
 }
 
-#[tokio::test]
-async fn each_life_has_a_number_of_its_own() {
+async fn each_life_has_a_number_of_its_own(memory: MemoryBackend) {
     let _alone = ONE_AT_A_TIME.lock().await;
-    let Some(host) = Host::new().await else { return };
+    let Some(host) = Host::with(memory).await else { return };
     let base = host.template(host.spec("template", 128)).await;
     let begin = Instant::now();
     let mut vm = host.firecracker.restore(host.spec("first", 128), &base).await.unwrap();
@@ -325,10 +370,9 @@ async fn each_life_has_a_number_of_its_own() {
     assert!((8..=64).contains(&differ), "{differ} bytes differ");
 }
 
-#[tokio::test]
-async fn a_memory_with_a_hole_in_its_addresses_is_saved_and_restored() {
+async fn a_memory_with_a_hole_in_its_addresses_is_saved_and_restored(memory: MemoryBackend) {
     let _alone = ONE_AT_A_TIME.lock().await;
-    let Some(host) = Host::new().await else { return };
+    let Some(host) = Host::with(memory).await else { return };
     // Beyond 3 GiB it lies elsewhere, in a mapping of its own; the guest is told not to use that.
     let spec = |name| {
         let mut spec = host.spec(name, 4096);
@@ -350,6 +394,76 @@ async fn a_memory_with_a_hole_in_its_addresses_is_saved_and_restored() {
         assert!(statistics.pages > 0 && statistics.bytes_written < 128 << 20, "{statistics:?}");
         vm.stop().await.unwrap();
     }
+}
+
+/// The pager of a machine.
+fn pager_of(name: &str) -> Process {
+    let mark = format!("pager-of=wrenn-vmmtest{}-{name}", std::process::id());
+    let [found] = find_by_argument(&mark).unwrap().try_into().unwrap();
+    found.process
+}
+
+#[tokio::test]
+async fn a_machine_whose_pager_dies_ends_and_says_why() {
+    let _alone = ONE_AT_A_TIME.lock().await;
+    let Some(host) = Host::with(served()).await else { return };
+    let base = host.template(host.spec("template", 128)).await;
+    // One that is owned, one that was taken over, and one that nobody owns.
+    let mut owned = host.firecracker.restore(host.spec("owned", 128), &base).await.unwrap();
+    owned.resume().await.unwrap();
+    ticks(owned.as_mut(), 3).await;
+    let begin = Instant::now();
+    pager_of("owned").kill().unwrap();
+    let reason = support::ended(owned.as_ref(), BOUND).await;
+    eprintln!("a machine ended {:?} after its pager", begin.elapsed());
+    assert_eq!(reason, ExitReason::Pager { said: String::new() });
+
+    for is_taken_over in [true, false] {
+        let name = if is_taken_over { "taken" } else { "alone" };
+        let mut vm = host.firecracker.restore(host.spec(name, 128), &base).await.unwrap();
+        vm.resume().await.unwrap();
+        ticks(vm.as_mut(), 3).await;
+        let process = Process::open(vm.pid().unwrap()).unwrap();
+        vm.release().await;
+        let known = AdoptedMachine { memory: Some(base.memory.clone()), ..host.adopted(name) };
+        if is_taken_over {
+            let vm = host.firecracker.adopt(known).await.unwrap();
+            pager_of(name).kill().unwrap();
+            let reason = support::ended(vm.as_ref(), BOUND).await;
+            assert_eq!(reason, ExitReason::Pager { said: String::new() });
+        } else {
+            pager_of(name).kill().unwrap();
+            // The kernel alone does it.
+            tokio::time::timeout(BOUND, process.ended()).await.unwrap().unwrap();
+            let gone = host.firecracker.adopt(known).await.map(drop);
+            assert!(matches!(gone, Err(VmmError::NotThere { .. })), "{gone:?}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn what_a_guest_wants_first_is_there_the_next_time() {
+    let _alone = ONE_AT_A_TIME.lock().await;
+    let Some(host) = Host::with(served()).await else { return };
+    let base = host.template(host.spec("template", 128)).await;
+    let mut faults = Vec::new();
+    for name in ["first", "second", "third"] {
+        let spec = host.spec(name, 128);
+        let run_dir = spec.run_dir.clone();
+        let begin = Instant::now();
+        let mut vm = host.firecracker.restore(spec, &base).await.unwrap();
+        let restored = begin.elapsed();
+        vm.resume().await.unwrap();
+        ticks(vm.as_mut(), 1).await;
+        let ticked = begin.elapsed();
+        ticks(vm.as_mut(), 2).await;
+        let counts = pager::counts(&run_dir).unwrap();
+        eprintln!("{name}: restored in {restored:?}, first tick after {ticked:?}: {counts:?}");
+        vm.stop().await.unwrap();
+        faults.push(counts.faults);
+    }
+    assert!(Utf8Path::new(&format!("{}.working-set", base.state)).exists());
+    assert!(faults[1] < faults[0] / 2 && faults[2] < faults[0] / 2, "{faults:?}");
 }
 
 /// Runs a program of the host.
@@ -390,10 +504,9 @@ impl Drop for Namespace {
     }
 }
 
-#[tokio::test]
-async fn a_clone_has_the_device_of_its_own_namespace() {
+async fn a_clone_has_the_device_of_its_own_namespace(memory: MemoryBackend) {
     let _alone = ONE_AT_A_TIME.lock().await;
-    let Some(host) = Host::new().await else { return };
+    let Some(host) = Host::with(memory).await else { return };
     let (one, two) = (Namespace::new("one", "tap0").await, Namespace::new("two", "tap7").await);
     let with_network = |name, namespace: &Namespace, tap: &str| {
         let mut spec = host.spec(name, 128);

@@ -26,8 +26,9 @@ use crate::{
     files::{SocketFile, cannot},
     guest_memory::GuestMemory,
     launch::CONTROL_SOCKET,
+    pager::{self, Pager},
     pages::Zeros,
-    process::{self, ADOPT, Leash, Watched, find_adopted, on_thread, unless_ended},
+    process::{self, ADOPT, Leash, Watched, find_adopted, lost, on_thread, unless_ended},
     state::State,
 };
 
@@ -66,12 +67,36 @@ async fn take(process: Process, machine: &AdoptedMachine) -> VmmResult<Machine> 
             on_thread(ADOPT, move |_| backing(&process, &file)).await?
         }
     };
-    let monitor = Monitor { console: Arc::clone(&console), log, socket: SocketFile::at(socket) };
+    let pager = find_pager(&process, machine).await?;
+    let backing = match (&pager, machine.memory.clone()) {
+        (Some(_), Some(file)) => Backing::Served(file),
+        _ => backing,
+    };
+    let watch = pager.as_ref().map(Pager::watch);
+    let monitor =
+        Monitor { console: Arc::clone(&console), log, socket: SocketFile::at(socket), pager: watch };
     let (leash, held) = Leash::new(process.clone());
     tokio::spawn(monitor.run(Watched::Adopted(process), held));
     let mut adopted = Machine::new(leash, api, console, run_dir.clone(), owner, disk);
     adopted.found(backing, state);
+    adopted.set_pager(pager);
     Ok(adopted)
+}
+
+/// What serves its memory, if something has to. A machine that has lost it is ended: it would hang at the next page.
+async fn find_pager(process: &Process, machine: &AdoptedMachine) -> VmmResult<Option<Pager>> {
+    if !pager::is_wanted(&machine.run_dir)? {
+        return Ok(None);
+    }
+    let (name, run_dir) = (machine.name.clone(), machine.run_dir.clone());
+    let found = on_thread(ADOPT, move |_| Pager::find(&name, &run_dir).map_err(lost)).await?;
+    match found {
+        Some(found) => Ok(Some(found)),
+        None => {
+            process.kill_and_wait().await.map_err(lost)?;
+            Err(VmmError::Exited { operation: ADOPT, reason: pager::reason(&machine.run_dir) })
+        }
+    }
 }
 
 /// Locks a machine's directory, once its owner has let it go.

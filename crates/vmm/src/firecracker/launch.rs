@@ -6,6 +6,7 @@
 //!  console.log                 what the last owner had read of the former
 //!  disk.link                   leads to the root disk
 //!  owner.lock                  locked by whoever owns the machine
+//!  memory.sock, pager.*         of the process that serves its memory, if one does: see [`crate::pager`]
 //!  making.mark, saved.mark     there while the machine is being made, and once its memory was given away
 //! ```
 //!
@@ -27,9 +28,10 @@ use wrenn_host_linux::appearance::Appearance;
 
 use super::{api::Api, machine::Machine, monitor::Monitor, spool::Spool};
 use crate::{
-    ExitReason, MachineSpec, VmmError, VmmResult,
+    ExitReason, MachineSpec, SnapshotFiles, VmmError, VmmResult,
     files::{SocketFile, cannot, remove_stale, remove_stale_of_kind},
     launch::{self, CONTROL_SOCKET, not_started},
+    pager::{self, Pager, PagerProgram, Wanted},
     process,
 };
 
@@ -91,8 +93,14 @@ impl Mark {
 
 /// Starts a Firecracker. On return it listens, has been told nothing yet, and is marked as [`Mark::Making`].
 ///
+/// With `served`, its memory is to be served: there is a pager that waits for it, and whose fate it shares.
+///
 /// The machine that is returned kills the process when it is dropped, and so does this future.
-pub(super) async fn start(program: &Utf8Path, mut spec: MachineSpec) -> VmmResult<Machine> {
+pub(super) async fn start(
+    program: &Utf8Path,
+    mut spec: MachineSpec,
+    served: Option<(&PagerProgram, &SnapshotFiles)>,
+) -> VmmResult<Machine> {
     launch::inputs(&spec)?;
     let owner = owner(&spec.run_dir)?;
     if owner.try_lock().is_err() {
@@ -105,6 +113,12 @@ pub(super) async fn start(program: &Utf8Path, mut spec: MachineSpec) -> VmmResul
     remove_stale_of_kind(&spec.run_dir.join(CONTROL_SOCKET), FileType::is_socket)?;
     // The machine's owner may have files of its own here.
     remove_stale_of_kind(&spec.run_dir.join(DISK_LINK), FileType::is_symlink)?;
+    pager::forget(&spec.run_dir)?;
+    // It begins while Firecracker does.
+    let mut pager = match served {
+        Some((program, from)) => Some(Pager::begin(program, Wanted::for_restore(&spec, from)?).await?),
+        None => None,
+    };
     let disk = spec.disk.take().map(|disk| disk.path);
     if let Some(disk) = &disk {
         let link = spec.run_dir.join(DISK_LINK);
@@ -122,14 +136,24 @@ pub(super) async fn start(program: &Utf8Path, mut spec: MachineSpec) -> VmmResul
         .stdout(log.writer()?)
         .stderr(log.writer()?);
     let socket = spec.run_dir.join(CONTROL_SOCKET);
-    let monitor = Monitor { console: Arc::clone(&console), log, socket: SocketFile::at(socket.clone()) };
+    let watch = pager.as_ref().map(Pager::watch);
+    let monitor =
+        Monitor { console: Arc::clone(&console), log, socket: SocketFile::at(socket.clone()), pager: watch };
     let leash = launch::start(program, spawn, |child, held| monitor.run(child, held)).await?;
     let mut exited = leash.exit();
     let api = Api::at(socket.clone());
-    let machine = Machine::new(leash, api, console, spec.run_dir, owner, disk);
+    let vmm = leash.process().clone();
+    let mut machine = Machine::new(leash, api, console, spec.run_dir, owner, disk);
     let listens = async {
+        let begins = async {
+            until_listening(&appearance, &socket, machine.api()).await.map_err(&failed)?;
+            match (&mut pager, served) {
+                (Some(pager), Some((program, _))) => pager.bind(program, &vmm).await,
+                _ => Ok(()),
+            }
+        };
         tokio::select! {
-            listens = until_listening(&appearance, &socket, machine.api()) => listens.map_err(&failed),
+            begins = begins => begins,
             reason = exited.wait_for(Option::is_some) => {
                 let reason = reason.ok().and_then(|reason| reason.clone());
                 let reason = reason.unwrap_or_else(ExitReason::of_unknown_cause);
@@ -138,7 +162,10 @@ pub(super) async fn start(program: &Utf8Path, mut spec: MachineSpec) -> VmmResul
         }
     };
     match timeout(START_BOUND, listens).await {
-        Ok(Ok(())) => Ok(machine),
+        Ok(Ok(())) => {
+            machine.set_pager(pager);
+            Ok(machine)
+        }
         Ok(Err(error)) => Err(launch::ended(machine, error).await),
         Err(_) => {
             let late = VmmError::Timeout { operation: "start", bound: START_BOUND };

@@ -14,7 +14,7 @@ use tokio::sync::watch;
 use super::{
     api::{Api, COMMAND_BOUND},
     launch::{CONSOLE, CONSOLE_LOG, DISK_LINK, Mark},
-    memory::{self, SNAPSHOT},
+    memory::{self, CloneMemory, SNAPSHOT},
     requests,
     requests::{
         Action, BackendType, BootSource, CacheType, DISK, Drive, InstanceActionInfo, MachineConfiguration,
@@ -28,6 +28,7 @@ use crate::{
     files::cannot,
     guest_memory::GuestMemory,
     launch::GUEST_MAC,
+    pager::{Pager, SOCKET, ServedMemory},
     pages::SavedPages,
     process::{Leash, on_thread},
     state::{State, other_memory},
@@ -46,6 +47,8 @@ pub(super) struct Machine {
     disk: Option<Utf8PathBuf>,
     backing: Backing,
     state: State,
+    /// After the process, so that its own end is told as wished for when both are dropped.
+    pager: Option<Pager>,
 }
 
 /// What the guest's memory is to the host.
@@ -64,6 +67,8 @@ pub(super) enum Backing {
     },
     /// The file is mapped, and is what the memory began as.
     Private(Utf8PathBuf),
+    /// Anonymous, and served by a pager over this file.
+    Served(Utf8PathBuf),
 }
 
 /// What Firecracker knows of the pages that a machine has written since it booted.
@@ -106,11 +111,16 @@ impl Machine {
         disk: Option<Utf8PathBuf>,
     ) -> Self {
         let (backing, state) = (Backing::Anonymous, State::Paused);
-        Self { leash, api, console, run_dir, owner, disk, backing, state }
+        Self { leash, api, console, run_dir, owner, disk, backing, state, pager: None }
     }
 
     pub(super) fn api(&self) -> &Api {
         &self.api
+    }
+
+    /// What serves its memory. It goes with the machine, and the machine with it.
+    pub(super) fn set_pager(&mut self, pager: Option<Pager>) {
+        self.pager = pager;
     }
 
     pub(super) fn set_backing(&mut self, backing: Backing) {
@@ -169,7 +179,13 @@ impl Machine {
         self.tell(RESTORE, &SerialDevice { serial_out_path: CONSOLE }).await?;
         let load = SnapshotLoadParams {
             snapshot_path: &from.state,
-            mem_backend: MemoryBackend { backend_type: BackendType::File, backend_path: &from.memory },
+            mem_backend: match self.pager {
+                None => MemoryBackend { backend_type: BackendType::File, backend_path: &from.memory },
+                // It works in the directory where that is.
+                Some(_) => {
+                    MemoryBackend { backend_type: BackendType::Uffd, backend_path: Utf8Path::new(SOCKET) }
+                }
+            },
             track_dirty_pages: true,
             resume_vm: false,
             network_overrides: tap
@@ -179,6 +195,11 @@ impl Machine {
         };
         let bound = memory::bound(file_bytes(&from.state));
         self.tell_within(RESTORE, &load, bound).await?;
+        if let Some(pager) = &mut self.pager {
+            pager.is_connected()?;
+            self.backing = Backing::Served(from.memory.clone());
+            return Mark::Making.clear(&self.run_dir);
+        }
         self.backing = Backing::Private(from.memory.clone());
         if let Some(pages) = pages {
             // No guest has run in it yet, and it looks into the memory of its devices only when one does.
@@ -203,19 +224,24 @@ impl Machine {
         self.leash.explain(operation, answer).await
     }
 
-    /// Saves a machine that maps `base`. It goes on as if nothing had happened.
-    async fn save_private(&self, base: &Utf8Path, into: &SnapshotFiles) -> VmmResult<SnapshotStatistics> {
+    /// Saves a machine that was restored over `base`. It goes on as if nothing had happened.
+    async fn save_clone(&self, base: &Utf8Path, into: &SnapshotFiles) -> VmmResult<SnapshotStatistics> {
         let pages = validate::snapshot_over(base, into, SNAPSHOT)?;
         let (process, base) = (self.leash.process().clone(), base.to_owned());
-        let open = move |_: &AtomicBool| GuestMemory::of(&process, &base, SNAPSHOT);
-        let mapped = self.leash.with_memory(SNAPSHOT, open).await?;
+        let (pager, run_dir) =
+            (self.pager.as_ref().map(|pager| pager.process().clone()), self.run_dir.clone());
+        let open = move |_: &AtomicBool| match pager {
+            None => GuestMemory::of(&process, &base, SNAPSHOT).map(CloneMemory::Mapped),
+            Some(pager) => ServedMemory::open(&process, &pager, &run_dir, &base).map(CloneMemory::Served),
+        };
+        let memory = self.leash.with_memory(SNAPSHOT, open).await?;
         // It cannot write the devices alone. What it takes for the memory is of no use: it knows only what was written
         // since it was asked the last time, and nothing of what we put there ourselves.
         let unused = memory::Scratch::beside(&into.state);
         let bound = memory::bound(file_bytes(&into.memory));
         self.write_snapshot(requests::SnapshotType::Diff, &into.state, unused.path(), bound).await?;
         drop(unused);
-        self.leash.with_memory(SNAPSHOT, move |given_up| mapped.save(&pages, given_up)).await
+        self.leash.with_memory(SNAPSHOT, move |given_up| memory.save(&pages, given_up)).await
     }
 
     /// Saves a machine that booted over zeros. It goes on as if nothing had happened.
@@ -334,7 +360,7 @@ impl Vm for Machine {
             return Ok(SnapshotStatistics::default());
         }
         match self.backing.clone() {
-            Backing::Private(base) => self.save_private(&base, into).await,
+            Backing::Private(base) | Backing::Served(base) => self.save_clone(&base, into).await,
             Backing::Zeros { file, written } => self.save_over_zeros(&file, written, into).await,
             Backing::Promised { file, written } if file == into.memory => {
                 let saved = self.save_promised(&file, written, into).await;
@@ -382,7 +408,13 @@ impl Vm for Machine {
     async fn stop(&mut self) -> VmmResult<ExitReason> {
         match self.leash.reason() {
             Some(reason) => Ok(reason),
-            None => self.leash.kill().await,
+            None => {
+                let reason = self.leash.kill().await?;
+                if let Some(pager) = &self.pager {
+                    pager.end().await;
+                }
+                Ok(reason)
+            }
         }
     }
 
@@ -390,6 +422,9 @@ impl Vm for Machine {
         // The next owner goes on after it. It is a convenience for people: the directory may be gone or full.
         let said = self.console.close();
         drop(tokio::fs::write(self.run_dir.join(CONSOLE_LOG), said).await);
+        if let Some(pager) = &mut self.pager {
+            pager.let_go();
+        }
         self.leash.let_go();
         // The lock goes with the file, whoever else has a descriptor of it.
         if let Err(error) = self.owner.unlock() {

@@ -31,6 +31,7 @@ use crate::{
     SnapshotStatistics, VmmResult,
     files::{cannot, create_private},
     guest_memory::GuestMemory,
+    pager::ServedMemory,
     pages::{PagesWriter, SavedPages, Zeros},
 };
 
@@ -43,6 +44,22 @@ const CHUNK: usize = 1 << 20;
 /// How long a request may take that moves so many bytes.
 pub(super) fn bound(bytes: u64) -> Duration {
     COMMAND_BOUND + MOVE_BOUND + bounds::moving(bytes)
+}
+
+/// The memory of a clone, to be looked at from outside.
+#[derive(Debug)]
+pub(super) enum CloneMemory {
+    Mapped(GuestMemory),
+    Served(ServedMemory),
+}
+
+impl CloneMemory {
+    pub(super) fn save(&self, into: &Utf8Path, given_up: &AtomicBool) -> VmmResult<SnapshotStatistics> {
+        match self {
+            Self::Mapped(memory) => memory.save(into, given_up),
+            Self::Served(memory) => memory.save(into, given_up),
+        }
+    }
 }
 
 /// Writes saved pages over a base in whose mapping no guest has run yet.

@@ -12,14 +12,14 @@
 //! ```text
 //!  launch   directory: FIFOs, link to the disk, marks ─► firecracker --id NAME ─► its socket appears ─► connected
 //!  boot     machine-config (track_dirty_pages) ─ boot-source ─ serial ─ drives/root ─ network-interfaces/eth0 ─ InstanceStart
-//!  restore  serial ─ snapshot/load (File, track_dirty_pages, resume_vm: false) ─► pages of the snapshot ─► paused
+//!  restore  serial ─ snapshot/load (File or Uffd, track_dirty_pages, resume_vm: false) ─► pages of the snapshot ─► paused
 //! ```
 //!
 //! # Snapshots
 //! The memory of a machine that boots is anonymous, and is written to the file of the base by its one snapshot. A clone maps that
 //! file privately, as with QEMU, so that what only it has is known from the kernel; and its pages are written into
 //! the process before its guest runs. Firecracker's own record of what was written is used for machines that booted
-//! alone: see `memory`.
+//! alone: see `memory`. With [`MemoryBackend::Uffd`] the memory of a clone is anonymous, and served by a [`pager`](crate::pager).
 //!
 //! # What differs from QEMU
 //! - It has no layers of disks ([`Capabilities::supports_overlays`]): a disk is one file or device.
@@ -45,7 +45,7 @@ use async_trait::async_trait;
 use camino::{Utf8Path, Utf8PathBuf};
 
 use self::machine::{Backing, Boot, Written};
-pub use self::probe::{FirecrackerOptions, is_known};
+pub use self::probe::{FirecrackerOptions, MemoryBackend, is_known};
 use crate::{
     AdoptedMachine, BootMemory, Capabilities, DiskFormat, MachineSpec, SnapshotFiles, Vm, Vmm, VmmError,
     VmmIdentity, VmmResult,
@@ -60,6 +60,7 @@ use crate::{
 pub struct Firecracker {
     program: Utf8PathBuf,
     identity: VmmIdentity,
+    memory: MemoryBackend,
 }
 
 impl Firecracker {
@@ -77,7 +78,7 @@ impl Vmm for Firecracker {
     }
 
     fn capabilities(&self) -> Capabilities {
-        Capabilities { supports_uffd: false, supports_diff: true, supports_overlays: false }
+        Capabilities { supports_uffd: true, supports_diff: true, supports_overlays: false }
     }
 
     async fn boot(&self, spec: MachineSpec, memory: BootMemory<'_>) -> VmmResult<Box<dyn Vm>> {
@@ -101,7 +102,7 @@ impl Vmm for Firecracker {
             command_line: &command_line,
             tap: tap.as_deref(),
         };
-        let mut machine = launch::start(&self.program, spec).await?;
+        let mut machine = launch::start(&self.program, spec, None).await?;
         if let Err(error) = machine.boot(&boot).await {
             return Err(ended(machine, error).await);
         }
@@ -121,7 +122,11 @@ impl Vmm for Firecracker {
         readable(&from.state)?;
         let pages = saved_pages(from, spec.shape.memory.bytes()).await?;
         let tap = spec.network.as_ref().map(|network| network.tap.clone());
-        let mut machine = launch::start(&self.program, spec).await?;
+        let served = match &self.memory {
+            MemoryBackend::File => None,
+            MemoryBackend::Uffd(program) => Some((program, from)),
+        };
+        let mut machine = launch::start(&self.program, spec, served).await?;
         match machine.load(from, pages, tap.as_deref()).await {
             Ok(()) => Ok(Box::new(machine)),
             Err(error) => Err(ended(machine, error).await),

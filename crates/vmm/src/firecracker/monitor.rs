@@ -3,7 +3,7 @@
 //! ```text
 //!  process runs ──guest restarts, or panics──► Firecracker ends, with 0 ─► console read ─┐
 //!       │ ──────────guest halts──────────────► its console says so ─► killed ────────────┼─► reaped ─► reason told
-//!       └──────────────── stop(), a crash, a signal ─────────────────────────────────────┘
+//!       └──────────────── stop(), a crash, a signal, its pager's end ────────────────────┘
 //! ```
 //!
 //! Firecracker has no way for a guest to power off: its kernel halts instead, which nobody is told, but for a line on the
@@ -20,6 +20,7 @@ use crate::{
     ExitReason,
     files::SocketFile,
     last_words,
+    pager::PagerWatch,
     process::{Held, Watched},
 };
 
@@ -30,11 +31,13 @@ pub(super) struct Monitor {
     /// What Firecracker says itself.
     pub(super) log: Arc<Spool>,
     pub(super) socket: SocketFile,
+    /// What serves its memory, if something does.
+    pub(super) pager: Option<PagerWatch>,
 }
 
 impl Monitor {
     pub(super) async fn run(self, mut process: Watched, mut held: Held) {
-        let mut has_halted = false;
+        let (mut has_halted, mut has_pager) = (false, self.pager.is_some());
         loop {
             tokio::select! {
                 // What is let go is not ended any more, whatever its guest did at the same moment.
@@ -56,19 +59,39 @@ impl Monitor {
                     }
                 }
                 () = self.log.follow() => {}
+                () = ended(self.pager.as_ref()), if has_pager => {
+                    has_pager = false;
+                    // The kernel has done so already.
+                    drop(process.process().kill());
+                }
             }
         }
         let exit = process.wait().await;
         let reason = match (has_halted, held.is_end_wished()) {
             (true, _) => ExitReason::GuestShutdown,
             (false, true) => ExitReason::Stopped,
-            (false, false) => unexpected(exit, &self.console.text(), &self.log.text()),
+            (false, false) => match verdict(self.pager.as_ref()).await {
+                Some(reason) => reason,
+                None => unexpected(exit, &self.console.text(), &self.log.text()),
+            },
         };
         tracing::debug!(pid = process.process().pid(), ?reason, "a Firecracker is gone");
         // Whoever is told finds nothing of it.
         drop(self.socket);
         held.tell(reason);
     }
+}
+
+async fn ended(pager: Option<&PagerWatch>) {
+    match pager {
+        Some(pager) => pager.ended().await,
+        None => std::future::pending().await,
+    }
+}
+
+/// Whether it was its pager that ended it.
+async fn verdict(pager: Option<&PagerWatch>) -> Option<ExitReason> {
+    pager?.verdict().await
 }
 
 /// Why a process ended that nobody of us ended.

@@ -5,7 +5,7 @@ use std::{fs::OpenOptions, ops::RangeInclusive};
 use camino::{Utf8Path, Utf8PathBuf};
 
 use super::Firecracker;
-use crate::{Accelerator, VmmError, VmmIdentity, VmmResult, host_cpu, program};
+use crate::{Accelerator, VmmError, VmmIdentity, VmmResult, host_cpu, pager::PagerProgram, program};
 
 const DEFAULT_PROGRAM: &str = "firecracker";
 const REMEDY: &str = "install Firecracker 1.14 to 1.17, or set WRENN_FIRECRACKER to the program";
@@ -16,11 +16,23 @@ const KNOWN: RangeInclusive<(u32, u32)> = (1, 14)..=(1, 17);
 /// How devices are presented to the guest.
 const TRANSPORT: &str = "mmio";
 
-/// How to look for Firecracker.
+/// Where the memory of a machine that is restored comes from.
+#[derive(Debug, Clone, Default)]
+pub enum MemoryBackend {
+    /// The base's file is mapped, and what was saved over it is written into the mapping before the guest runs.
+    #[default]
+    File,
+    /// A [`pager`](crate::pager) serves both, page by page, when they are wanted.
+    Uffd(PagerProgram),
+}
+
+/// How to look for Firecracker, and how it is to be used.
 #[derive(Debug, Clone, Default)]
 pub struct FirecrackerOptions {
     /// The program; else `firecracker` on the `PATH`.
     pub program: Option<Utf8PathBuf>,
+    /// Where the memory of machines that are restored comes from.
+    pub memory: MemoryBackend,
 }
 
 impl FirecrackerOptions {
@@ -28,7 +40,7 @@ impl FirecrackerOptions {
     #[must_use]
     pub fn from_environment() -> Self {
         let program = std::env::var("WRENN_FIRECRACKER").ok().filter(|program| !program.is_empty());
-        Self { program: program.map(Into::into) }
+        Self { program: program.map(Into::into), memory: MemoryBackend::File }
     }
 }
 
@@ -64,7 +76,7 @@ impl Firecracker {
             cpu_model: format!("host {}", host_cpu::seen()?),
             accelerator: Accelerator::Kvm,
         };
-        Ok(Self { program, identity })
+        Ok(Self { program, identity, memory: options.memory })
     }
 }
 
@@ -122,7 +134,7 @@ mod tests {
             ("/bin/false", "ended"),
             (played.as_str(), "it is version 9.1.0, and 1.14 to 1.17 are known"),
         ] {
-            let options = FirecrackerOptions { program: Some(program.into()) };
+            let options = FirecrackerOptions { program: Some(program.into()), ..Default::default() };
             let error = Firecracker::detect(options).await.unwrap_err();
             assert!(matches!(error, VmmError::Unavailable { .. }), "{error:?}");
             let text = error.to_string();

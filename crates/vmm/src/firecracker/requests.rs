@@ -141,6 +141,7 @@ pub(super) struct MemoryBackend<'a> {
 #[derive(Debug, Clone, Copy, Serialize)]
 pub(super) enum BackendType {
     File,
+    Uffd,
 }
 
 #[derive(Debug, Clone, Copy, Serialize)]

@@ -5,7 +5,6 @@ use std::{
     fs::File,
     io::{self, Read as _, Seek as _, SeekFrom},
     os::{fd::OwnedFd, unix::net::UnixStream as StdUnixStream},
-    path::PathBuf,
     time::Duration,
 };
 
@@ -14,7 +13,6 @@ use serde::Serialize;
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
     net::UnixStream,
-    task::spawn_blocking,
     time::timeout,
 };
 use wrenn_host_linux::process::{Process, Spawn};
@@ -24,9 +22,10 @@ use super::{
     state::{NAME, StateReader},
 };
 use crate::{
-    ExitReason, VmmError, VmmResult,
-    files::{cannot, create_private, failed_thread, remove_stale},
-    process::{Leash, Watched, find},
+    ExitReason, MachineSpec, SnapshotFiles, VmmError, VmmResult,
+    files::{cannot, create_private, remove_stale},
+    launch::{self, not_started},
+    process::{Leash, find},
 };
 
 /// What a pager says before it ends.
@@ -46,7 +45,7 @@ const OOM_SCORE: i16 = 500;
 #[derive(Debug, Clone)]
 pub struct PagerProgram {
     /// Its path.
-    pub program: PathBuf,
+    pub program: Utf8PathBuf,
     /// What makes a pager of it.
     pub arguments: Vec<OsString>,
     /// Its environment.
@@ -85,17 +84,34 @@ pub(crate) struct Pager {
     control: Option<UnixStream>,
 }
 
+impl Wanted {
+    /// To serve a machine that is restored from this. The working set is kept beside the state of the devices.
+    pub(crate) fn for_restore(spec: &MachineSpec, from: &SnapshotFiles) -> VmmResult<Self> {
+        let group = spec.control_group.as_ref().map(OwnedFd::try_clone).transpose();
+        let name = format!("{}.working-set", from.state.file_name().unwrap_or_default());
+        Ok(Self {
+            name: spec.name.clone(),
+            run_dir: spec.run_dir.clone(),
+            base: from.memory.clone(),
+            pages: from.pages.clone(),
+            bytes: spec.shape.memory.bytes(),
+            working_set: from.state.with_file_name(name),
+            control_group: group.map_err(cannot("keep the control group of", &spec.run_dir))?,
+        })
+    }
+}
+
 impl Pager {
     /// Starts one; that it is ready is waited for later.
     pub(crate) async fn begin(program: &PagerProgram, wanted: Wanted) -> VmmResult<Self> {
         let Wanted { name, run_dir, base, pages, bytes, working_set, control_group } = wanted;
-        let failed = spawn_failed(program);
+        let failed = not_started(&program.program);
         forget(&run_dir)?;
         let log = create_private(&run_dir.join(LOG))?;
         let (ours, theirs) = StdUnixStream::pair().map_err(&failed)?;
         ours.set_nonblocking(true).map_err(&failed)?;
         let mut control = UnixStream::from_std(ours).map_err(&failed)?;
-        let mut spawn = Spawn::new(&program.program)
+        let mut spawn = Spawn::new(program.program.as_std_path())
             .args(program.arguments.iter().cloned())
             .arg(mark(&name))
             .current_dir(run_dir.as_std_path())
@@ -110,16 +126,12 @@ impl Pager {
         if let Some(group) = control_group {
             spawn = spawn.control_group(group);
         }
-        let started = spawn_blocking(move || {
-            spawn.start().map(|child| {
-                let leash = Leash::new(child.process().clone()).0;
-                (leash, child)
-            })
-        });
-        let started = started.await.map_err(|error| failed_thread("start", error))?;
-        let (leash, child) = started.map_err(|error| failed(io::Error::other(error)))?;
         // Reaped for as long as we live, let go or not.
-        tokio::spawn(async move { drop(Watched::Child(child).wait().await) });
+        let leash = launch::start(&program.program, spawn, |mut child, held| async move {
+            drop(child.wait().await);
+            drop(held);
+        });
+        let leash = leash.await?;
         let order = Order {
             socket: run_dir.join(SOCKET),
             socket_owner: None,
@@ -147,10 +159,10 @@ impl Pager {
             Err(_) => return Err(VmmError::Timeout { operation: "start", bound: BOUND }),
         };
         // It has said why, if it has ended.
-        drop(timeout(END_BOUND, self.leash.process.ended()).await);
+        drop(timeout(END_BOUND, self.process().ended()).await);
         let said = said(&self.run_dir);
         let source = if said.is_empty() { source } else { io::Error::other(said) };
-        Err(spawn_failed(program)(source))
+        Err(not_started(&program.program)(source))
     }
 
     /// Its VMM has connected, and nobody else is to.
@@ -167,12 +179,21 @@ impl Pager {
     }
 
     pub(crate) fn process(&self) -> &Process {
-        &self.leash.process
+        self.leash.process()
     }
 
     /// What tells its end.
     pub(crate) fn watch(&self) -> PagerWatch {
-        PagerWatch { process: self.leash.process.clone(), run_dir: self.run_dir.clone() }
+        PagerWatch { process: self.process().clone(), run_dir: self.run_dir.clone() }
+    }
+
+    /// Waits until it is gone, whose VMM is; one that does not end is killed.
+    pub(crate) async fn end(&self) {
+        if timeout(END_BOUND, self.watch().ended()).await.is_err()
+            && let Err(error) = self.process().kill_and_wait().await
+        {
+            tracing::error!(pid = self.process().pid(), %error, "a pager cannot be ended");
+        }
     }
 
     pub(crate) fn let_go(&mut self) {
@@ -221,11 +242,6 @@ pub(crate) fn reason(run_dir: &Utf8Path) -> ExitReason {
     ExitReason::Pager { said: said(run_dir) }
 }
 
-/// Where the order of the first pages of a snapshot is kept: beside its devices.
-pub(crate) fn working_set_beside(state: &Utf8Path) -> Utf8PathBuf {
-    state.with_file_name(format!("{}.working-set", state.file_name().unwrap_or_default()))
-}
-
 fn said(run_dir: &Utf8Path) -> String {
     let read = File::open(run_dir.join(LOG)).and_then(|mut log| {
         let length = log.metadata()?.len();
@@ -240,11 +256,6 @@ fn said(run_dir: &Utf8Path) -> String {
 
 fn mark(name: &str) -> String {
     format!("pager-of={name}")
-}
-
-fn spawn_failed(program: &PagerProgram) -> impl Fn(io::Error) -> VmmError + use<> {
-    let program = program.program.to_string_lossy().into_owned();
-    move |source| VmmError::Spawn { program: program.clone().into(), source }
 }
 
 async fn tell(control: &mut UnixStream, what: &impl Serialize) -> io::Result<()> {

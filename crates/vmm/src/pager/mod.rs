@@ -20,8 +20,6 @@
 //!   ([`memory`]).
 //! - **The working set** is recorded at the first restore of a snapshot, and placed ahead at each later one
 //!   ([`working_set`]).
-#![cfg_attr(not(test), allow(dead_code, unused_imports, reason = "the driver is to use it"))]
-
 mod keeper;
 mod memory;
 mod process;
@@ -36,9 +34,10 @@ pub use self::{
     process::{PagerError, WORD, main},
     regions::RegionsError,
     serve::ServeError,
+    state::{Counts, counts},
 };
 pub(crate) use self::{
-    keeper::{Pager, PagerWatch, SOCKET, Wanted, forget, is_wanted, reason, working_set_beside},
+    keeper::{Pager, PagerWatch, SOCKET, Wanted, forget, is_wanted, reason},
     memory::ServedMemory,
 };
 

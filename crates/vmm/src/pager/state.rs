@@ -69,15 +69,15 @@ pub(super) enum Phase {
     Done = 2,
 }
 
-/// How pages came to be where they are.
+/// What a pager has done until now.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub(super) struct Counts {
-    /// Somebody waited for them.
-    pub(super) faults: u64,
-    /// They were had ready.
-    pub(super) ahead: u64,
-    /// Times that pages were taken away.
-    pub(super) removals: u64,
+pub struct Counts {
+    /// How often somebody waited for a page.
+    pub faults: u64,
+    /// How many pages were placed before anybody asked for them.
+    pub ahead: u64,
+    /// How often pages were taken away.
+    pub removals: u64,
 }
 
 /// The pager's side, which alone changes it.
@@ -204,6 +204,14 @@ impl Marks {
             !was_set
         })
     }
+}
+
+/// What the pager of a machine in this directory has done until now, or until it ended.
+///
+/// # Errors
+/// There is none.
+pub fn counts(run_dir: &Utf8Path) -> VmmResult<Counts> {
+    StateReader::open(run_dir)?.counts()
 }
 
 /// A reader's side: it believes nothing that it has not checked, because the pager listens to a VMM.
