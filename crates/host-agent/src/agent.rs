@@ -26,13 +26,14 @@ use wrenn_proto::hostagent::v1::HostAgentServiceExt as _;
 use wrenn_types::{DiskMib, HostId, InstanceId, NetworkPolicy, ResourceError};
 use wrenn_vmm::{
     Accelerator, Vmm, VmmError,
-    firecracker::{Firecracker, FirecrackerOptions},
+    firecracker::{Firecracker, FirecrackerOptions, MemoryBackend},
+    pager::PagerProgram,
     qemu::{AcceleratorChoice, Qemu, QemuOptions},
 };
 
 use crate::{
     adopt::{self, CollectError},
-    config::{AcceleratorFlag, Config, OnStop, VmmDriver},
+    config::{AcceleratorFlag, Config, MemoryBackendFlag, OnStop, VmmDriver},
     control_plane_loss::{Sessions, watch_over},
     doctor::{self, NotFit},
     images::{Images, ImagesError},
@@ -109,6 +110,9 @@ pub enum StartError {
         /// How new ones are to be made.
         wanted: String,
     },
+    /// The virtual machine monitor cannot have its memory served.
+    #[error("QEMU maps memory and has it served by nobody: leave out --memory-backend, or choose `file`")]
+    MemoryBackend,
     /// Production was asked for on a host that does not have what it needs.
     #[error("this host is not fit")]
     NotFit(#[source] NotFit),
@@ -259,6 +263,9 @@ impl Agent {
 
         let driver = config.disk_driver().ok_or(StartError::Disks)?;
         let disks = disks::open(driver, &instance, &dir.join("agent")).await?;
+        if config.vmm == VmmDriver::Qemu && config.memory_backend == MemoryBackendFlag::Uffd {
+            return Err(StartError::MemoryBackend);
+        }
         let images = Images::load(&config.images).and_then(|images| match config.vmm {
             VmmDriver::Qemu => Ok(images),
             VmmDriver::Firecracker => images.with_uncompressed_kernel(),
@@ -573,7 +580,11 @@ async fn find_vmm(config: &Config, images: &Images) -> Result<(Arc<dyn Vmm>, Str
     match config.vmm {
         VmmDriver::Qemu => find_qemu(config, images).await,
         VmmDriver::Firecracker => {
-            let options = FirecrackerOptions { program: config.firecracker.clone() };
+            let memory = match config.memory_backend {
+                MemoryBackendFlag::File => MemoryBackend::File,
+                MemoryBackendFlag::Uffd => MemoryBackend::Uffd(PagerProgram::this()),
+            };
+            let options = FirecrackerOptions { program: config.firecracker.clone(), memory };
             let firecracker = Firecracker::detect(options).await?;
             Ok((Arc::new(firecracker), "Firecracker runs guests under KVM alone".to_owned()))
         }

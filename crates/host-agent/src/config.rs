@@ -54,6 +54,11 @@ pub struct Config {
     #[arg(long, env = "WRENN_FIRECRACKER")]
     pub firecracker: Option<Utf8PathBuf>,
 
+    /// Where Firecracker has the memory of machines that are restored from: the snapshot's files, mapped, or a process
+    /// beside each machine that serves it page by page.
+    #[arg(long, env = "WRENN_MEMORY_BACKEND", value_enum, default_value_t = MemoryBackendFlag::File)]
+    pub memory_backend: MemoryBackendFlag,
+
     /// Refuse to start unless the host has all that production needs, which `wrenn doctor` tells of.
     #[arg(long)]
     pub production: bool,
@@ -176,6 +181,15 @@ pub enum VmmDriver {
     Qemu,
     /// Firecracker, on KVM.
     Firecracker,
+}
+
+/// Where the memory of machines that are restored comes from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum MemoryBackendFlag {
+    /// The snapshot's files, mapped.
+    File,
+    /// A process beside each machine that serves its page faults; for Firecracker.
+    Uffd,
 }
 
 /// How root disks are kept.

@@ -51,6 +51,6 @@ pub mod tunnel;
 pub mod warm;
 
 pub use agent::{Agent, StartError};
+pub use config::Config;
 /// What becomes of a process that is told to: see `wrenn_vmm::pager`.
 pub use wrenn_vmm::pager;
-pub use config::Config;

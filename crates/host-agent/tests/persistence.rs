@@ -13,11 +13,12 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use wrenn_host_agent::{
     Agent, Config,
     config::{
-        AcceleratorFlag, CONTROL_PLANE_LOSS_AFTER, DiskDriver, OnControlPlaneLoss, OnStop, SCRUB_INTERVAL,
-        VmmDriver,
+        AcceleratorFlag, CONTROL_PLANE_LOSS_AFTER, DiskDriver, MemoryBackendFlag, OnControlPlaneLoss, OnStop,
+        SCRUB_INTERVAL, VmmDriver,
     },
     guest::ENVD_PORT,
     limits::Limits,
+    pager,
     registry::Registry,
     sandbox::{Deadline, Handle, Outcome, SandboxSpec, Settings, Stage, Update, queue::Verb},
     snapshots::Extent,
@@ -35,6 +36,13 @@ mod firecracker;
 const BOUND: Duration = Duration::from_secs(180);
 
 fn main() -> ExitCode {
+    // An agent of this program starts it again, as the pager of a machine.
+    if std::env::args_os().nth(1).is_some_and(|word| word == pager::WORD) {
+        return match pager::main() {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => panic!("{error:?}"),
+        };
+    }
     let arguments = Arguments::from_args();
     let skip = stack::cannot_run();
     if let Some(reason) = &skip {
@@ -42,10 +50,8 @@ fn main() -> ExitCode {
     }
     let trial = |name: &str, run: fn(Arc<Place>) -> Running| {
         let skipped = skip.is_some();
-        Trial::test(name, move || {
-            with_place(VmmDriver::Qemu, None, run).map_err(|error| format!("{error:?}").into())
-        })
-        .with_ignored_flag(skipped)
+        Trial::test(name, move || with_place(Kind::QEMU, run).map_err(|error| format!("{error:?}").into()))
+            .with_ignored_flag(skipped)
     };
     let mut trials = vec![
         trial("persistence::what_is_paused_comes_back", |place| Box::pin(pause_and_resume(place))),
@@ -73,18 +79,30 @@ type Running = std::pin::Pin<Box<dyn Future<Output = Result<()>> + Send>>;
 struct Place {
     dir: tempfile::TempDir,
     outside: String,
-    vmm: VmmDriver,
-    disks: Option<DiskDriver>,
+    kind: Kind,
 }
 
-fn with_place(vmm: VmmDriver, disks: Option<DiskDriver>, run: fn(Arc<Place>) -> Running) -> Result<()> {
+/// What the machines of an agent run on.
+#[derive(Debug, Clone, Copy)]
+struct Kind {
+    vmm: VmmDriver,
+    disks: Option<DiskDriver>,
+    memory: MemoryBackendFlag,
+}
+
+impl Kind {
+    const QEMU: Self = Self { vmm: VmmDriver::Qemu, disks: None, memory: MemoryBackendFlag::File };
+    const FIRECRACKER: Self = Self { vmm: VmmDriver::Firecracker, ..Self::QEMU };
+}
+
+fn with_place(kind: Kind, run: fn(Arc<Place>) -> Running) -> Result<()> {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
     runtime.block_on(async {
         let outside = Uplink::create().await?;
         let dir = tempfile::Builder::new().prefix("wrenn-test-").tempdir()?;
-        let place = Arc::new(Place { dir, outside: outside.name().to_owned(), vmm, disks });
+        let place = Arc::new(Place { dir, outside: outside.name().to_owned(), kind });
         // A guest of the lab is translated, and so is its host.
-        let bound = if vmm == VmmDriver::Firecracker { 4 * BOUND } else { 2 * BOUND };
+        let bound = if kind.vmm == VmmDriver::Firecracker { 4 * BOUND } else { 2 * BOUND };
         let outcome = tokio::time::timeout(bound, run(Arc::clone(&place))).await.context("in time");
         // Whatever a case that failed has left is ended by one more agent.
         place.agent(OnStop::Destroy).await?.stop().await;
@@ -130,11 +148,12 @@ impl Place {
             uplink_netns: Some(self.outside.parse()?),
             dns_servers: vec!["8.8.8.8".parse()?],
             default_disk_mib: DiskMib::default().get(),
-            vmm: self.vmm,
+            vmm: self.kind.vmm,
+            memory_backend: self.kind.memory,
             firecracker: std::env::var("WRENN_FIRECRACKER").ok().map(Utf8PathBuf::from),
             accelerator: AcceleratorFlag::Tcg,
             qemu: None,
-            disks: self.disks,
+            disks: self.kind.disks,
             metrics: None,
             production: false,
             jailer: None,

@@ -4,23 +4,26 @@
 use std::sync::Arc;
 
 use libtest_mimic::Trial;
-use wrenn_host_agent::config::{DiskDriver, VmmDriver};
+use wrenn_host_agent::config::{DiskDriver, MemoryBackendFlag};
 use wrenn_testkit::stack;
 
-use super::{Place, Running, adoption, pause_and_resume, snapshots, with_place};
+use super::{Kind, Place, Running, adoption, pause_and_resume, snapshots, with_place};
 
 pub(super) fn trials() -> Vec<Trial> {
     let skip = stack::cannot_run_firecracker();
     if let Some(why) = &skip {
         println!("{why}");
     }
-    let trial_on = |disks, name: &str, run: fn(Arc<Place>) -> Running| {
-        let run = move || with_place(VmmDriver::Firecracker, disks, run);
+    let trial_on = |kind: Kind, name: &str, run: fn(Arc<Place>) -> Running| {
+        let run = move || with_place(kind, run);
         Trial::test(name, move || run().map_err(|error| format!("{error:?}").into()))
             .with_ignored_flag(skip.is_some())
     };
-    let trial = |name: &str, run| trial_on(None, name, run);
-    let on_devices = |name: &str, run| trial_on(Some(DiskDriver::DmSnapshot), name, run);
+    let devices = Kind { disks: Some(DiskDriver::DmSnapshot), ..Kind::FIRECRACKER };
+    let pager = Kind { memory: MemoryBackendFlag::Uffd, ..Kind::FIRECRACKER };
+    let trial = |name: &str, run| trial_on(Kind::FIRECRACKER, name, run);
+    let on_devices = |name: &str, run| trial_on(devices, name, run);
+    let served = |name: &str, run| trial_on(pager, name, run);
     vec![
         trial("firecracker::what_is_paused_comes_back", |place| Box::pin(pause_and_resume(place))),
         trial("firecracker::a_snapshot_outlives_everything_else", |place| Box::pin(snapshots(place))),
@@ -34,5 +37,7 @@ pub(super) fn trials() -> Vec<Trial> {
         on_devices("firecracker::dm_snapshot::another_agent_goes_on_where_one_left", |place| {
             Box::pin(adoption(place))
         }),
+        served("firecracker::pager::what_is_paused_comes_back", |place| Box::pin(pause_and_resume(place))),
+        served("firecracker::pager::another_agent_goes_on_where_one_left", |place| Box::pin(adoption(place))),
     ]
 }

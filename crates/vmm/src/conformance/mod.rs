@@ -31,7 +31,8 @@ use wrenn_host_linux::process::find_by_argument;
 use wrenn_types::{MemoryMib, Shape, Vcpus};
 
 use crate::{
-    AdoptedMachine, BootMemory, ExitReason, GuestBundle, MachineSpec, SnapshotFiles, Vm, Vmm, process::mark,
+    AdoptedMachine, BootMemory, ExitReason, GuestBundle, MachineSpec, SnapshotFiles, Vm, Vmm, pager,
+    process::mark,
 };
 
 /// How long a guest may take to come up, translated, on a machine with other work to do, which may be translated too.
@@ -221,9 +222,11 @@ impl<'a> Bench<'a> {
 
     /// After a case: no process, no socket, no open file of it.
     async fn nothing_is_left(&self) {
-        let mark = mark(&self.full_name(""));
-        let left =
-            || find_by_argument(&mark).unwrap().into_iter().map(|found| found.argument).collect::<Vec<_>>();
+        let marks = [mark(&self.full_name("")), pager::mark(&self.full_name(""))];
+        let left = || {
+            let found = marks.iter().flat_map(|mark| find_by_argument(mark).unwrap());
+            found.map(|found| found.argument).collect::<Vec<_>>()
+        };
         // A machine that was dropped is killed, and then takes a moment to be gone.
         until(|| left().is_empty()).await;
         // And whoever reaps it takes its socket away a moment later.

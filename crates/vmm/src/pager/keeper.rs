@@ -23,7 +23,7 @@ use super::{
 };
 use crate::{
     ExitReason, MachineSpec, SnapshotFiles, VmmError, VmmResult,
-    files::{cannot, create_private, remove_stale},
+    files::{SocketFile, cannot, create_private, remove_stale},
     launch::{self, not_started},
     process::{Leash, find},
 };
@@ -82,6 +82,8 @@ pub(crate) struct Pager {
     leash: Leash,
     run_dir: Utf8PathBuf,
     control: Option<UnixStream>,
+    /// Where it listens, until its VMM has connected.
+    socket: Option<SocketFile>,
 }
 
 impl Wanted {
@@ -141,8 +143,9 @@ impl Pager {
             state: run_dir.join(NAME),
             working_set: Some(working_set),
         };
+        let socket = Some(SocketFile::at(order.socket.clone()));
         tell(&mut control, &order).await.map_err(&failed)?;
-        Ok(Self { leash, run_dir, control: Some(control) })
+        Ok(Self { leash, run_dir, control: Some(control), socket })
     }
 
     /// Waits until it listens, and binds it and its VMM to each other: from then on neither goes on without the other.
@@ -166,16 +169,15 @@ impl Pager {
     }
 
     /// Its VMM has connected, and nobody else is to.
-    pub(crate) fn is_connected(&mut self) -> VmmResult<()> {
-        self.control = None;
-        remove_stale(&self.run_dir.join(SOCKET))
+    pub(crate) fn is_connected(&mut self) {
+        (self.control, self.socket) = (None, None);
     }
 
     /// The pager of a machine that runs without an owner.
     pub(crate) fn find(name: &str, run_dir: &Utf8Path) -> io::Result<Option<Self>> {
         let found = find(&mark(name), None)?;
         let run_dir = run_dir.to_owned();
-        Ok(found.map(|process| Self { leash: Leash::new(process).0, run_dir, control: None }))
+        Ok(found.map(|process| Self { leash: Leash::new(process).0, run_dir, control: None, socket: None }))
     }
 
     pub(crate) fn process(&self) -> &Process {
@@ -254,7 +256,8 @@ fn said(run_dir: &Utf8Path) -> String {
     read.unwrap_or_default()
 }
 
-fn mark(name: &str) -> String {
+/// The argument by which the pager of a machine of this name is known; of the beginning of a name, its beginning.
+pub(crate) fn mark(name: &str) -> String {
     format!("pager-of={name}")
 }
 

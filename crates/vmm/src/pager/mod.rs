@@ -41,6 +41,9 @@ pub(crate) use self::{
     memory::ServedMemory,
 };
 
+#[cfg(feature = "conformance")]
+pub(crate) use self::keeper::mark;
+
 /// What makes a pager of the program of a test.
 #[cfg(test)]
 pub(crate) const TEST_VARIABLE: &str = "WRENN_TEST_PAGER";

@@ -47,7 +47,7 @@ use super::{
     regions::{Regions, RegionsError},
     serve::{ServeError, Server, retried, timespec},
     source::Source,
-    state::{Phase, State},
+    state::{self, Phase, State},
     working_set::{self, Ahead},
 };
 use crate::{
@@ -123,15 +123,12 @@ pub enum PagerError {
 /// # Errors
 /// [`PagerError`] says why it ended, and that its VMM does, too.
 pub fn main() -> Result<(), PagerError> {
-    let bounds = Bounds {
-        descriptors: DESCRIPTORS,
-        memory: MEMORY,
-        file: working_set::LONGEST.max(ERROR_LIMIT) as u64,
-    };
-    privileges::bound(bounds).map_err(PagerError::Privileges)?;
     let stdin = rustix::io::fcntl_dupfd_cloexec(io::stdin(), 3);
     let mut parent = Parent::of(stdin.map_err(|error| PagerError::Order(error.into()))?)?;
     let order: Order = parent.hear()?;
+    let longest = (working_set::LONGEST.max(ERROR_LIMIT) as u64).max(state::file_bytes(order.bytes));
+    let bounds = Bounds { descriptors: DESCRIPTORS, memory: MEMORY, file: longest };
+    privileges::bound(bounds).map_err(PagerError::Privileges)?;
     let prepared = Prepared::make(&order).map_err(PagerError::Prepare)?;
     parent.done()?;
     let vmm = Process::open(parent.hear()?).map_err(PagerError::Fate)?;

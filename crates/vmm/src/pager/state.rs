@@ -80,6 +80,15 @@ pub struct Counts {
     pub removals: u64,
 }
 
+/// How long the file is for a memory of so many bytes.
+pub(super) fn file_bytes(memory_bytes: u64) -> u64 {
+    words(memory_bytes / rustix::param::page_size() as u64) * WORD as u64
+}
+
+fn words(pages: u64) -> u64 {
+    at::HEADER as u64 + pages.div_ceil(BITS)
+}
+
 /// The pager's side, which alone changes it.
 #[derive(Debug)]
 pub(super) struct State(SharedWords);
@@ -88,7 +97,7 @@ impl State {
     /// Makes the file, with room on the disk, in the place of one of an earlier life.
     pub(super) fn create(path: &Utf8Path, pages: u64, page_bytes: u64) -> VmmResult<Self> {
         remove_stale(path)?;
-        let words = at::HEADER as u64 + pages.div_ceil(BITS);
+        let words = words(pages);
         let mut options = OpenOptions::new();
         let file = options.read(true).write(true).create_new(true).mode(0o600).open(path);
         let file = file.map_err(cannot("create", path))?;
