@@ -10,6 +10,7 @@ pub mod device_mapper;
 pub mod disk;
 pub mod lock;
 pub mod loop_device;
+pub mod mounts;
 pub mod netns;
 pub mod privileges;
 pub mod process;

@@ -17,11 +17,14 @@
 //! - [`Process`] is any process of this machine, held by its pidfd, so that a signal can never reach another
 //!   one that has inherited the number.
 //! - [`SharedFate`] has the kernel end a process when this one ends, however it does.
+//! - [`Jail`] is a root of its own for a process, and [`Opens`] are files that somebody else opens for it.
 //! - [`find_by_argument`] finds processes by a mark in their command line: how strays of an earlier life
 //!   are found. [`argument_of`] does so with one whose number is known.
 
 mod fate;
 mod find;
+mod jail;
+mod opens;
 mod spawn;
 mod step;
 
@@ -43,6 +46,8 @@ use tokio::io::{Interest, unix::AsyncFd};
 pub use self::{
     fate::SharedFate,
     find::{Found, argument_of, find_by_argument},
+    jail::{Jail, Stage},
+    opens::{Open, Opens},
     spawn::{Spawn, find_program},
     step::{SpawnError, Step},
 };
@@ -100,6 +105,11 @@ impl Process {
     #[must_use]
     pub fn pid(&self) -> u32 {
         self.pid
+    }
+
+    /// The descriptor by which it is held.
+    pub(crate) fn as_pidfd(&self) -> &OwnedFd {
+        &self.pidfd
     }
 
     /// Sends a signal. A process that has ended already is no error: the wish is fulfilled.
@@ -176,11 +186,17 @@ impl Process {
 pub struct Child {
     process: Process,
     exit: Option<Exit>,
+    opens: Option<Opens>,
 }
 
 impl Child {
     fn new(pid: u32, pidfd: OwnedFd) -> Self {
-        Self { process: Process::from_pidfd(pid, pidfd), exit: None }
+        Self { process: Process::from_pidfd(pid, pidfd), exit: None, opens: None }
+    }
+
+    /// The files that it is about to open ([`Spawn::hold_opens`]); none if it opens them itself, or if they were taken.
+    pub fn take_opens(&mut self) -> Option<Opens> {
+        self.opens.take()
     }
 
     /// Its number.

@@ -18,6 +18,7 @@ const TUNSETOWNER: Opcode = 0x4004_54cc;
 
 const IFF_TAP: u16 = 0x0002;
 const IFF_NO_PI: u16 = 0x1000;
+const IFF_VNET_HDR: u16 = 0x4000;
 const IFF_TUN_EXCL: u16 = 0x8000;
 
 const NAME_BYTES: usize = 16;
@@ -50,16 +51,31 @@ pub fn create_persistent(name: &str, owner: Option<u32>) -> io::Result<()> {
     let device = open_control()?;
     configure(&device, name, IFF_TAP | IFF_NO_PI | IFF_TUN_EXCL)?;
     if let Some(owner) = owner {
-        // SAFETY: TUNSETOWNER takes the user id by value and touches no memory of ours.
-        #[allow(unsafe_code)]
-        unsafe {
-            ioctl(&device, IntegerSetter::<TUNSETOWNER>::new_usize(owner as usize))?;
-        }
+        set_owner(&device, owner)?;
     }
     // SAFETY: TUNSETPERSIST takes a flag by value and touches no memory of ours.
     #[allow(unsafe_code)]
     unsafe {
         ioctl(&device, IntegerSetter::<TUNSETPERSIST>::new_usize(1))?;
+    }
+    Ok(())
+}
+
+/// Lets a user attach to a persistent device, and no user who could before.
+///
+/// # Errors
+/// As [`attach`].
+pub fn give(name: &str, owner: u32) -> io::Result<()> {
+    let device = open_control()?;
+    configure(&device, name, IFF_TAP | IFF_NO_PI)?;
+    set_owner(&device, owner)
+}
+
+fn set_owner(device: &File, owner: u32) -> io::Result<()> {
+    // SAFETY: TUNSETOWNER takes the user id by value and touches no memory of ours.
+    #[allow(unsafe_code)]
+    unsafe {
+        ioctl(device, IntegerSetter::<TUNSETOWNER>::new_usize(owner as usize))?;
     }
     Ok(())
 }
@@ -72,6 +88,16 @@ pub fn create_persistent(name: &str, owner: Option<u32>) -> io::Result<()> {
 pub fn attach(name: &str) -> io::Result<OwnedFd> {
     let device = open_control()?;
     configure(&device, name, IFF_TAP | IFF_NO_PI)?;
+    Ok(device.into())
+}
+
+/// The same with a header before each frame that says what of it is still to be computed, as VMMs understand it.
+///
+/// # Errors
+/// As [`attach`].
+pub fn attach_for_vmm(name: &str) -> io::Result<OwnedFd> {
+    let device = open_control()?;
+    configure(&device, name, IFF_TAP | IFF_NO_PI | IFF_VNET_HDR)?;
     Ok(device.into())
 }
 

@@ -27,7 +27,12 @@ use std::{
 
 use nix::libc;
 
-use super::{Child, Process, SpawnError, Step, WaitIdOptions, reap};
+use super::{
+    Child, Jail, Process, SpawnError, Stage, Step, WaitIdOptions,
+    jail::{Layout, drop_bounding_set, no_new_privileges},
+    opens::Held,
+    reap,
+};
 
 /// A process to be made. The environment is empty and the standard streams are `/dev/null` unless given;
 /// no other descriptor of the parent reaches it than those in [`Spawn::keep_open`].
@@ -39,6 +44,10 @@ pub struct Spawn {
     namespace: Option<PathBuf>,
     user: Option<(u32, u32)>,
     bind_mounts: Vec<(PathBuf, PathBuf)>,
+    jail: Option<Jail>,
+    stage: Option<Stage>,
+    is_first: bool,
+    holds_opens: bool,
     new_session: bool,
     control_group: Option<OwnedFd>,
     keep_open: Vec<OwnedFd>,
@@ -60,6 +69,10 @@ impl Spawn {
             namespace: None,
             user: None,
             bind_mounts: Vec::new(),
+            jail: None,
+            stage: None,
+            is_first: false,
+            holds_opens: false,
             new_session: false,
             control_group: None,
             keep_open: Vec::new(),
@@ -112,6 +125,39 @@ impl Spawn {
     #[must_use]
     pub fn private_bind_mount(mut self, from: impl Into<PathBuf>, to: impl Into<PathBuf>) -> Self {
         self.bind_mounts.push((from.into(), to.into()));
+        self
+    }
+
+    /// Confines it: to a root of its own, as a user of its own, with no capabilities and no way to have more rights. It
+    /// has a network of its own, in which there is nothing, unless it is in a namespace that is given. Its working directory is
+    /// the root unless one in there is given. Its program is one that the jail shows.
+    #[must_use]
+    pub fn jail(mut self, jail: Jail) -> Self {
+        self.user = Some((jail.user(), jail.user()));
+        self.jail = Some(jail);
+        self
+    }
+
+    /// Gives it a file system of its own over a directory, and an empty network as [`Spawn::jail`] does. It keeps all its
+    /// rights.
+    #[must_use]
+    pub fn stage(mut self, stage: Stage) -> Self {
+        self.stage = Some(stage);
+        self
+    }
+
+    /// Makes it the first process of a new namespace of processes, which ends with it.
+    #[must_use]
+    pub fn new_process_namespace(mut self) -> Self {
+        self.is_first = true;
+        self
+    }
+
+    /// Has the files that a process in a jail opens for reading and writing opened by whoever takes [`Child::take_opens`]. The
+    /// process waits until they are answered.
+    #[must_use]
+    pub fn hold_opens(mut self) -> Self {
+        self.holds_opens = true;
         self
     }
 
@@ -265,6 +311,10 @@ struct Plan {
     namespace: Option<OwnedFd>,
     user: Option<(u32, u32)>,
     bind_mounts: Vec<(CString, CString)>,
+    layout: Option<Layout>,
+    is_jailed: bool,
+    is_first: bool,
+    held: Option<Held>,
     new_session: bool,
     control_group: Option<OwnedFd>,
     keep_open: Vec<OwnedFd>,
@@ -295,7 +345,20 @@ fn start_here(spawn: Spawn) -> Result<Child, SpawnError> {
     #[allow(unsafe_code)]
     let report = unsafe { ptr::read_volatile(ground.report()) };
     match Step::ALL.into_iter().find(|step| *step as u8 == report.step) {
-        None => Ok(Child::new(pid, pidfd)),
+        None => {
+            let mut child = Child::new(pid, pidfd);
+            if let Some(held) = plan.held {
+                match held.listener() {
+                    Ok(opens) => child.opens = Some(opens),
+                    Err(source) => {
+                        drop(child.kill());
+                        drop(reap(child.process(), WaitIdOptions::EXITED));
+                        return Err(failed(source));
+                    }
+                }
+            }
+            Ok(child)
+        }
         Some(step) => {
             // It is exiting: this waits for microseconds, and there is nothing to do about a failure.
             drop(reap(&Process::from_pidfd(pid, pidfd), WaitIdOptions::EXITED));
@@ -330,6 +393,17 @@ fn plan(spawn: Spawn, name: &str, report: *mut Report) -> Result<Plan, SpawnErro
     for (from, to) in &spawn.bind_mounts {
         bind_mounts.push((text(from.as_os_str())?, text(to.as_os_str())?));
     }
+    let layout = match (&spawn.jail, &spawn.stage) {
+        (Some(jail), _) => Some(jail.layout()),
+        (None, stage) => stage.as_ref().map(Stage::layout),
+    };
+    let layout = layout.transpose().map_err(|(path, source)| SpawnError::Open {
+        program: name.to_owned(),
+        path,
+        source,
+    })?;
+    let held = spawn.holds_opens.then(Held::new).transpose();
+    let held = held.map_err(|source| SpawnError::Clone { program: name.to_owned(), source })?;
     let stream = |given: Option<OwnedFd>| {
         let stream = given.map_or_else(|| open(Path::new("/dev/null"), true), Ok)?;
         above_standard(stream).map_err(|source| SpawnError::Clone { program: name.to_owned(), source })
@@ -342,6 +416,10 @@ fn plan(spawn: Spawn, name: &str, report: *mut Report) -> Result<Plan, SpawnErro
         namespace: spawn.namespace.map(|path| open(&path, false)).transpose()?,
         user: spawn.user,
         bind_mounts,
+        layout,
+        is_jailed: spawn.jail.is_some(),
+        is_first: spawn.is_first,
+        held,
         new_session: spawn.new_session,
         control_group: spawn.control_group,
         keep_open: spawn.keep_open,
@@ -425,7 +503,8 @@ impl Drop for Ground {
 
 fn clone_child(plan: &Plan, ground: &Ground) -> io::Result<(u32, OwnedFd)> {
     let share = if plan.user.is_some() { 0 } else { libc::CLONE_VM };
-    let flags = share | libc::CLONE_VFORK | libc::CLONE_PIDFD | libc::SIGCHLD;
+    let first = if plan.is_first { libc::CLONE_NEWPID } else { 0 };
+    let flags = share | first | libc::CLONE_VFORK | libc::CLONE_PIDFD | libc::SIGCHLD;
     let mut pidfd: c_int = -1;
     // SAFETY: `child_main` gets a pointer to `plan`, which outlives the child's use of it because this thread
     // sleeps until the child has executed its program or exited. The stack is mapped, aligned to a page and
@@ -496,6 +575,8 @@ unsafe fn prepare_and_execute(plan: &Plan) -> (Step, c_int) {
         }
         if let Some(namespace) = &plan.namespace {
             must!(EnterNetworkNamespace, libc::setns(namespace.as_raw_fd(), libc::CLONE_NEWNET));
+        } else if plan.layout.is_some() {
+            must!(EnterNetworkNamespace, libc::unshare(libc::CLONE_NEWNET));
         }
         if !plan.bind_mounts.is_empty() {
             must!(NewMountNamespace, libc::unshare(libc::CLONE_NEWNS));
@@ -524,10 +605,22 @@ unsafe fn prepare_and_execute(plan: &Plan) -> (Step, c_int) {
         for kept in &plan.keep_open {
             must!(ArrangeDescriptors, keep_on_execute(kept.as_raw_fd()));
         }
+        if let Some(layout) = &plan.layout {
+            must!(EnterJail, layout.enter());
+        }
+        if plan.is_jailed {
+            must!(DropRights, drop_bounding_set());
+        }
         if let Some((user, group)) = plan.user {
             must!(ChangeUser, libc::syscall(libc::SYS_setgroups, 0_usize, ptr::null::<libc::gid_t>()));
             must!(ChangeUser, libc::syscall(libc::SYS_setresgid, group, group, group));
             must!(ChangeUser, libc::syscall(libc::SYS_setresuid, user, user, user));
+        }
+        if plan.is_jailed {
+            must!(DropRights, no_new_privileges());
+        }
+        if let Some(held) = &plan.held {
+            must!(HoldOpens, held.install());
         }
         if let Some(directory) = &plan.current_dir {
             must!(ChangeDirectory, libc::chdir(directory.as_ptr()));

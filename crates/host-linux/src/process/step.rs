@@ -24,8 +24,14 @@ pub enum Step {
     ForbidCoreDump,
     /// Standard input, output and error, and the descriptors it keeps.
     ArrangeDescriptors,
+    /// It enters a root of its own.
+    EnterJail,
+    /// It gives up what rights it could have later.
+    DropRights,
     /// It becomes another user.
     ChangeUser,
+    /// Some of its calls are answered by its parent.
+    HoldOpens,
     /// Its working directory.
     ChangeDirectory,
     /// It asks to be killed when its parent dies.
@@ -35,7 +41,7 @@ pub enum Step {
 }
 
 impl Step {
-    pub(super) const ALL: [Self; 13] = [
+    pub(super) const ALL: [Self; 16] = [
         Self::ResetSignals,
         Self::NewSession,
         Self::EnterControlGroup,
@@ -45,7 +51,10 @@ impl Step {
         Self::SetOomScore,
         Self::ForbidCoreDump,
         Self::ArrangeDescriptors,
+        Self::EnterJail,
+        Self::DropRights,
         Self::ChangeUser,
+        Self::HoldOpens,
         Self::ChangeDirectory,
         Self::DieWithParent,
         Self::Execute,
@@ -64,7 +73,10 @@ impl fmt::Display for Step {
             Self::SetOomScore => "set the score for when memory is short",
             Self::ForbidCoreDump => "forbid a core dump",
             Self::ArrangeDescriptors => "arrange the file descriptors",
+            Self::EnterJail => "make a root of its own",
+            Self::DropRights => "give up rights",
             Self::ChangeUser => "change the user",
+            Self::HoldOpens => "hold its opens",
             Self::ChangeDirectory => "enter the working directory",
             Self::DieWithParent => "tie it to its parent",
             Self::Execute => "execute the program",
