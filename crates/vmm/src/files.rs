@@ -3,7 +3,7 @@
 use std::{
     fs::{self, File, OpenOptions},
     io,
-    os::unix::fs::OpenOptionsExt,
+    os::unix::fs::{OpenOptionsExt, PermissionsExt},
 };
 
 use camino::{Utf8Path, Utf8PathBuf};
@@ -20,6 +20,17 @@ pub(crate) fn cannot(operation: &'static str, path: &Utf8Path) -> impl FnOnce(io
 /// Fails where a VMM would, with the name of the file.
 pub(crate) fn readable(path: &Utf8Path) -> VmmResult<()> {
     File::open(path).map(drop).map_err(cannot("open", path))
+}
+
+/// A file that a process with a user of its own can read.
+pub(crate) fn public<'a>(field: &'static str, path: &'a Utf8Path) -> VmmResult<&'a Utf8Path> {
+    const OTHERS_MAY_READ: u32 = 0o004;
+    let mode = fs::metadata(path).map_err(cannot("open", path))?.permissions().mode();
+    if mode & OTHERS_MAY_READ == 0 {
+        let problem = format!("machines have users of their own, who may not read {path}");
+        return Err(VmmError::Spec { field, problem });
+    }
+    Ok(path)
 }
 
 /// A thread that was to do something for `operation` and did not come to its end.

@@ -39,6 +39,9 @@ const ENTRY: usize = size_of::<u64>();
 /// In what pieces a VMM's own writes are told from the file's content.
 const WORD: usize = size_of::<u64>();
 
+/// The path of the file to a process in a jail of ours.
+const IN_JAIL: &str = "/memory";
+
 /// The mapping of a memory file in a process that was alive after it was opened. Should the process end, its
 /// memory is gone, and another process of the same number has another one.
 #[derive(Debug)]
@@ -293,7 +296,8 @@ impl Wanted {
     /// it. The kernel may show one mapping as several, and a guest with a hole in its address space has two.
     fn find(&self, maps: &str) -> Option<Vec<Piece>> {
         let is_of_it = |mapping: &Mapping<'_>| {
-            let is_known = mapping.device == self.device || mapping.path == self.path;
+            let is_known =
+                mapping.device == self.device || mapping.path == self.path || mapping.path == IN_JAIL;
             mapping.is_private && mapping.inode == self.inode && is_known
         };
         let pieces = maps.lines().filter_map(Mapping::parse).filter(is_of_it).map(|mapping| {

@@ -20,7 +20,7 @@ use tokio::{
     task::spawn_blocking,
     time::timeout,
 };
-use wrenn_host_linux::process::{Child, Exit, Process, argument_of, find_by_argument};
+use wrenn_host_linux::process::{Child, Exit, Opens, Process, argument_of, find_by_argument};
 
 use crate::{AdoptedMachine, ExitReason, VmmError, VmmResult, files::failed_thread};
 
@@ -223,6 +223,14 @@ impl Watched {
         match self {
             Self::Child(child) => child.wait().await.map(Some),
             Self::Adopted(process) => process.ended().await.map(|()| None),
+        }
+    }
+
+    /// The files that it is about to open, if somebody else opens them for it.
+    pub(crate) fn take_opens(&mut self) -> Option<Opens> {
+        match self {
+            Self::Child(child) => child.take_opens(),
+            Self::Adopted(_) => None,
         }
     }
 

@@ -124,6 +124,9 @@ pub struct MachineSpec {
     pub guest: GuestBundle,
     /// The root disk; none for a guest that lives in its initramfs.
     pub disk: Option<DiskSpec>,
+    /// What the files of the disk may stand on, in any order: of what a file's header says that it stands on, a confined VMM
+    /// is given only these.
+    pub disk_bases: Vec<DiskSpec>,
     /// The network; none for a guest without one.
     pub network: Option<NetworkSpec>,
     /// Words to add to the kernel's command line.
@@ -133,6 +136,9 @@ pub struct MachineSpec {
     /// The control group in which the VMM process is from before its program runs: its `cgroup.procs`, opened for
     /// writing. None: that of whoever starts it.
     pub control_group: Option<OwnedFd>,
+    /// The user and group that the VMM is confined as, which no other process has: it sees nothing of the host but what its
+    /// machine is made of, and has no rights. None: it runs as whoever starts it, and sees what they see.
+    pub user: Option<u32>,
 }
 
 /// What the memory of a machine that boots is.

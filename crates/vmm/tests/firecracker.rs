@@ -7,6 +7,7 @@ mod support;
 
 use std::{
     io::Write as _,
+    sync::atomic::{AtomicU32, Ordering},
     time::{Duration, Instant},
 };
 
@@ -18,8 +19,8 @@ use tokio::{
 use wrenn_host_linux::process::{Process, Signal, find_by_argument};
 use wrenn_types::{MemoryMib, Shape, Vcpus};
 use wrenn_vmm::{
-    AdoptedMachine, BootMemory, ExitReason, GuestBundle, MachineSpec, NetworkSpec, SnapshotFiles, Vm, Vmm,
-    VmmError,
+    AdoptedMachine, BootMemory, DiskFormat, DiskSpec, ExitReason, GuestBundle, MachineSpec, NetworkSpec,
+    SnapshotFiles, Vm, Vmm, VmmError,
     conformance::{self, Subject},
     firecracker::{Firecracker, FirecrackerOptions, MemoryBackend},
     pager::{self, PagerProgram},
@@ -31,6 +32,9 @@ const BOUND: Duration = Duration::from_secs(240);
 /// How long a guest may take to begin on a processor of its own.
 const PROOF_BOUND: Duration = Duration::from_secs(20);
 
+/// Users of jailed machines: nobody's on any host.
+const FIRST_USER: u32 = 2_091_000;
+
 /// Whether a guest has come up here.
 static KVM_WORKS: OnceCell<bool> = OnceCell::const_new();
 
@@ -41,6 +45,8 @@ struct Host {
     firecracker: Firecracker,
     guest: GuestBundle,
     root: Utf8PathBuf,
+    /// The user of the next machine, where they are jailed.
+    users: Option<AtomicU32>,
     _directory: tempfile::TempDir,
 }
 
@@ -88,11 +94,21 @@ of_both! {
 
 impl Host {
     async fn new() -> Option<Self> {
+    async fn new() -> Option<Self> {
         Self::with(MemoryBackend::File).await
     }
 
+    /// One whose machines are jailed.
+    async fn jailed() -> Option<Self> {
+        let options = FirecrackerOptions { is_jailed: true, ..FirecrackerOptions::from_environment() };
+        Self::of(options).await
+    }
+
     async fn with(memory: MemoryBackend) -> Option<Self> {
-        let options = FirecrackerOptions { memory, ..FirecrackerOptions::from_environment() };
+        Self::of(FirecrackerOptions { memory, ..FirecrackerOptions::from_environment() }).await
+    }
+
+    async fn of(options: FirecrackerOptions) -> Option<Self> {
         let firecracker = match Firecracker::detect(options).await {
             Ok(firecracker) => firecracker,
             Err(error) => {
@@ -102,6 +118,8 @@ impl Host {
         };
         let directory = tempfile::tempdir().unwrap();
         let root = Utf8PathBuf::from_path_buf(directory.path().to_owned()).unwrap();
+        // As where an agent has its files.
+        std::fs::set_permissions(&root, std::os::unix::fs::PermissionsExt::from_mode(0o700)).unwrap();
         let guest = match support::counting_guest(&root, support::Kernel::Uncompressed) {
             Ok(guest) => guest,
             Err(why) => {
@@ -109,7 +127,8 @@ impl Host {
                 return None;
             }
         };
-        let host = Self { firecracker, guest, root, _directory: directory };
+        let users = is_jailed.then(|| AtomicU32::new(FIRST_USER));
+        let host = Self { firecracker, guest, root, users, _directory: directory };
         if std::env::var_os("WRENN_LAB").is_none() && !*KVM_WORKS.get_or_init(|| host.runs_a_guest()).await {
             support::skipped("KVM runs no guest here: the lab does, `make lab`");
             return None;
@@ -142,10 +161,12 @@ impl Host {
             shape: Shape { vcpus: Vcpus::new(1).unwrap(), memory: MemoryMib::new(memory_mib).unwrap() },
             guest: self.guest.clone(),
             disk: None,
+            disk_bases: Vec::new(),
             network: None,
             kernel_arguments: Vec::new(),
             keep_open: Vec::new(),
             control_group: None,
+            user: self.user(),
         }
     }
 
@@ -206,6 +227,10 @@ impl Subject for Host {
         &self.root
     }
 
+    fn user(&self) -> Option<u32> {
+        self.users.as_ref().map(|users| users.fetch_add(1, Ordering::Relaxed))
+    }
+
     async fn kill(&self, vm: &dyn Vm, _name: &str) {
         support::kill(vm).await;
     }
@@ -219,6 +244,115 @@ async fn conforms(memory: MemoryBackend) {
     let _alone = ONE_AT_A_TIME.lock().await;
     let Some(host) = Host::with(memory).await else { return };
     conformance::run(&host).await;
+}
+
+#[tokio::test]
+async fn conforms_in_its_jailer() {
+    let _alone = ONE_AT_A_TIME.lock().await;
+    let Some(host) = Host::jailed().await else { return };
+    conformance::run(&host).await;
+}
+
+#[tokio::test]
+async fn a_jailed_machine_has_no_rights_and_sees_nothing_of_others() {
+    let _alone = ONE_AT_A_TIME.lock().await;
+    let Some(host) = Host::jailed().await else { return };
+    let (one, two) = (Namespace::new("jail-one", "tap0").await, Namespace::new("jail-two", "tap0").await);
+    // Each has a copy of the disk of the one that was saved.
+    let disk = host.path("disk");
+    std::fs::File::create_new(&disk).unwrap().set_len(16 << 20).unwrap();
+    let with_network = |name, namespace: &Namespace, disk: &Utf8Path| {
+        let mut spec = host.spec(name, 128);
+        spec.network = Some(NetworkSpec { namespace: namespace.path(), tap: "tap0".to_owned() });
+        let path = host.path(&format!("disk-{name}"));
+        std::fs::copy(disk, &path).unwrap();
+        spec.disk = Some(DiskSpec { path, format: DiskFormat::Raw });
+        spec
+    };
+    let base = host.template(with_network("template", &one, &disk)).await;
+    let disk = host.path("disk-template");
+    let mut machines = [
+        host.firecracker.restore(with_network("one", &one, &disk), &base).await.unwrap(),
+        host.firecracker.restore(with_network("two", &two, &disk), &base).await.unwrap(),
+    ];
+    for vm in &mut machines {
+        vm.resume().await.unwrap();
+        ticks(vm.as_mut(), 3).await;
+    }
+    support::each_is_a_user(&[machines[0].as_ref(), machines[1].as_ref()], FIRST_USER);
+    for (vm, name) in machines.iter().zip(["one", "two"]) {
+        let vm = vm.as_ref();
+        for namespace in ["mnt", "net", "pid", "ipc", "uts"] {
+            let of = |who: &str| std::fs::read_link(format!("/proc/{who}/ns/{namespace}")).unwrap();
+            assert_ne!(of(&vm.pid().unwrap().to_string()), of("self"), "{namespace}");
+        }
+        let root = Utf8PathBuf::from(format!("/proc/{}/root", vm.pid().unwrap()));
+        let mut seen: Vec<String> =
+            root.read_dir_utf8().unwrap().flatten().map(|entry| entry.file_name().to_owned()).collect();
+        seen.sort();
+        let program = host.firecracker.program().file_name().unwrap();
+        let mark = format!("guest=wrenn-vmmtest{}-{name}", std::process::id());
+        let mut known = [
+            "api",
+            "console.fifo",
+            "dev",
+            "disk.link",
+            "memory",
+            "run",
+            "saved-memory",
+            "saved-state",
+            "state",
+        ]
+        .map(str::to_owned)
+        .to_vec();
+        known.extend([mark, program.to_owned(), format!("{program}.pid")]);
+        known.sort();
+        assert_eq!(seen, known);
+        // The base can be read by all of them, and written by none.
+        let memory = support::open_files(vm).into_iter().filter(|(_, is_written)| *is_written);
+        let inode = |path: &Utf8Path| std::os::unix::fs::MetadataExt::ino(&std::fs::metadata(path).unwrap());
+        let process = format!("/proc/{}/fd", vm.pid().unwrap());
+        for (path, _) in memory {
+            assert!(!path.as_str().ends_with("memory"), "{path} in {process}");
+        }
+        let shown = std::fs::metadata(root.join("memory")).unwrap();
+        assert_eq!(std::os::unix::fs::MetadataExt::ino(&shown), inode(&base.memory));
+        let mounts = std::fs::read_to_string(format!("/proc/{}/mountinfo", vm.pid().unwrap())).unwrap();
+        for read in [" /memory ro,nosuid,nodev", " /state ro,nosuid,nodev"] {
+            assert!(mounts.contains(read), "{mounts}");
+        }
+        assert_eq!(taps(vm.pid().unwrap()), ["tap0"]);
+    }
+    let control = std::fs::metadata(host.path("one/control.sock")).unwrap();
+    assert_eq!(std::os::unix::fs::PermissionsExt::mode(&control.permissions()) & 0o777, 0o600);
+    let owner = |path: &Utf8Path| std::os::unix::fs::MetadataExt::uid(&std::fs::metadata(path).unwrap());
+    assert!(owner(&base.memory) == 0 && owner(&base.state) == 0, "what was saved is root's");
+    assert_eq!(std::fs::read_dir(host.path("one/jail")).unwrap().count(), 0, "the host sees nothing of it");
+
+    // It is saved, taken over and saved again.
+    let [mut vm, mut other] = machines;
+    vm.pause().await.unwrap();
+    let first = host.over(&base, "first");
+    vm.snapshot(&first).await.unwrap();
+    vm.resume().await.unwrap();
+    vm.release().await;
+    let known = AdoptedMachine { has_disk: true, memory: Some(base.memory.clone()), ..host.adopted("one") };
+    let mut vm = host.firecracker.adopt(known).await.unwrap();
+    ticks(vm.as_mut(), 3).await;
+    vm.resize_disk(32 << 20).await.unwrap();
+    vm.pause().await.unwrap();
+    let second = host.over(&base, "second");
+    vm.snapshot(&second).await.unwrap();
+    for files in [&first, &second] {
+        assert!(owner(&files.state) == 0 && owner(files.pages.as_ref().unwrap()) == 0);
+    }
+    assert_eq!(vm.stop().await.unwrap(), ExitReason::Stopped);
+    assert_eq!(other.stop().await.unwrap(), ExitReason::Stopped);
+    let mut again =
+        host.firecracker.restore(with_network("again", &one, &host.path("disk-one")), &second).await.unwrap();
+    again.resume().await.unwrap();
+    ticks(again.as_mut(), 3).await;
+    again.stop().await.unwrap();
 }
 
 #[tokio::test]

@@ -6,6 +6,7 @@ mod support;
 use std::{
     io::{BufRead, BufReader, Write},
     os::unix::net::UnixStream,
+    sync::atomic::{AtomicU32, Ordering},
     time::{Duration, Instant},
 };
 
@@ -21,6 +22,8 @@ use wrenn_vmm::{
 };
 
 const BOUND: Duration = Duration::from_secs(120);
+/// Users of confined machines: nobody's on any host.
+const FIRST_USER: u32 = 2_090_000;
 
 /// One test at a time: each has several machines, and some count processes and files.
 static ONE_AT_A_TIME: Mutex<()> = Mutex::const_new(());
@@ -29,6 +32,8 @@ struct Lab {
     qemu: Qemu,
     guest: GuestBundle,
     root: Utf8PathBuf,
+    /// The user of the next machine, where they are confined.
+    users: Option<AtomicU32>,
     _directory: tempfile::TempDir,
 }
 
@@ -47,12 +52,21 @@ impl Lab {
         let accelerator = AcceleratorChoice::Always(Accelerator::Tcg);
         let options = QemuOptions { accelerator, ..QemuOptions::from_environment().unwrap() };
         match Qemu::detect(options).await {
-            Ok(qemu) => Some(Self { qemu, guest, root, _directory: directory }),
+            Ok(qemu) => Some(Self { qemu, guest, root, users: None, _directory: directory }),
             Err(error) => {
                 support::skipped(&error.to_string());
                 None
             }
         }
+    }
+
+    /// One whose machines are confined.
+    async fn confined() -> Option<Self> {
+        if !nix::unistd::geteuid().is_root() {
+            support::skipped("machines are confined by root");
+            return None;
+        }
+        Some(Self { users: Some(AtomicU32::new(FIRST_USER)), ..Self::new().await? })
     }
 
     fn spec(&self, name: &str, vcpus: i64) -> MachineSpec {
@@ -64,10 +78,12 @@ impl Lab {
             shape: Shape { vcpus: Vcpus::new(vcpus).unwrap(), memory: MemoryMib::new(256).unwrap() },
             guest: self.guest.clone(),
             disk: None,
+            disk_bases: Vec::new(),
             network: None,
             kernel_arguments: Vec::new(),
             keep_open: Vec::new(),
             control_group: None,
+            user: self.user(),
         }
     }
 
@@ -113,6 +129,10 @@ impl Subject for Lab {
         &self.root
     }
 
+    fn user(&self) -> Option<u32> {
+        self.users.as_ref().map(|users| users.fetch_add(1, Ordering::Relaxed))
+    }
+
     async fn kill(&self, vm: &dyn Vm, _name: &str) {
         support::kill(vm).await;
     }
@@ -127,6 +147,99 @@ async fn conforms() {
     let _alone = ONE_AT_A_TIME.lock().await;
     let Some(lab) = Lab::new().await else { return };
     conformance::run(&lab).await;
+}
+
+#[tokio::test]
+async fn conforms_where_it_is_confined() {
+    let _alone = ONE_AT_A_TIME.lock().await;
+    let Some(lab) = Lab::confined().await else { return };
+    conformance::run(&lab).await;
+}
+
+/// Everything that a process sees of the host, but programs and libraries.
+fn seen(vm: &dyn Vm) -> Vec<String> {
+    let root = Utf8PathBuf::from(format!("/proc/{}/root", vm.pid().unwrap()));
+    let mut found = Vec::new();
+    let mut directories = vec![root.clone()];
+    while let Some(directory) = directories.pop() {
+        for entry in directory.read_dir_utf8().unwrap().flatten() {
+            let path = entry.path().strip_prefix(&root).unwrap();
+            let is_system =
+                ["lib", "lib64", "usr/lib", "usr/lib32", "usr/lib64", "usr/share"].contains(&path.as_str());
+            match entry.file_type().unwrap().is_dir() {
+                true if is_system => {}
+                true => directories.push(entry.path().to_owned()),
+                false => found.push(path.to_string()),
+            }
+        }
+    }
+    found
+}
+
+#[tokio::test]
+async fn a_confined_machine_has_no_rights_and_sees_nothing_of_others() {
+    let _alone = ONE_AT_A_TIME.lock().await;
+    let Some(lab) = Lab::confined().await else { return };
+    let files = lab.template(1).await;
+    let disk = |name: &str| {
+        let path = lab.root.join(name);
+        std::fs::File::create_new(&path).unwrap().set_len(16 << 20).unwrap();
+        std::fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o600)).unwrap();
+        DiskSpec { path, format: DiskFormat::Raw }
+    };
+    let start = async |name: &str| {
+        let mut vm = lab.qemu.restore(lab.spec(name, 1), &files).await.unwrap();
+        vm.resume().await.unwrap();
+        until_it_says(vm.as_mut(), "tick").await;
+        vm
+    };
+    let mut booted = lab.spec("booted", 1);
+    booted.disk = Some(disk("disk"));
+    let mut booted = lab.qemu.boot(booted, BootMemory::Anonymous).await.unwrap();
+    until_it_says(booted.as_mut(), "tick").await;
+    let mut machines = [start("one").await, start("two").await, booted];
+    support::each_is_a_user(&machines.iter().map(|vm| vm.as_ref()).collect::<Vec<_>>(), FIRST_USER);
+    for vm in &machines {
+        let vm = vm.as_ref();
+        assert_eq!(support::status(vm, "CapBnd"), "0000000000000000");
+        for namespace in ["mnt", "net", "ipc", "uts"] {
+            let of = |who: &str| std::fs::read_link(format!("/proc/{who}/ns/{namespace}")).unwrap();
+            assert_ne!(of(&vm.pid().unwrap().to_string()), of("self"), "{namespace}");
+        }
+        let root = Utf8PathBuf::from(format!("/proc/{}/root", vm.pid().unwrap()));
+        for hidden in ["etc/passwd", "proc", "sys", "dev/mem", "run/wrenn", "usr/bin/sh"] {
+            assert!(root.join(hidden).symlink_metadata().is_err(), "{hidden}");
+        }
+        let mounts = std::fs::read_to_string(format!("/proc/{}/mountinfo", vm.pid().unwrap())).unwrap();
+        let is_locked = |mount: &str| mount.split(' ').nth(5).unwrap().starts_with("ro,nosuid");
+        assert!(mounts.lines().all(is_locked), "{mounts}");
+        let writable: Vec<Utf8PathBuf> = support::open_files(vm)
+            .into_iter()
+            .filter(|(path, is_written)| *is_written && path.starts_with(&lab.root))
+            .map(|(path, _)| path)
+            .collect();
+        let own = if vm.pid() == machines[2].pid() { vec![lab.root.join("disk")] } else { Vec::new() };
+        assert!(writable.iter().all(|path| own.contains(path)), "it may write {writable:?}");
+    }
+    let program = lab.qemu.program().strip_prefix("/").unwrap().to_string();
+    for vm in &machines[..2] {
+        let mut seen = seen(vm.as_ref());
+        seen.retain(|path| *path != program && path != "etc/ld.so.cache" && !path.starts_with("lib"));
+        assert!(seen.is_empty(), "{seen:?}");
+        let memory = support::open_files(vm.as_ref()).into_iter().filter(|(path, _)| *path == files.memory);
+        assert_eq!(
+            memory.map(|(_, is_written)| is_written).collect::<Vec<_>>(),
+            [false],
+            "the base is only read"
+        );
+    }
+    let control = std::fs::metadata(lab.root.join("one/control.sock")).unwrap();
+    assert_eq!(std::os::unix::fs::PermissionsExt::mode(&control.permissions()) & 0o777, 0o600);
+    for vm in &mut machines {
+        assert_eq!(vm.stop().await.unwrap(), ExitReason::Stopped);
+    }
+    let owner = |path: &Utf8Path| std::os::unix::fs::MetadataExt::uid(&std::fs::metadata(path).unwrap());
+    assert!(owner(&files.memory) == 0 && owner(&lab.root.join("disk")) == 0, "what is on the disk is root's");
 }
 
 /// One clone from its restore to its first words; how long the restore and the resume took.

@@ -95,6 +95,8 @@ impl Machine {
             shape: Shape { vcpus: Vcpus::default(), memory: MemoryMib::default() },
             guest: images.guest().bundle.clone(),
             disk: Some(disk),
+            disk_bases: Vec::new(),
+            user: None,
             network: Some(NetworkSpec {
                 namespace: slot.netns_path().to_owned(),
                 tap: slot.tap().to_owned(),

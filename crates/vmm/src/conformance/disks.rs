@@ -109,9 +109,9 @@ pub(super) async fn a_disk_goes_on_on_an_overlay(bench: &Bench<'_>) {
 
     let mut other = bench.spec("b");
     other.disk = Some(three.clone());
+    other.disk_bases = vec![base, two, one];
     let mut vm = bounded(bench.vmm().boot(other, BootMemory::Anonymous)).await.unwrap();
-    let [two, one, base] = all;
-    assert_eq!(chain(vm.as_mut()).await, [three.path, two, one, base]);
+    assert_eq!(chain(vm.as_mut()).await, [&[three.path][..], &all].concat());
     bounded(vm.stop()).await.unwrap();
     let ended = bounded(vm.disk_chain()).await;
     assert!(matches!(ended, Err(VmmError::Exited { operation: "disk_chain", .. })), "{ended:?}");
@@ -189,6 +189,7 @@ pub(super) async fn a_chain_is_copied_into_its_top(bench: &Bench<'_>) {
 
     let mut other = bench.spec("b");
     other.disk = Some(four.clone());
+    other.disk_bases = vec![base.clone(), top.clone()];
     let mut vm = bounded(bench.vmm().boot(other, BootMemory::Anonymous)).await.unwrap();
     assert_eq!(chain(vm.as_mut()).await, [four.path, top.path, base.path]);
     counts(vm.as_mut(), 3, BOOT_BOUND).await;

@@ -54,6 +54,11 @@ pub trait Subject: Send + Sync {
     /// An empty directory with a short path, for the cases' files.
     fn directory(&self) -> &Utf8Path;
 
+    /// The user that the next machine is confined as, another one for each; none where machines are not confined.
+    fn user(&self) -> Option<u32> {
+        None
+    }
+
     /// Ends a machine from outside, as `kill -9` of its process would.
     async fn kill(&self, vm: &dyn Vm, name: &str);
 
@@ -154,10 +159,12 @@ impl<'a> Bench<'a> {
             shape: Shape { vcpus: Vcpus::new(1).unwrap(), memory: MemoryMib::new(128).unwrap() },
             guest: self.subject.guest(),
             disk: None,
+            disk_bases: Vec::new(),
             network: None,
             kernel_arguments: Vec::new(),
             keep_open: Vec::<OwnedFd>::new(),
             control_group: None,
+            user: self.subject.user(),
         }
     }
 

@@ -16,10 +16,12 @@ fn spec(directory: &tempfile::TempDir, name: &str) -> MachineSpec {
         shape: Shape { vcpus: Vcpus::default(), memory: MemoryMib::default() },
         guest,
         disk: None,
+        disk_bases: Vec::new(),
         network: None,
         kernel_arguments: Vec::new(),
         keep_open: Vec::new(),
         control_group: None,
+        user: None,
     }
 }
 

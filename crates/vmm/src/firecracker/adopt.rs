@@ -15,6 +15,7 @@ use wrenn_host_linux::process::Process;
 
 use super::{
     api::{Api, COMMAND_BOUND},
+    jail,
     launch::{CONSOLE, CONSOLE_LIMIT, CONSOLE_LOG, DISK_LINK, LOG_LIMIT, Mark, owner},
     machine::{Backing, Machine, Written},
     monitor::Monitor,
@@ -50,6 +51,7 @@ async fn take(process: Process, machine: &AdoptedMachine) -> VmmResult<Machine> 
             return Err(VmmError::WrongState { operation: ADOPT, state: mark.state() });
         }
     }
+    let user = jail::user_in(run_dir)?;
     let socket = run_dir.join(CONTROL_SOCKET);
     let api = Api::at(socket.clone());
     let state = ask(&api, &machine.name).await?;
@@ -77,7 +79,7 @@ async fn take(process: Process, machine: &AdoptedMachine) -> VmmResult<Machine> 
         Monitor { console: Arc::clone(&console), log, socket: SocketFile::at(socket), pager: watch };
     let (leash, held) = Leash::new(process.clone());
     tokio::spawn(monitor.run(Watched::Adopted(process), held));
-    let mut adopted = Machine::new(leash, api, console, run_dir.clone(), owner, disk);
+    let mut adopted = Machine::new(leash, api, console, run_dir.clone(), owner, disk, user);
     adopted.found(backing, state);
     adopted.set_pager(pager);
     Ok(adopted)

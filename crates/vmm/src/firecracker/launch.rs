@@ -7,6 +7,7 @@
 //!  disk.link                   leads to the root disk
 //!  owner.lock                  locked by whoever owns the machine
 //!  memory.sock, pager.*         of the process that serves its memory, if one does: see [`crate::pager`]
+//!  user.mark                   the user of a machine that is jailed; it has more here: see `jail`
 //!  making.mark, saved.mark     there while the machine is being made, and once its memory was given away
 //! ```
 //!
@@ -26,7 +27,14 @@ use camino::Utf8Path;
 use tokio::time::{Instant, sleep, timeout};
 use wrenn_host_linux::appearance::Appearance;
 
-use super::{api::Api, machine::Machine, monitor::Monitor, spool::Spool};
+use super::{
+    Programs,
+    api::Api,
+    jail::{self, Begin},
+    machine::Machine,
+    monitor::Monitor,
+    spool::Spool,
+};
 use crate::{
     ExitReason, MachineSpec, SnapshotFiles, VmmError, VmmResult,
     files::{SocketFile, cannot, remove_stale, remove_stale_of_kind},
@@ -97,10 +105,16 @@ impl Mark {
 ///
 /// The machine that is returned kills the process when it is dropped, and so does this future.
 pub(super) async fn start(
-    program: &Utf8Path,
+    programs: &Programs,
     mut spec: MachineSpec,
+    begin: Begin<'_>,
     served: Option<(&PagerProgram, &SnapshotFiles)>,
 ) -> VmmResult<Machine> {
+    let program = &programs.firecracker;
+    if spec.user.is_some() && served.is_some() {
+        let problem = "memory that is served is not shown in a jail";
+        return Err(VmmError::Unsupported { operation: "a user of its own", problem });
+    }
     launch::inputs(&spec)?;
     let owner = owner(&spec.run_dir)?;
     if owner.try_lock().is_err() {
@@ -114,12 +128,13 @@ pub(super) async fn start(
     // The machine's owner may have files of its own here.
     remove_stale_of_kind(&spec.run_dir.join(DISK_LINK), FileType::is_symlink)?;
     pager::forget(&spec.run_dir)?;
+    jail::forget_user(&spec.run_dir)?;
     // It begins while Firecracker does.
     let mut pager = match served {
         Some((program, from)) => Some(Pager::begin(program, Wanted::for_restore(&spec, from)?).await?),
         None => None,
     };
-    let disk = spec.disk.take().map(|disk| disk.path);
+    let disk = spec.disk.as_ref().map(|disk| disk.path.clone());
     if let Some(disk) = &disk {
         let link = spec.run_dir.join(DISK_LINK);
         symlink(disk, &link).map_err(cannot("create", &link))?;
@@ -128,14 +143,26 @@ pub(super) async fn start(
     let mark = process::mark(&spec.name);
     let log = Arc::new(Spool::create(&spec.run_dir.join(&mark), LOG_LIMIT)?);
     let failed = not_started(program);
-    let appearance = Appearance::watch(spec.run_dir.as_std_path()).map_err(&failed)?;
-
-    let spawn = launch::spawn(program, &mut spec)
-        .args(arguments(&spec.name, &mark))
-        .current_dir(spec.run_dir.as_std_path())
-        .stdout(log.writer()?)
-        .stderr(log.writer()?);
     let socket = spec.run_dir.join(CONTROL_SOCKET);
+    let (user, arguments) =
+        (spec.user, |socket| ["--api-sock", socket, "--log-path", &mark, "--level", "Warn"]);
+    let (spawn, made) = match (user, &programs.jailer) {
+        (None, _) => {
+            let spawn = launch::spawn(program, &mut spec).args(["--id", &spec.name]);
+            (spawn.args(arguments(CONTROL_SOCKET)).current_dir(spec.run_dir.as_std_path()), socket.clone())
+        }
+        (Some(user), Some(jailer)) => {
+            let (named, made) = jail::socket(&spec.run_dir);
+            let words = arguments(named.as_str());
+            (jail::spawn(program, jailer, user, &mut spec, begin, &mark, &words).await?, made)
+        }
+        (Some(_), None) => {
+            let problem = "there is no jailer";
+            return Err(VmmError::Unsupported { operation: "a user of its own", problem });
+        }
+    };
+    let spawn = spawn.stdout(log.writer()?).stderr(log.writer()?);
+    let appearance = Appearance::watch(made.parent().unwrap_or(&made).as_std_path()).map_err(&failed)?;
     let watch = pager.as_ref().map(Pager::watch);
     let monitor =
         Monitor { console: Arc::clone(&console), log, socket: SocketFile::at(socket.clone()), pager: watch };
@@ -143,10 +170,15 @@ pub(super) async fn start(
     let mut exited = leash.exit();
     let api = Api::at(socket.clone());
     let vmm = leash.process().clone();
-    let mut machine = Machine::new(leash, api, console, spec.run_dir, owner, disk);
+    let run_dir = spec.run_dir.clone();
+    let mut machine = Machine::new(leash, api, console, spec.run_dir, owner, disk, user);
     let listens = async {
         let begins = async {
-            until_listening(&appearance, &socket, machine.api()).await.map_err(&failed)?;
+            appearance.until(made.as_std_path()).await.map_err(&failed)?;
+            if made != socket {
+                jail::take_socket(&run_dir)?;
+            }
+            until_listening(&socket, machine.api()).await.map_err(&failed)?;
             match (&mut pager, served) {
                 (Some(pager), Some((program, _))) => pager.bind(program, &vmm).await,
                 _ => Ok(()),
@@ -174,20 +206,14 @@ pub(super) async fn start(
     }
 }
 
-/// The words after the program.
-fn arguments<'a>(name: &'a str, log: &'a str) -> [&'a str; 8] {
-    ["--id", name, "--api-sock", CONTROL_SOCKET, "--log-path", log, "--level", "Warn"]
-}
-
 /// The file whose lock belongs to the machine's owner.
 pub(super) fn owner(run_dir: &Utf8Path) -> VmmResult<File> {
     let path = run_dir.join(OWNER);
     File::create(&path).map_err(cannot("create", &path))
 }
 
-/// Waits until somebody listens at a socket of a directory that is watched, and connects.
-async fn until_listening(appearance: &Appearance, socket: &Utf8Path, api: &Api) -> io::Result<()> {
-    appearance.until(socket.as_std_path()).await?;
+/// Waits until somebody listens at a socket, and connects.
+async fn until_listening(socket: &Utf8Path, api: &Api) -> io::Result<()> {
     // Others have no business there; it was in a directory that is the owner's alone until now.
     std::fs::set_permissions(socket, Permissions::from_mode(0o600))?;
     let begin = Instant::now();
@@ -215,13 +241,6 @@ mod tests {
     }
 
     #[test]
-    fn the_mark_is_an_argument_of_its_own() {
-        let words = arguments("wrenn-a", "guest=wrenn-a");
-        assert_eq!(words[..2], ["--id", "wrenn-a"]);
-        assert!(words.contains(&"guest=wrenn-a"));
-    }
-
-    #[test]
     fn marks_are_set_once_and_cleared() {
         let (_directory, path) = directory();
         for mark in Mark::ALL {
@@ -242,7 +261,10 @@ mod tests {
         let appearance = Appearance::watch(path.as_std_path()).unwrap();
         let socket = path.join("s");
         let api = Api::at(socket.clone());
-        let waits = until_listening(&appearance, &socket, &api);
+        let waits = async {
+            appearance.until(socket.as_std_path()).await?;
+            until_listening(&socket, &api).await
+        };
         let appears = async {
             std::fs::write(path.join("something-else"), "").unwrap();
             tokio::task::yield_now().await;

@@ -13,6 +13,7 @@ use tokio::sync::watch;
 
 use super::{
     api::{Api, COMMAND_BOUND},
+    jail::{self, Lent},
     launch::{CONSOLE, CONSOLE_LOG, DISK_LINK, Mark},
     memory::{self, CloneMemory, SNAPSHOT},
     requests,
@@ -45,6 +46,8 @@ pub(super) struct Machine {
     /// Locked by us: whoever adopts it waits for that.
     owner: File,
     disk: Option<Utf8PathBuf>,
+    /// None where it is not jailed.
+    user: Option<u32>,
     backing: Backing,
     state: State,
     /// After the process, so that its own end is told as wished for when both are dropped.
@@ -109,9 +112,10 @@ impl Machine {
         run_dir: Utf8PathBuf,
         owner: File,
         disk: Option<Utf8PathBuf>,
+        user: Option<u32>,
     ) -> Self {
         let (backing, state) = (Backing::Anonymous, State::Paused);
-        Self { leash, api, console, run_dir, owner, disk, backing, state, pager: None }
+        Self { leash, api, console, run_dir, owner, disk, user, backing, state, pager: None }
     }
 
     pub(super) fn api(&self) -> &Api {
@@ -142,7 +146,8 @@ impl Machine {
             track_dirty_pages: true,
         };
         self.tell(BOOT, &configuration).await?;
-        let (kernel_image_path, initrd_path) = (boot.kernel, boot.initramfs);
+        let kernel_image_path = jail::name(self.user, boot.kernel, jail::KERNEL);
+        let initrd_path = jail::name(self.user, boot.initramfs, jail::INITRAMFS);
         let source = BootSource { kernel_image_path, initrd_path, boot_args: boot.command_line };
         self.tell(BOOT, &source).await?;
         self.tell(BOOT, &SerialDevice { serial_out_path: CONSOLE }).await?;
@@ -177,10 +182,11 @@ impl Machine {
     ) -> VmmResult<()> {
         const RESTORE: &str = "restore";
         self.tell(RESTORE, &SerialDevice { serial_out_path: CONSOLE }).await?;
+        let memory = jail::name(self.user, &from.memory, jail::MEMORY);
         let load = SnapshotLoadParams {
-            snapshot_path: &from.state,
+            snapshot_path: jail::name(self.user, &from.state, jail::STATE),
             mem_backend: match self.pager {
-                None => MemoryBackend { backend_type: BackendType::File, backend_path: &from.memory },
+                None => MemoryBackend { backend_type: BackendType::File, backend_path: memory },
                 // It works in the directory where that is.
                 Some(_) => {
                     MemoryBackend { backend_type: BackendType::Uffd, backend_path: Utf8Path::new(SOCKET) }
@@ -287,10 +293,28 @@ impl Machine {
         bound: Duration,
     ) -> VmmResult<()> {
         // It would make them readable for others.
-        memory::prepare(state, memory)?;
-        let files =
-            requests::SnapshotCreateParams { snapshot_type, snapshot_path: state, mem_file_path: memory };
-        self.tell_within(SNAPSHOT, &files, bound).await
+        let [state_file, memory_file] = memory::prepare(state, memory)?;
+        let mut lent = None;
+        if let Some(user) = self.user {
+            let files = vec![
+                (state.to_owned(), state_file, jail::SAVED_STATE),
+                (memory.to_owned(), memory_file, jail::SAVED_MEMORY),
+            ];
+            let process = self.leash.process().clone();
+            let lend = move |_: &AtomicBool| Lent::lend(&process, user, files);
+            lent = Some(self.leash.with_memory(SNAPSHOT, lend).await?);
+        }
+        let files = requests::SnapshotCreateParams {
+            snapshot_type,
+            snapshot_path: jail::name(self.user, state, jail::SAVED_STATE),
+            mem_file_path: jail::name(self.user, memory, jail::SAVED_MEMORY),
+        };
+        let told = self.tell_within(SNAPSHOT, &files, bound).await;
+        if let Some(lent) = lent {
+            let back = on_thread(SNAPSHOT, move |_| lent.take_back()).await;
+            return told.and(back);
+        }
+        told
     }
 
     /// Fails unless something may be done with its disk now.

@@ -79,11 +79,11 @@ pub(super) fn load(
 }
 
 /// Makes the files that Firecracker is about to write, which only this user can read then. A memory that is there stays.
-pub(super) fn prepare(state: &Utf8Path, memory: &Utf8Path) -> VmmResult<()> {
-    create_private(state)?;
+pub(super) fn prepare(state: &Utf8Path, memory: &Utf8Path) -> VmmResult<[File; 2]> {
+    let made = create_private(state)?;
     let mut options = File::options();
     options.write(true).create(true).truncate(false).mode(0o600);
-    options.open(memory).map(drop).map_err(cannot("create", memory))
+    Ok([made, options.open(memory).map_err(cannot("create", memory))?])
 }
 
 /// A file that is needed for the length of a snapshot.

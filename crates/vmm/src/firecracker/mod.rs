@@ -4,6 +4,7 @@
 //! - `requests`, `api`: what is asked of it, and how.
 //! - `launch`: from a description to a process that answers.
 //! - `adopt`: to a process that an earlier life of ours started.
+//! - `jail`: where it is confined.
 //! - `machine`: one machine, the [`Vm`].
 //! - `memory`: the files of its snapshots.
 //! - `monitor`: the task that owns the process and tells why it ended. `spool`: what it says.
@@ -26,13 +27,15 @@
 //! - A guest cannot power off. Its kernel halts, and is ended for it: see `monitor`.
 //! - A guest that shuts down while nobody owns it takes the process with it: there is nothing to adopt then.
 //!
-//! # How Firecracker is confined, and how not yet
-//! Its seccomp filters are on, it is in the network namespace of its sandbox, without environment, with no open file but
-//! those it needs, and its console fills no disk. It runs as the agent's user and sees the host's file system: the jailer
-//! is not used yet.
+//! # How Firecracker is confined
+//! Its seccomp filters are on, it is in the network namespace and the control group of its sandbox, without environment, with no open file but
+//! those it needs, and its console fills no disk. Where the machine has a user ([`MachineSpec::user`]), Firecracker is
+//! started by its jailer, in a root, a namespace of processes and as a user of its own: see `jail`. Without one it runs
+//! as whoever starts it, and sees the host's files.
 
 mod adopt;
 mod api;
+mod jail;
 mod launch;
 mod machine;
 mod memory;
@@ -44,8 +47,11 @@ mod spool;
 use async_trait::async_trait;
 use camino::{Utf8Path, Utf8PathBuf};
 
-use self::machine::{Backing, Boot, Written};
 pub use self::probe::{FirecrackerOptions, MemoryBackend, is_known};
+use self::{
+    jail::Begin,
+    machine::{Backing, Boot, Written},
+};
 use crate::{
     AdoptedMachine, BootMemory, Capabilities, DiskFormat, MachineSpec, SnapshotFiles, Vm, Vmm, VmmError,
     VmmIdentity, VmmResult,
@@ -58,16 +64,24 @@ use crate::{
 /// The driver.
 #[derive(Debug)]
 pub struct Firecracker {
-    program: Utf8PathBuf,
+    programs: Programs,
     identity: VmmIdentity,
     memory: MemoryBackend,
+}
+
+/// What is run.
+#[derive(Debug)]
+struct Programs {
+    firecracker: Utf8PathBuf,
+    /// None where machines are not to be jailed.
+    jailer: Option<Utf8PathBuf>,
 }
 
 impl Firecracker {
     /// The program that is used.
     #[must_use]
     pub fn program(&self) -> &Utf8Path {
-        &self.program
+        &self.programs.firecracker
     }
 }
 
@@ -102,7 +116,8 @@ impl Vmm for Firecracker {
             command_line: &command_line,
             tap: tap.as_deref(),
         };
-        let mut machine = launch::start(&self.program, spec, None).await?;
+        let begin = Begin::Boot { kernel: &kernel, initramfs: &initramfs };
+        let mut machine = launch::start(&self.programs, spec, begin, None).await?;
         if let Err(error) = machine.boot(&boot).await {
             return Err(ended(machine, error).await);
         }
@@ -126,7 +141,8 @@ impl Vmm for Firecracker {
             MemoryBackend::File => None,
             MemoryBackend::Uffd(program) => Some((program, from)),
         };
-        let mut machine = launch::start(&self.program, spec, served).await?;
+        let begin = Begin::Load { state: &from.state, memory: &from.memory };
+        let mut machine = launch::start(&self.programs, spec, begin, served).await?;
         match machine.load(from, pages, tap.as_deref()).await {
             Ok(()) => Ok(Box::new(machine)),
             Err(error) => Err(ended(machine, error).await),

@@ -4,10 +4,13 @@ use std::{fs::OpenOptions, ops::RangeInclusive};
 
 use camino::{Utf8Path, Utf8PathBuf};
 
-use super::Firecracker;
+use super::{Firecracker, Programs};
 use crate::{Accelerator, VmmError, VmmIdentity, VmmResult, host_cpu, pager::PagerProgram, program};
 
 const DEFAULT_PROGRAM: &str = "firecracker";
+const DEFAULT_JAILER: &str = "jailer";
+const JAILER_REMEDY: &str =
+    "install the jailer of the same release as Firecracker, or set WRENN_JAILER to the program";
 const REMEDY: &str = "install Firecracker 1.14 to 1.17, or set WRENN_FIRECRACKER to the program";
 const KVM: &str = "/dev/kvm";
 const KVM_REMEDY: &str = "enable virtualisation and load kvm_intel or kvm_amd; QEMU runs without";
@@ -33,14 +36,23 @@ pub struct FirecrackerOptions {
     pub program: Option<Utf8PathBuf>,
     /// Where the memory of machines that are restored comes from.
     pub memory: MemoryBackend,
+    /// Whether machines may have users of their own: then there has to be a jailer of the same version.
+    pub is_jailed: bool,
+    /// The jailer; else the one beside Firecracker, or `jailer` on the `PATH`.
+    pub jailer: Option<Utf8PathBuf>,
 }
 
 impl FirecrackerOptions {
-    /// What the environment asks for: `WRENN_FIRECRACKER` names the program.
+    /// What the environment asks for: `WRENN_FIRECRACKER` names the program, `WRENN_JAILER` its jailer.
     #[must_use]
     pub fn from_environment() -> Self {
-        let program = std::env::var("WRENN_FIRECRACKER").ok().filter(|program| !program.is_empty());
-        Self { program: program.map(Into::into), memory: MemoryBackend::File }
+        let named = |name| std::env::var(name).ok().filter(|program| !program.is_empty()).map(Into::into);
+        Self {
+            program: named("WRENN_FIRECRACKER"),
+            memory: MemoryBackend::File,
+            is_jailed: false,
+            jailer: named("WRENN_JAILER"),
+        }
     }
 }
 
@@ -63,6 +75,10 @@ impl Firecracker {
             let ((a, b), (c, d)) = (*KNOWN.start(), *KNOWN.end());
             return Err(unusable(format!("it is version {version}, and {a}.{b} to {c}.{d} are known")));
         }
+        let jailer = match options.is_jailed {
+            true => Some(jailer(options.jailer, &program, &version).await?),
+            false => None,
+        };
         let format = parse_format(&format)
             .ok_or_else(|| unusable("it does not say the format of its snapshots".to_owned()))?;
         if let Err(error) = OpenOptions::new().read(true).write(true).open(KVM) {
@@ -76,7 +92,24 @@ impl Firecracker {
             cpu_model: format!("host {}", host_cpu::seen()?),
             accelerator: Accelerator::Kvm,
         };
-        Ok(Self { program, identity, memory: options.memory })
+        let programs = Programs { firecracker: program, jailer };
+        Ok(Self { programs, identity, memory: options.memory })
+    }
+}
+
+/// The jailer, of the version of the Firecracker that it is to start.
+async fn jailer(named: Option<Utf8PathBuf>, program: &Utf8Path, version: &str) -> VmmResult<Utf8PathBuf> {
+    let beside = program.with_file_name(DEFAULT_JAILER);
+    let named = named.or_else(|| beside.exists().then_some(beside));
+    let jailer = program::find(named.as_deref().unwrap_or_else(|| DEFAULT_JAILER.into()), JAILER_REMEDY)?;
+    let said = program::ask(&jailer, "--version", JAILER_REMEDY).await?;
+    match said.lines().next().and_then(|line| line.strip_prefix("Jailer v")) {
+        Some(found) if found.trim() == version => Ok(jailer),
+        Some(found) => {
+            let problem = format!("it is version {}, and Firecracker is {version}", found.trim());
+            Err(program::unusable(&jailer, problem, JAILER_REMEDY))
+        }
+        None => Err(program::unusable(&jailer, "it does not say its version".to_owned(), JAILER_REMEDY)),
     }
 }
 

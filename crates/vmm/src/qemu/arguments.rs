@@ -9,9 +9,8 @@ use camino::Utf8Path;
 use serde_json::json;
 use wrenn_types::Shape;
 
-use crate::{
-    Accelerator, DiskFormat, DiskSpec, VmmError, VmmResult, guest_kernel, launch::GUEST_MAC, process,
-};
+use super::disk_files::DiskFiles;
+use crate::{Accelerator, VmmError, VmmResult, guest_kernel, launch::GUEST_MAC, process};
 
 /// The machine under TCG: its interrupt controller and timers are all there, because that is with what
 /// the guest's kernel comes up when four of them boot at once.
@@ -33,8 +32,8 @@ pub(super) struct Launch<'a> {
     pub(super) shape: Shape,
     pub(super) memory: Memory<'a>,
     pub(super) start: Start<'a>,
-    pub(super) disk: Option<&'a DiskSpec>,
-    pub(super) tap: Option<&'a str>,
+    pub(super) disk: Option<&'a DiskFiles>,
+    pub(super) tap: Option<Tap<'a>>,
     /// A listening socket for commands.
     pub(super) control: Option<RawFd>,
     pub(super) console: Console,
@@ -48,6 +47,15 @@ pub(super) enum Memory<'a> {
     SharedFile(&'a Utf8Path),
     /// The file is what the memory starts as; it is never written.
     PrivateFile(&'a Utf8Path),
+}
+
+/// The TAP device.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Tap<'a> {
+    /// QEMU opens the one of this name.
+    Name(&'a str),
+    /// It is open.
+    Descriptor(RawFd),
 }
 
 /// How the machine begins.
@@ -193,13 +201,20 @@ pub(super) fn arguments(launch: &Launch<'_>) -> VmmResult<Vec<String>> {
     option("-serial", format!("chardev:{CONSOLE}"));
 
     if let Some(disk) = launch.disk {
-        option("-blockdev", block_device(disk, DISK).to_string());
+        for handed in disk.options() {
+            option("-add-fd", handed);
+        }
+        option("-blockdev", disk.description(DISK).to_string());
         // An error of the host's disk is the guest's to see. The default would stop the guest when the
         // host's disk is full, and nobody would be told.
         option("-device", format!("virtio-blk-device,drive={DISK},werror=report,rerror=report"));
     }
     if let Some(tap) = launch.tap {
-        option("-netdev", format!("tap,id=network,ifname={tap},script=no,downscript=no"));
+        let which = match tap {
+            Tap::Name(name) => format!("ifname={name},script=no,downscript=no"),
+            Tap::Descriptor(descriptor) => format!("fd={descriptor}"),
+        };
+        option("-netdev", format!("tap,id=network,{which}"));
         option("-device", format!("virtio-net-device,netdev=network,mac={GUEST_MAC}"));
     }
     match launch.start {
@@ -229,21 +244,10 @@ fn memory_file(bytes: u64, path: &Utf8Path, share: bool) -> serde_json::Value {
     })
 }
 
-/// A file of the root disk. The format is told and never guessed from the content, which the guest writes; what a
-/// qcow2 file builds on is named, with its format, in its header, which the guest cannot write.
-pub(super) fn block_device(disk: &DiskSpec, node: &str) -> serde_json::Value {
-    let driver = match disk.format {
-        // The latter was refused before.
-        DiskFormat::Raw | DiskFormat::DmSnapshot => "raw",
-        DiskFormat::Qcow2 => "qcow2",
-    };
-    let file = json!({"driver": "file", "filename": disk.path, "discard": "unmap"});
-    json!({"driver": driver, "node-name": node, "discard": "unmap", "file": file})
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::{DiskFormat, DiskSpec};
     use wrenn_types::{MemoryMib, Vcpus};
 
     fn launch<'a>(memory: Memory<'a>, start: Start<'a>) -> Launch<'a> {
@@ -312,7 +316,8 @@ mod tests {
         let start = Start::Kernel { kernel: "/k,append=x".into(), initramfs: "/i".into(), command_line: "" };
         assert!(arguments(&launch(Memory::Anonymous, start)).is_err());
         let disk = DiskSpec { path: "/d\",x".into(), format: DiskFormat::Raw };
-        assert_eq!(block_device(&disk, DISK)["file"]["filename"], json!("/d\",x"));
-        assert_eq!(block_device(&disk, DISK)["driver"], json!("raw"));
+        let description = DiskFiles::by_path(&disk).description(DISK);
+        assert_eq!(description["file"]["filename"], json!("/d\",x"));
+        assert_eq!(description["driver"], json!("raw"));
     }
 }

@@ -10,14 +10,15 @@
 //! (`blockdev-snapshot`). One that was opened and is in no chain is from an attempt that failed, and is closed by
 //! the next one; so is one that a stream has made superfluous.
 
-use std::time::Duration;
+use std::{os::fd::OwnedFd, time::Duration};
 
 use camino::{Utf8Path, Utf8PathBuf};
 use serde_json::{Value, json};
 use tokio::time::{Instant, timeout};
 
 use super::{
-    arguments::{DISK, block_device},
+    arguments::DISK,
+    disk_files::{self, Layer, Sets, name_of_set},
     machine::Machine,
 };
 use crate::{DiskSpec, VmmError, VmmResult, validate};
@@ -42,14 +43,14 @@ struct Disk {
 
 impl Disk {
     /// Finds the machine's only disk in what `query-block` says.
-    fn parse(devices: &Value) -> Option<Self> {
+    fn parse(devices: &Value, sets: &Sets) -> Option<Self> {
         let inserted = devices.as_array()?.iter().map(|device| &device["inserted"]);
         let disk = inserted.into_iter().find(|inserted| inserted.is_object())?;
         let mut image = &disk["image"];
         let bytes = image["virtual-size"].as_u64()?;
         let mut chain = Vec::new();
         while let Some(name) = image["filename"].as_str() {
-            chain.push(path_of(name)?);
+            chain.push(sets.path(path_of(name)?));
             image = &image["backing-image"];
         }
         let top = disk["node-name"].as_str()?.to_owned();
@@ -87,19 +88,26 @@ fn next_node(nodes: &Value) -> String {
 }
 
 /// The node that gives a file of a chain its format, in what `query-named-block-nodes` says.
-fn node_of<'a>(nodes: &'a Value, file: &Utf8Path) -> Option<&'a str> {
+fn node_of<'a>(nodes: &'a Value, file: &Utf8Path, sets: &Sets) -> Option<&'a str> {
     let has_format = |node: &&Value| !matches!(node["drv"].as_str(), None | Some("file" | "host_device"));
-    let is_it = |node: &&Value| node["file"].as_str().and_then(path_of).is_some_and(|path| path == file);
+    let path = |node: &Value| node["file"].as_str().and_then(path_of).map(|name| sets.path(name));
+    let is_it = |node: &&Value| path(node).is_some_and(|path| path == file);
     nodes.as_array()?.iter().filter(has_format).find(is_it)?["node-name"].as_str()
 }
 
 impl Machine {
     async fn disk(&self, operation: &'static str) -> VmmResult<Disk> {
+        let sets = self.sets(operation).await?;
         let devices = self.command(operation, "query-block", Value::Null).await?;
-        Disk::parse(&devices).ok_or_else(|| {
+        Disk::parse(&devices, &sets).ok_or_else(|| {
             let message = "it says nothing of a disk".to_owned();
             VmmError::Refused { command: "query-block".to_owned(), message }
         })
+    }
+
+    /// The files that it was handed.
+    async fn sets(&self, operation: &'static str) -> VmmResult<Sets> {
+        Ok(Sets::parse(&self.command(operation, "query-fdsets", Value::Null).await?))
     }
 
     async fn nodes(&self, operation: &'static str) -> VmmResult<Value> {
@@ -131,19 +139,54 @@ impl Machine {
         self.end_stream(OPERATION).await?;
         let nodes = self.close_unused(OPERATION, &disk.top).await?;
         let node = next_node(&nodes);
-        let mut description = block_device(overlay, &node);
+        // It may see none of the host's files: it is handed this one.
+        let files = disk_files::open(&overlay.path, true)?;
+        let set = self.hand_over(OPERATION, overlay.path.as_str(), files).await?;
+        let mut description = Layer::new(name_of_set(set), overlay).description();
+        description["node-name"] = node.as_str().into();
         // Opened alone: what is below it is open already.
         description["backing"] = Value::Null;
-        self.command(OPERATION, "blockdev-add", description).await?;
         let turn = json!({"node": disk.top, "overlay": node});
-        match self.command(OPERATION, "blockdev-snapshot", turn).await {
+        let turned = async {
+            self.command(OPERATION, "blockdev-add", description).await?;
+            self.command(OPERATION, "blockdev-snapshot", turn).await
+        };
+        match turned.await {
             Ok(_) => Ok(()),
             Err(error) => {
                 // The first error is the one to tell.
                 drop(self.command(OPERATION, "blockdev-del", json!({"node-name": node})).await);
+                drop(self.take_back(OPERATION, set).await);
                 Err(error)
             }
         }
+    }
+
+    /// Hands QEMU a file, as often as there are descriptors of it; under which number it knows it.
+    pub(super) async fn hand_over(
+        &self,
+        operation: &'static str,
+        note: &str,
+        files: Vec<OwnedFd>,
+    ) -> VmmResult<u64> {
+        let mut set = None;
+        for file in files {
+            let mut arguments = json!({"opaque": note});
+            if let Some(set) = set {
+                arguments["fdset-id"] = set;
+            }
+            let answer = self.command_with(operation, "add-fd", arguments, file).await?;
+            set = Some(answer["fdset-id"].clone());
+        }
+        set.and_then(|set| set.as_u64()).ok_or_else(|| {
+            let message = "it does not say under which number".to_owned();
+            VmmError::Refused { command: "add-fd".to_owned(), message }
+        })
+    }
+
+    /// Has QEMU close a file that it was handed, once it does not use it.
+    pub(super) async fn take_back(&self, operation: &'static str, set: u64) -> VmmResult<()> {
+        self.command(operation, "remove-fd", json!({"fdset-id": set})).await.map(drop)
     }
 
     pub(super) async fn stream(&self, base: &Utf8Path) -> VmmResult<()> {
@@ -158,7 +201,7 @@ impl Machine {
         if at > 1 {
             let base = &disk.chain[at];
             let nodes = self.nodes(OPERATION).await?;
-            let Some(node) = node_of(&nodes, base) else {
+            let Some(node) = node_of(&nodes, base, &self.sets(OPERATION).await?) else {
                 let message = format!("it says nothing of {base}");
                 return Err(VmmError::Refused { command: "query-named-block-nodes".to_owned(), message });
             };
@@ -227,6 +270,11 @@ impl Machine {
                 Err(error) => return Err(error),
             }
         }
+        let sets = self.sets(operation).await?;
+        // What is removed on the host has no room there before it is closed here.
+        for set in sets.others(&self.disk(operation).await?.chain) {
+            self.take_back(operation, set).await?;
+        }
         Ok(nodes)
     }
 }
@@ -247,9 +295,9 @@ mod tests {
         ]);
         let chain = ["/d/two", "/d/one", "/d/base"].map(Utf8PathBuf::from).to_vec();
         let disk = Disk { top: "disk-3".to_owned(), bytes: 4096, chain };
-        assert_eq!(Disk::parse(&devices), Some(disk));
-        assert_eq!(Disk::parse(&json!([])), None);
-        assert_eq!(Disk::parse(&json!({"error": 1})), None);
+        assert_eq!(Disk::parse(&devices, &Sets::default()), Some(disk));
+        assert_eq!(Disk::parse(&json!([]), &Sets::default()), None);
+        assert_eq!(Disk::parse(&json!({"error": 1}), &Sets::default()), None);
         assert_eq!(path_of(r#"json:{"driver":"raw","file.filename":"/d"}"#), Some("/d".into()));
         assert_eq!(path_of("json:{"), None);
     }
@@ -267,7 +315,7 @@ mod tests {
         assert_eq!(own_nodes(&nodes).collect::<Vec<_>>(), ["disk-10", "disk-9", "disk"]);
         assert_eq!(next_node(&nodes), "disk-11");
         assert_eq!(next_node(&json!([{"node-name": "disk"}])), "disk-1");
-        assert_eq!(node_of(&nodes, "/d/base".into()), Some("#block064"));
-        assert_eq!(node_of(&nodes, "/d/none".into()), None);
+        assert_eq!(node_of(&nodes, "/d/base".into(), &Sets::default()), Some("#block064"));
+        assert_eq!(node_of(&nodes, "/d/none".into(), &Sets::default()), None);
     }
 }

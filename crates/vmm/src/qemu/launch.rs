@@ -12,17 +12,21 @@ use std::{
 use camino::{Utf8Path, Utf8PathBuf};
 use rustix::pipe::{PipeFlags, pipe_with};
 use tokio::net::unix::pipe;
+use wrenn_host_linux::{netns::NetworkNamespace, tap};
 
 use super::{
-    arguments::{Console, Launch, Memory, Start, arguments},
+    arguments::{Console, Launch, Memory, Start, Tap, arguments},
+    disk_files::DiskFiles,
+    jail::{OpenedMemory, jail},
     machine::Machine,
     monitor::{ConsoleTail, Monitor},
     qmp::Qmp,
 };
 use crate::{
-    Accelerator, MachineSpec, VmmResult,
+    Accelerator, MachineSpec, NetworkSpec, VmmResult,
     files::{SocketFile, cannot, remove_stale},
     launch::{self, CONTROL_SOCKET, not_started},
+    process::{Held, Watched},
 };
 
 /// What all machines of a driver have in common.
@@ -48,23 +52,46 @@ pub(super) async fn start(
     let failed = not_started(&engine.program);
     let (errors, stderr) = pipe_with(PipeFlags::CLOEXEC).map_err(|error| failed(error.into()))?;
     let errors = pipe::Receiver::from_owned_fd(errors).map_err(&failed)?;
+    let disk = match (&spec.disk, spec.user) {
+        (None, _) => None,
+        (Some(disk), None) => Some(DiskFiles::by_path(disk)),
+        (Some(disk), Some(_)) => Some(DiskFiles::handed(disk, &spec.disk_bases)?),
+    };
+    let tap = match (&spec.network, spec.user) {
+        (Some(network), Some(_)) => Some(attach(network).await?),
+        _ => None,
+    };
     let words = arguments(&Launch {
         accelerator: engine.accelerator,
         name: &spec.name,
         shape: spec.shape,
         memory,
         start: from,
-        disk: spec.disk.as_ref(),
-        tap: spec.network.as_ref().map(|network| network.tap.as_str()),
+        disk: disk.as_ref(),
+        tap: match &tap {
+            Some(open) => Some(Tap::Descriptor(open.as_raw_fd())),
+            None => spec.network.as_ref().map(|network| Tap::Name(&network.tap)),
+        },
         control: Some(control.listener.as_raw_fd()),
         console: Console::Ring,
     })?;
-    let spawn = launch::spawn(&engine.program, &mut spec)
+    let mut spawn = launch::spawn(&engine.program, &mut spec)
         .args(words)
         // It looks for its firmware in the working directory first.
         .current_dir("/")
         .stderr(stderr)
         .keep_open(control.listener);
+    for handed in disk.into_iter().flat_map(DiskFiles::into_handed).chain(tap) {
+        spawn = spawn.keep_open(handed);
+    }
+    let mut opened = None;
+    if let Some(user) = spec.user {
+        spawn = spawn.jail(jail(engine, &spec.run_dir, user, from)?);
+        opened = OpenedMemory::open(memory)?;
+        if opened.is_some() {
+            spawn = spawn.hold_opens();
+        }
+    }
 
     let qmp = Arc::new(Qmp::over(control.stream).map_err(&failed)?);
     let console = Arc::new(ConsoleTail::new(Arc::clone(&qmp), spec.run_dir));
@@ -74,8 +101,23 @@ pub(super) async fn start(
         errors: Some(errors),
         socket: control.file,
     };
-    let leash = launch::start(&engine.program, spawn, |child, held| monitor.run(child, held)).await?;
+    let begun = move |mut child: Watched, held: Held| {
+        if let (Some(memory), Some(opens)) = (opened, child.take_opens()) {
+            memory.give(opens);
+        }
+        monitor.run(child, held)
+    };
+    let leash = launch::start(&engine.program, spawn, begun).await?;
     Ok(Machine::new(leash, qmp, console, spec.disk.is_some()))
+}
+
+/// Opens a TAP device for somebody who may not.
+async fn attach(network: &NetworkSpec) -> VmmResult<OwnedFd> {
+    let (namespace, tap) = (network.namespace.clone(), network.tap.clone());
+    let failed = || cannot("open the TAP device in", &network.namespace);
+    let namespace = NetworkNamespace::open(namespace.as_std_path()).map_err(failed())?;
+    let attached = namespace.run(move || tap::attach_for_vmm(&tap)).await;
+    attached.and_then(|attached| attached).map_err(failed())
 }
 
 /// A socket that QEMU will listen on and that we are connected to already: nobody has to wait until it is

@@ -14,6 +14,7 @@ use serde_json::{Value, json};
 use tokio::{sync::watch, time::timeout};
 
 use super::{
+    disk_files::name_of_set,
     facts::{Facts, Migration},
     monitor::{ConsoleTail, QUIT_BOUND},
     qmp::{COMMAND_BOUND, Qmp},
@@ -131,10 +132,13 @@ impl Machine {
         let (process, base) = (self.leash.process().clone(), base.to_owned());
         let open = move |_: &AtomicBool| GuestMemory::of(&process, &base, SNAPSHOT);
         let memory = self.leash.with_memory(SNAPSHOT, open).await?;
-        // QEMU would make it readable for others.
-        drop(create_private(&into.state)?);
-        let devices = json!({"filename": into.state, "live": false});
+        // It may see none of the host's files, and would make this one readable for others.
+        let state = OwnedFd::from(create_private(&into.state)?);
+        let set = self.hand_over(SNAPSHOT, STATE, vec![state]).await?;
+        let devices = json!({"filename": name_of_set(set), "live": false});
         let saved = self.qmp.execute("xen-save-devices-state", devices, MIGRATION_BOUND).await;
+        // Where it is gone, so is what it was handed.
+        drop(self.take_back(SNAPSHOT, set).await);
         if let Err(error) = self.leash.explain(SNAPSHOT, saved).await {
             return Err(no_room_for(&into.state).unwrap_or(error));
         }
@@ -147,9 +151,7 @@ impl Machine {
         let state = create_private(&into.state)?;
         self.qmp.forget_migration();
         self.command(SNAPSHOT, "migrate-set-capabilities", migration_capabilities()).await?;
-        let passed = json!({"fdname": STATE});
-        let passed = self.qmp.execute_with("getfd", passed, OwnedFd::from(state), COMMAND_BOUND).await;
-        self.leash.explain(SNAPSHOT, passed).await?;
+        self.command_with(SNAPSHOT, "getfd", json!({"fdname": STATE}), OwnedFd::from(state)).await?;
         self.command(SNAPSHOT, "migrate", json!({"uri": format!("fd:{STATE}")})).await?;
         self.migrated(SNAPSHOT).await
     }
@@ -187,6 +189,18 @@ impl Machine {
         arguments: Value,
     ) -> VmmResult<Value> {
         let answer = self.qmp.execute(command, arguments, COMMAND_BOUND).await;
+        self.leash.explain(operation, answer).await
+    }
+
+    /// The same with an open file that goes with it.
+    pub(super) async fn command_with(
+        &self,
+        operation: &'static str,
+        command: &'static str,
+        arguments: Value,
+        file: OwnedFd,
+    ) -> VmmResult<Value> {
+        let answer = self.qmp.execute_with(command, arguments, file, COMMAND_BOUND).await;
         self.leash.explain(operation, answer).await
     }
 }

@@ -7,7 +7,7 @@
 //! - `launch`: from a description to a process that answers.
 //! - `adopt`: to a process that an earlier life of ours started.
 //! - `machine`: one machine, the [`Vm`].
-//! - `block`: its disk.
+//! - `block`, `disk_files`: its disk, and the files of it. `jail`: where it is confined.
 //! - `monitor`: the task that owns the process and tells why it ended.
 //!
 //! # A restore
@@ -35,7 +35,7 @@
 //! privately, and what the guest has not written is zero wherever the file is mapped again. Its pages that are zero
 //! are left out of its snapshots: its kernel clears all of its memory once, and that would be all of them.
 //!
-//! # How QEMU is confined, and how not yet
+//! # How QEMU is confined
 //! A guest that breaks out of its virtual CPU is inside the QEMU process. What holds it there:
 //! - QEMU's seccomp filters, all of them: it cannot start a program, become another user, load anything into
 //!   the kernel or touch other processes' scheduling.
@@ -45,15 +45,22 @@
 //!   monitor but a socket in a directory of its own, no environment, no open file but those it needs.
 //! - Its console goes into a ring of 64 KiB in its memory, its error messages into a pipe: it can fill
 //!   no disk with them.
+//! - A control group, where there are some.
 //!
-//! What does not hold it yet: it runs as the agent's user (root), sees the host's file system, and has no
-//! cgroup, so no bound on memory, CPU or processes. Those come with a jail: a user per machine, files passed
-//! as descriptors (`-add-fd`, `tap,fd=`), an empty root, a cgroup.
+//! And where the machine has a user ([`MachineSpec::user`], `jail`):
+//! - It is this user, with no capability and no way to have more rights.
+//! - Its root is read-only, and has libraries, firmware, the program, and for a boot kernel and initramfs. What else it works with it
+//!   is handed open: the layers of its disk, which it may write only at the top, the TAP device, the files of
+//!   snapshots, and its memory, which of a clone it may only read.
+//!
+//! Without a user it runs as whoever starts it, and sees the host's files.
 
 mod adopt;
 mod arguments;
 mod block;
+mod disk_files;
 mod facts;
+mod jail;
 mod launch;
 mod machine;
 mod monitor;
@@ -110,9 +117,12 @@ impl Vmm for Qemu {
 
     async fn boot(&self, spec: MachineSpec, memory: BootMemory<'_>) -> VmmResult<Box<dyn Vm>> {
         validate::machine(&spec)?;
-        let (kernel, initramfs) = (spec.guest.kernel.clone(), spec.guest.initramfs.clone());
-        readable(&kernel)?;
-        readable(&initramfs)?;
+        let (kernel, initramfs) = (&spec.guest.kernel, &spec.guest.initramfs);
+        readable(kernel)?;
+        readable(initramfs)?;
+        // Where it is confined it sees them under the names that they have without links.
+        let found = |path: &Utf8Path| path.canonicalize_utf8().map_err(cannot("open", path));
+        let (kernel, initramfs) = (found(kernel)?, found(initramfs)?);
         let mut made = None;
         let mapped = match memory {
             BootMemory::Anonymous => Memory::Anonymous,

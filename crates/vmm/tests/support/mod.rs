@@ -1,7 +1,8 @@
 //! A guest that counts, made from the guest kernel and busybox.
 #![allow(clippy::unwrap_used)]
+#![allow(dead_code, reason = "each test program has one VMM")]
 
-use std::{fmt::Write as _, io::Write as _, path::Path, time::Duration};
+use std::{collections::BTreeSet, fmt::Write as _, io::Write as _, path::Path, time::Duration};
 
 use camino::{Utf8Path, Utf8PathBuf};
 use wrenn_host_linux::process::{Process, find_by_argument};
@@ -81,9 +82,47 @@ pub(crate) fn adopted(spec: MachineSpec) -> AdoptedMachine {
     AdoptedMachine { name, run_dir, has_disk: false, memory: None, pid_hint: None }
 }
 
+/// A line of what the kernel says of a process.
+pub(crate) fn status(vm: &dyn Vm, name: &str) -> String {
+    let text = std::fs::read_to_string(format!("/proc/{}/status", vm.pid().unwrap())).unwrap();
+    let line = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
+    line.unwrap().split_whitespace().collect::<Vec<_>>().join(" ")
+}
+
+/// The files that a process has open, and whether it may write them.
+pub(crate) fn open_files(vm: &dyn Vm) -> Vec<(Utf8PathBuf, bool)> {
+    let process = Utf8PathBuf::from(format!("/proc/{}", vm.pid().unwrap()));
+    let number = |entry: camino::Utf8DirEntry| entry.file_name().to_owned();
+    let numbers = process.join("fd").read_dir_utf8().unwrap().flatten().map(number);
+    let file = |number: String| {
+        let info = std::fs::read_to_string(process.join("fdinfo").join(&number)).ok()?;
+        let flags = info.lines().find_map(|line| line.strip_prefix("flags:"))?.trim();
+        let path = process.join("fd").join(&number).read_link_utf8().ok()?;
+        Some((path, u32::from_str_radix(flags, 8).unwrap() & 3 != 0))
+    };
+    numbers.filter_map(file).collect()
+}
+
+/// Makes sure that machines are users of their own, from `first` on, who have no rights.
+pub(crate) fn each_is_a_user(machines: &[&dyn Vm], first: u32) {
+    let users: BTreeSet<String> = machines.iter().map(|vm| status(*vm, "Uid")).collect();
+    assert_eq!(users.len(), machines.len(), "each has a user of its own: {users:?}");
+    for vm in machines {
+        let user = status(*vm, "Uid").split(' ').next().unwrap().to_owned();
+        assert!(user.parse::<u32>().unwrap() >= first, "{user}");
+        for ids in ["Uid", "Gid"] {
+            assert_eq!(status(*vm, ids), [user.as_str(); 4].join(" "));
+        }
+        assert_eq!(status(*vm, "Groups"), "");
+        for set in ["CapInh", "CapPrm", "CapEff", "CapAmb"] {
+            assert_eq!(status(*vm, set), "0000000000000000", "{set}");
+        }
+        assert_eq!((status(*vm, "NoNewPrivs").as_str(), status(*vm, "Seccomp").as_str()), ("1", "2"));
+    }
+}
+
 /// In which form a VMM takes its kernel.
 #[derive(Debug, Clone, Copy)]
-#[allow(dead_code, reason = "each test program has one VMM")]
 pub(crate) enum Kernel {
     /// A bzImage. `WRENN_KERNEL` names one of your own.
     Compressed,

@@ -1,0 +1,257 @@
+//! The files of a disk: those that QEMU opens by their paths, and those that it is handed and that have no names
+//! where it is.
+//!
+//! ```text
+//!  confined   every layer is opened by us ─► -add-fd ─► /dev/fdset/N, with the path as a note for whoever asks later
+//!             what a layer stands on is told, and not read in its header
+//!  else       the path of the top; what it stands on is read in its header, by QEMU
+//! ```
+//!
+//! A header can be written by a VMM that was broken into. So what a confined one is handed is one of the files of which the
+//! caller says that the disk may stand on them, with the format that the caller says.
+
+use std::{
+    fs::{self, File},
+    os::{
+        fd::{AsRawFd, OwnedFd},
+        unix::fs::FileTypeExt,
+    },
+};
+
+use camino::{Utf8Path, Utf8PathBuf};
+use serde_json::{Value, json};
+
+use crate::{DiskFormat, DiskSpec, VmmError, VmmResult, files::cannot, qcow2, validate::same_file};
+
+/// A file of a disk, as QEMU is told of it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Layer {
+    name: String,
+    format: DiskFormat,
+    is_device: bool,
+}
+
+/// The files of a disk, the top first.
+#[derive(Debug)]
+pub(super) struct DiskFiles {
+    layers: Vec<Layer>,
+    /// What it stands on is told: nothing is read in a header.
+    is_whole: bool,
+    handed: Vec<Handed>,
+}
+
+/// An open file that QEMU inherits.
+#[derive(Debug)]
+struct Handed {
+    descriptor: OwnedFd,
+    set: u32,
+    note: Utf8PathBuf,
+}
+
+impl DiskFiles {
+    /// Those that QEMU opens itself.
+    pub(super) fn by_path(disk: &DiskSpec) -> Self {
+        let layers = vec![Layer::new(disk.path.to_string(), disk)];
+        Self { layers, is_whole: false, handed: Vec::new() }
+    }
+
+    /// Those that QEMU is handed. The top can be written, and what lies below it cannot.
+    pub(super) fn handed(disk: &DiskSpec, bases: &[DiskSpec]) -> VmmResult<Self> {
+        let (mut layers, mut handed) = (Vec::new(), Vec::new());
+        for (set, file) in (1..).zip(chain(disk, bases)?) {
+            layers.push(Layer::new(name_of_set(set), &file));
+            for descriptor in open(&file.path, set == 1)? {
+                handed.push(Handed {
+                    descriptor,
+                    set: u32::try_from(set).unwrap_or(u32::MAX),
+                    note: file.path.clone(),
+                });
+            }
+        }
+        Ok(Self { layers, is_whole: true, handed })
+    }
+
+    /// What QEMU is told of them.
+    pub(super) fn description(&self, node: &str) -> Value {
+        let mut below = self.is_whole.then_some(Value::Null);
+        for (at, layer) in self.layers.iter().enumerate().rev() {
+            let mut described = layer.description();
+            if let (DiskFormat::Qcow2, Some(below)) = (layer.format, below) {
+                described["backing"] = below;
+            }
+            if at == 0 {
+                described["node-name"] = node.into();
+                return described;
+            }
+            below = Some(described);
+        }
+        Value::Null
+    }
+
+    /// The values of `-add-fd` for the files that it is handed.
+    pub(super) fn options(&self) -> impl Iterator<Item = String> {
+        self.handed.iter().map(|Handed { descriptor, set, note }| {
+            // In an option a comma is told by two.
+            let note = note.as_str().replace(',', ",,");
+            format!("fd={},set={set},opaque={note}", descriptor.as_raw_fd())
+        })
+    }
+
+    /// The files that it is handed.
+    pub(super) fn into_handed(self) -> impl Iterator<Item = OwnedFd> {
+        self.handed.into_iter().map(|handed| handed.descriptor)
+    }
+}
+
+impl Layer {
+    pub(super) fn new(name: String, file: &DiskSpec) -> Self {
+        let is_device = fs::metadata(&file.path).is_ok_and(|file| file.file_type().is_block_device());
+        Self { name, format: file.format, is_device }
+    }
+
+    /// What QEMU is told of it alone. The format is told and never guessed from the content, which a guest can write.
+    pub(super) fn description(&self) -> Value {
+        let driver = match self.format {
+            // The latter was refused before.
+            DiskFormat::Raw | DiskFormat::DmSnapshot => "raw",
+            DiskFormat::Qcow2 => "qcow2",
+        };
+        let kind = if self.is_device { "host_device" } else { "file" };
+        let file = json!({"driver": kind, "filename": self.name, "discard": "unmap"});
+        json!({"driver": driver, "discard": "unmap", "file": file})
+    }
+}
+
+/// The name by which QEMU opens what it was handed.
+pub(super) fn name_of_set(set: u64) -> String {
+    format!("/dev/fdset/{set}")
+}
+
+/// Opens a file as often as QEMU may need it: it looks for a descriptor with the rights that it wants.
+pub(super) fn open(path: &Utf8Path, is_written: bool) -> VmmResult<Vec<OwnedFd>> {
+    let writable: &[bool] = if is_written { &[true, false] } else { &[false] };
+    let open = |write: &bool| File::options().read(true).write(*write).open(path).map(OwnedFd::from);
+    writable.iter().map(open).collect::<Result<_, _>>().map_err(cannot("open", path))
+}
+
+/// The top and what it stands on, as the headers say and `bases` allow.
+fn chain(disk: &DiskSpec, bases: &[DiskSpec]) -> VmmResult<Vec<DiskSpec>> {
+    let mut chain = vec![disk.clone()];
+    let mut top = disk;
+    while top.format == DiskFormat::Qcow2
+        && let Some(header) = qcow2::header(&top.path).map_err(cannot("open", &top.path))?
+        && let Some(below) = header.backing_file
+    {
+        // A header may have another name for it than the caller. It is opened under the caller's.
+        let is_it = |base: &&DiskSpec| base.path == below || same_file(&base.path, &below).unwrap_or(false);
+        let known = bases.iter().find(is_it).filter(|base| !chain.contains(base));
+        top = known.ok_or_else(|| {
+            let problem = format!("{} says that it stands on {below}, and may not", top.path);
+            VmmError::Spec { field: "disk", problem }
+        })?;
+        chain.push(top.clone());
+    }
+    Ok(chain)
+}
+
+/// The files that QEMU was handed, by the names under which it knows them: from what it says to `query-fdsets`.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(super) struct Sets(Vec<(u64, String)>);
+
+impl Sets {
+    pub(super) fn parse(answer: &Value) -> Self {
+        let set = |set: &Value| {
+            let note = set["fds"].as_array()?.iter().find_map(|file| file["opaque"].as_str())?;
+            Some((set["fdset-id"].as_u64()?, note.to_owned()))
+        };
+        Self(answer.as_array().into_iter().flatten().filter_map(set).collect())
+    }
+
+    /// The path of what QEMU calls so.
+    pub(super) fn path(&self, name: Utf8PathBuf) -> Utf8PathBuf {
+        let known = self.0.iter().find(|(set, _)| name_of_set(*set) == name);
+        known.map_or(name, |(_, note)| note.into())
+    }
+
+    /// Those of which the note is none of these files.
+    pub(super) fn others<'a>(&'a self, files: &'a [Utf8PathBuf]) -> impl Iterator<Item = u64> {
+        self.0.iter().filter(|(_, note)| !files.iter().any(|file| file == note)).map(|(set, _)| *set)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn qcow2(path: &Utf8Path, below: &str) -> DiskSpec {
+        let mut bytes = vec![0; 200];
+        bytes[..4].copy_from_slice(&crate::qcow2::MAGIC);
+        bytes[7] = 3;
+        bytes[15] = 112;
+        bytes[19] = u8::try_from(below.len()).unwrap();
+        bytes[112..112 + below.len()].copy_from_slice(below.as_bytes());
+        fs::write(path, &bytes).unwrap();
+        DiskSpec { path: path.to_owned(), format: DiskFormat::Qcow2 }
+    }
+
+    #[test]
+    fn a_disk_stands_on_what_it_may_stand_on() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = |name: &str| Utf8Path::from_path(directory.path()).unwrap().join(name);
+        // The bytes of the base are a guest's: they pretend to be a layer.
+        let base = DiskSpec { format: DiskFormat::Raw, ..qcow2(&path("base"), "/etc/shadow") };
+        let middle = qcow2(&path("middle"), base.path.as_str());
+        let top = qcow2(&path("top"), middle.path.as_str());
+        let bases = [base.clone(), middle.clone()];
+        assert_eq!(chain(&top, &bases).unwrap(), [top.clone(), middle.clone(), base.clone()]);
+        assert_eq!(chain(&base, &[]).unwrap(), std::slice::from_ref(&base));
+        let alone = qcow2(&path("alone"), "");
+        assert_eq!(chain(&alone, &[]).unwrap(), std::slice::from_ref(&alone));
+
+        for (disk, bases) in [
+            (&top, &bases[..1]),
+            (&qcow2(&path("hostile"), "/etc/shadow"), &bases[..]),
+            (&qcow2(&path("other"), path("another-sandbox").as_str()), &bases[..]),
+        ] {
+            let refused = chain(disk, bases);
+            assert!(matches!(refused, Err(VmmError::Spec { field: "disk", .. })), "{refused:?}");
+        }
+        let round = qcow2(&path("round"), path("round").as_str());
+        assert!(chain(&round, std::slice::from_ref(&round)).is_err(), "it has an end");
+
+        let files = DiskFiles::handed(&top, &bases).unwrap();
+        let options: Vec<String> = files.options().collect();
+        assert_eq!(options.len(), 4, "the top can be had for writing and for reading");
+        assert!(options[3].ends_with(&format!(",set=3,opaque={}", base.path)), "{options:?}");
+        let described = files.description("disk");
+        assert_eq!(described["node-name"], "disk");
+        assert_eq!(described["backing"]["backing"]["driver"], "raw");
+        assert_eq!(described["backing"]["backing"]["file"]["filename"], "/dev/fdset/3");
+        assert!(described["backing"]["backing"].get("backing").is_none());
+        for (at, file) in files.into_handed().enumerate() {
+            let flags = rustix::fs::fcntl_getfl(&file).unwrap();
+            assert_eq!(flags.contains(rustix::fs::OFlags::RDWR), at == 0, "the top alone is written");
+        }
+        let described = DiskFiles::handed(&alone, &[]).unwrap().description("disk");
+        assert!(
+            described["backing"].is_null() && described.get("backing").is_some(),
+            "its header is not read"
+        );
+        assert!(DiskFiles::by_path(&top).description("disk").get("backing").is_none());
+    }
+
+    #[test]
+    fn what_was_handed_is_known_by_its_note() {
+        let said = json!([
+            {"fdset-id": 2, "fds": [{"fd": 9, "opaque": "/d/two"}, {"fd": 10, "opaque": "/d/two"}]},
+            {"fdset-id": 7, "fds": [{"fd": 11, "opaque": "state"}]},
+            {"fdset-id": 8, "fds": [{"fd": 12}]},
+        ]);
+        let sets = Sets::parse(&said);
+        assert_eq!(sets.path("/dev/fdset/2".into()), "/d/two");
+        assert_eq!(sets.path("/dev/fdset/22".into()), "/dev/fdset/22");
+        assert_eq!(sets.path("/d/one".into()), "/d/one");
+        assert_eq!(sets.others(&["/d/two".into()]).collect::<Vec<_>>(), [7]);
+        assert_eq!(Sets::parse(&json!({})), Sets::default());
+    }
+}
