@@ -53,6 +53,7 @@ use crate::{
     snapshot_store::{SnapshotStore, SnapshotStoreError, SnapshotStoreResult},
     snapshots::{Roots, Snapshots},
     tunnel,
+    users::{TooFew, Users},
     warm::{Warm, blocking},
 };
 
@@ -110,9 +111,9 @@ pub enum StartError {
         /// How new ones are to be made.
         wanted: String,
     },
-    /// The virtual machine monitor cannot have its memory served.
-    #[error("QEMU maps memory and has it served by nobody: leave out --memory-backend, or choose `file`")]
-    MemoryBackend,
+    /// The memory of such machines cannot be served.
+    #[error("{0}: leave out --memory-backend, or choose `file`")]
+    MemoryBackend(&'static str),
     /// Production was asked for on a host that does not have what it needs.
     #[error("this host is not fit")]
     NotFit(#[source] NotFit),
@@ -143,6 +144,9 @@ pub enum StartError {
         #[source]
         source: io::Error,
     },
+    /// Machines cannot have users of their own.
+    #[error("machines cannot be confined")]
+    Users(#[source] TooFew),
     /// The network is not there.
     #[error("the network slots could not be prepared")]
     Network(#[source] SlotError),
@@ -263,8 +267,19 @@ impl Agent {
 
         let driver = config.disk_driver().ok_or(StartError::Disks)?;
         let disks = disks::open(driver, &instance, &dir.join("agent")).await?;
-        if config.vmm == VmmDriver::Qemu && config.memory_backend == MemoryBackendFlag::Uffd {
-            return Err(StartError::MemoryBackend);
+        let users = Users::of(&config, rustix::process::geteuid().is_root()).map_err(StartError::Users)?;
+        if users == Users::TheAgents {
+            tracing::warn!(
+                "machines run as the agent's user, and see the host's files: --uids confines them"
+            );
+        }
+        if config.memory_backend == MemoryBackendFlag::Uffd {
+            if config.vmm == VmmDriver::Qemu {
+                return Err(StartError::MemoryBackend("QEMU maps memory and has it served by nobody"));
+            }
+            if users != Users::TheAgents {
+                return Err(StartError::MemoryBackend("the memory of a machine in a jail is not served yet"));
+            }
         }
         let images = Images::load(&config.images).and_then(|images| match config.vmm {
             VmmDriver::Qemu => Ok(images),
@@ -278,7 +293,7 @@ impl Agent {
         let begin = std::time::Instant::now();
         let (stock, found) = tokio::join!(
             adopt::take_stock(&instance, &snapshots, &sandboxes_dir, &machines_dir, &limits),
-            find_vmm(&config, &images),
+            find_vmm(&config, users, &images),
         );
         let stock = stock.map_err(StartError::Collect)?;
         if stock.ended > 0 {
@@ -318,6 +333,7 @@ impl Agent {
             slots: slots.clone(),
             store: store.clone(),
             machines_dir: machines_dir.clone(),
+            users,
         });
         let scrub = Arc::new(Scrub::default());
         let scrubber = Scrubber::new(scrub::Parts {
@@ -347,6 +363,7 @@ impl Agent {
             operations: Operations::default(),
             metrics: Metrics::default(),
             limits,
+            users,
             scrub,
         });
         let registry = Arc::new(Registry::new(Arc::clone(&host)));
@@ -576,15 +593,23 @@ fn serve(
 }
 
 /// Finds the VMM, and says why it runs guests as it does.
-async fn find_vmm(config: &Config, images: &Images) -> Result<(Arc<dyn Vmm>, String), VmmError> {
+async fn find_vmm(
+    config: &Config,
+    users: Users,
+    images: &Images,
+) -> Result<(Arc<dyn Vmm>, String), VmmError> {
     match config.vmm {
         VmmDriver::Qemu => find_qemu(config, images).await,
         VmmDriver::Firecracker => {
-            let memory = match config.memory_backend {
-                MemoryBackendFlag::File => MemoryBackend::File,
-                MemoryBackendFlag::Uffd => MemoryBackend::Uffd(PagerProgram::this()),
+            let options = FirecrackerOptions {
+                program: config.firecracker.clone(),
+                memory: match config.memory_backend {
+                    MemoryBackendFlag::File => MemoryBackend::File,
+                    MemoryBackendFlag::Uffd => MemoryBackend::Uffd(PagerProgram::this()),
+                },
+                is_jailed: users != Users::TheAgents,
+                jailer: config.jailer.clone(),
             };
-            let options = FirecrackerOptions { program: config.firecracker.clone(), memory };
             let firecracker = Firecracker::detect(options).await?;
             Ok((Arc::new(firecracker), "Firecracker runs guests under KVM alone".to_owned()))
         }

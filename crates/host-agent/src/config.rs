@@ -4,12 +4,7 @@ use std::{net::Ipv4Addr, num::NonZeroU64};
 
 use camino::Utf8PathBuf;
 
-use crate::{
-    doctor::{self, IdRange},
-    limits::IoBound,
-    metrics::endpoint::MetricsAddress,
-    network::NamespaceName,
-};
+use crate::{doctor::IdRange, limits::IoBound, metrics::endpoint::MetricsAddress, network::NamespaceName};
 
 /// Flags of `wrenn agent`.
 #[derive(Debug, Clone, clap::Args)]
@@ -63,14 +58,15 @@ pub struct Config {
     #[arg(long)]
     pub production: bool,
 
-    /// Firecracker's jailer that production needs; when not given, the one beside Firecracker or on the PATH.
-    /// It is checked, and not used yet.
+    /// Firecracker's jailer, in which machines run that have users of their own; when not given, the one beside Firecracker or on
+    /// the PATH.
     #[arg(long, env = "WRENN_JAILER")]
     pub jailer: Option<Utf8PathBuf>,
 
-    /// User ids that nobody else has, for machines of production, FIRST-LAST. They are checked, and not used yet.
-    #[arg(long, env = "WRENN_UIDS", value_name = "RANGE", default_value_t = doctor::UIDS)]
-    pub uids: IdRange,
+    /// User ids that nobody else has, FIRST-LAST, 32768 or more: each machine is confined as one of them. When not given,
+    /// 2000000-2032767 with `--production`; without, machines run as the agent does, which is for development.
+    #[arg(long, env = "WRENN_UIDS", value_name = "RANGE")]
+    pub uids: Option<IdRange>,
 
     /// What runs guests under QEMU; Firecracker always runs them under KVM.
     #[arg(long, env = "WRENN_ACCEL", value_enum, default_value_t = AcceleratorFlag::Auto)]

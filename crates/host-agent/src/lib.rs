@@ -48,6 +48,7 @@ pub mod scrub;
 pub mod snapshot_store;
 pub mod snapshots;
 pub mod tunnel;
+pub mod users;
 pub mod warm;
 
 pub use agent::{Agent, StartError};

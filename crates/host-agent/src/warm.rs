@@ -32,6 +32,7 @@ use crate::{
     rootfs::{RootfsError, RootfsStore},
     sandbox::host::Host,
     snapshot_store::{Begin, Building, SnapshotStore, SnapshotStoreError, Subject, WarmSnapshot},
+    users::Users,
 };
 
 /// How long it may take to grow its file system.
@@ -177,6 +178,8 @@ pub struct Parts {
     pub store: SnapshotStore,
     /// The parent of the machines' short-pathed directories.
     pub machines_dir: Utf8PathBuf,
+    /// Whose rights each machine has.
+    pub users: Users,
 }
 
 /// The template snapshots of this host.
@@ -306,6 +309,7 @@ impl Warm {
             shape: request.shape,
             guest: self.parts.guest.clone(),
             disk: Some(disk.clone()),
+            disk_bases: vec![request.image.clone()],
             network: Some(NetworkSpec {
                 namespace: slot.netns_path().to_owned(),
                 tap: slot.tap().to_owned(),
@@ -313,6 +317,7 @@ impl Warm {
             kernel_arguments: Vec::new(),
             keep_open: vec![slot.lock().map_err(WarmError::Slot)?],
             control_group: None,
+            user: self.parts.users.in_slot(slot.number()),
         };
         let failed = |operation| move |source| WarmError::Machine { operation, source };
         let outcome = match self

@@ -197,6 +197,7 @@ impl Lab {
             shape: Shape { vcpus: Vcpus::default(), memory: MemoryMib::default() },
             guest: self.images.guest().bundle.clone(),
             disk: Some(disk.clone()),
+            disk_bases: Vec::new(),
             network: Some(NetworkSpec {
                 namespace: slot.netns_path().to_owned(),
                 tap: slot.tap().to_owned(),
@@ -204,6 +205,7 @@ impl Lab {
             kernel_arguments: Vec::new(),
             keep_open: vec![slot.lock()?],
             control_group: None,
+            user: None,
         };
         let vm = if let Some(saved) = saved {
             let mut vm = self.vmm.restore(spec, &self.files(saved)).await?;

@@ -16,6 +16,7 @@ use wrenn_host_agent::{
         AcceleratorFlag, CONTROL_PLANE_LOSS_AFTER, DiskDriver, MemoryBackendFlag, OnControlPlaneLoss, OnStop,
         SCRUB_INTERVAL, VmmDriver,
     },
+    doctor::UIDS,
     guest::ENVD_PORT,
     limits::Limits,
     pager,
@@ -139,6 +140,12 @@ impl Place {
         control_plane_loss_after: u32,
     ) -> Result<Agent> {
         let images = Utf8PathBuf::from_path_buf(stack::images()?).unwrap();
+        // Machines are confined where they can be: not yet where their memory is served.
+        let jailer = std::env::var("WRENN_JAILER").ok().map(Utf8PathBuf::from);
+        let is_confined = match self.kind.vmm {
+            VmmDriver::Qemu => true,
+            VmmDriver::Firecracker => jailer.is_some() && self.kind.memory == MemoryBackendFlag::File,
+        };
         Ok(Agent::start(Config {
             dir: self.path().to_owned(),
             snapshots: Utf8PathBuf::from_path_buf(stack::snapshots()?).unwrap(),
@@ -156,8 +163,8 @@ impl Place {
             disks: self.kind.disks,
             metrics: None,
             production: false,
-            jailer: None,
-            uids: wrenn_host_agent::doctor::UIDS,
+            uids: is_confined.then_some(UIDS),
+            jailer,
             machine_io_mib: 1024,
             machine_io_operations: 0,
             on_stop,

@@ -94,7 +94,6 @@ of_both! {
 
 impl Host {
     async fn new() -> Option<Self> {
-    async fn new() -> Option<Self> {
         Self::with(MemoryBackend::File).await
     }
 

@@ -61,8 +61,6 @@ use crate::{
 /// The user ids that machines get when nobody says: one for each slot that there can be, above those of people and of
 /// containers.
 pub const UIDS: IdRange = IdRange { first: 2_000_000, last: 2_032_767 };
-/// Whether machines run in Firecracker's jailer. This version starts them without one.
-const IS_CONFINED: bool = false;
 
 /// What is to run on a host.
 #[derive(Debug, Clone)]
@@ -81,7 +79,7 @@ pub struct Target {
     pub uids: IdRange,
     /// The most machines that there can be at a time.
     pub machines: u64,
-    /// Whether each machine is confined by a jailer.
+    /// Whether each machine is confined as a user of its own.
     pub is_confined: bool,
     /// TCP ports that are wanted.
     pub ports: Vec<u16>,
@@ -102,7 +100,7 @@ impl Target {
             jailer: None,
             uids: UIDS,
             machines: u64::from(SlotNumber::LAST.get()),
-            is_confined: IS_CONFINED,
+            is_confined: true,
             ports: Vec::new(),
         }
     }
@@ -118,7 +116,8 @@ impl Target {
             disks: config.disks,
             firecracker: config.firecracker.clone(),
             jailer: config.jailer.clone(),
-            uids: config.uids,
+            uids: config.uids.unwrap_or(UIDS),
+            is_confined: config.production || config.uids.is_some(),
             ports: port.into_iter().collect(),
             ..Self::new(config.vmm, config.dir.clone())
         }

@@ -141,7 +141,7 @@ fn of_a_host_that_tells_nothing_everything_is_said_to_be_missing() {
     // What a kernel can be built without is as good as turned off.
     let ok = report.findings.iter().filter(|finding| finding.outcome == Outcome::Ok);
     let ok: Vec<_> = ok.map(|finding| finding.name).collect();
-    assert_eq!(ok, ["ksm", "swap", "machine-creation", "paths"]);
+    assert_eq!(ok, ["ksm", "swap", "machine-creation", "confinement", "paths"]);
 }
 
 #[test]

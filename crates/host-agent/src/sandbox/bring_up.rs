@@ -404,6 +404,7 @@ impl Recorded {
                 shape: record.shape,
                 guest: host.images.guest().bundle.clone(),
                 disk: Some(disk.clone()),
+                disk_bases: source.disk_bases(&host),
                 network: Some(NetworkSpec {
                     namespace: slot.netns_path().to_owned(),
                     tap: slot.tap().to_owned(),
@@ -411,6 +412,7 @@ impl Recorded {
                 kernel_arguments: Vec::new(),
                 keep_open: vec![lock],
                 control_group: control_group.map_err(BringUpError::Limits)?,
+                user: host.users.in_slot(slot.number()),
             })
         };
         let started = match spec() {

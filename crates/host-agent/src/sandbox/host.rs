@@ -22,6 +22,7 @@ use crate::{
     rootfs::{RootfsResult, RootfsStore},
     scrub::Scrub,
     snapshots::{Kept, Snapshots},
+    users::Users,
     warm::{Warm, blocking},
 };
 
@@ -61,6 +62,8 @@ pub struct Host {
     pub metrics: Metrics,
     /// What each machine may have of the host.
     pub limits: Limits,
+    /// Whose rights each machine has.
+    pub users: Users,
     /// Has the digests of layers made, and counts what is found damaged.
     pub scrub: Arc<Scrub>,
 }

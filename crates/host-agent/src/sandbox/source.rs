@@ -129,6 +129,12 @@ async fn hold(host: &Host, warm: &WarmSnapshot) -> SnapshotsResult<Base> {
 }
 
 impl Source {
+    /// What the disk that is to be made may stand on.
+    pub(super) fn disk_bases(&self, host: &Host) -> Vec<DiskSpec> {
+        let layers = self.below.iter().map(|layer| host.layer(layer));
+        layers.chain([self.base.disk.clone()]).collect()
+    }
+
     /// Finds it, and makes a template's snapshot if there is none yet.
     pub(super) async fn find(
         course: &mut Course,

@@ -66,8 +66,8 @@ pub(super) fn confinement(facts: &Facts) -> Verdict {
     match facts.target.is_confined {
         true => Verdict::ok("each machine runs in a jail, as a user of its own"),
         false => Verdict::failure(
-            "this version of Wrenn starts Firecracker as root, without its jailer",
-            "use it for development alone until a version that does",
+            "machines run as the agent's user, and see the host's files",
+            "give the agent a range of user ids (--uids FIRST-LAST)",
         ),
     }
 }

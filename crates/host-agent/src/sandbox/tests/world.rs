@@ -32,6 +32,7 @@ use crate::{
     sandbox::{SandboxSpec, Settings, host::Host, record},
     snapshot_store::SnapshotStore,
     snapshots::Snapshots,
+    users::Users,
     warm::{Parts, Warm},
 };
 
@@ -364,6 +365,7 @@ impl<'a> World<'a> {
             slots: slots.clone(),
             store: store.unwrap(),
             machines_dir: machines_dir.clone(),
+            users: Users::TheAgents,
         });
         let host = Arc::new(Host {
             instance: self.instance.clone(),
@@ -382,6 +384,7 @@ impl<'a> World<'a> {
             operations: Operations::default(),
             metrics: Metrics::default(),
             limits: Limits::Absent("machines are played".to_owned()),
+            users: Users::TheAgents,
             scrub: Arc::default(),
         });
         let registry = Registry::new(Arc::clone(&host));
