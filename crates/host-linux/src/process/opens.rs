@@ -21,7 +21,7 @@ use std::{
     },
     path::PathBuf,
     ptr,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use nix::libc;
@@ -186,20 +186,35 @@ impl Opens {
     /// # Errors
     /// The kernel says so.
     pub fn next(&self, bound: Duration) -> io::Result<Option<Open<'_>>> {
-        let mut polled = [PollFd::new(&self.listener, PollFlags::IN)];
-        let bound = Timespec::try_from(bound).map_err(|_| io::ErrorKind::InvalidInput)?;
-        if poll(&mut polled, Some(&bound))? == 0 || !polled[0].revents().contains(PollFlags::IN) {
-            return Ok(None);
+        let begin = Instant::now();
+        loop {
+            let left = bound.saturating_sub(begin.elapsed());
+            let left = Timespec::try_from(left).map_err(|_| io::ErrorKind::InvalidInput)?;
+            let mut polled = [PollFd::new(&self.listener, PollFlags::IN)];
+            match poll(&mut polled, Some(&left)) {
+                Err(Errno::INTR) => continue,
+                Ok(0) => return Ok(None),
+                polls => drop(polls?),
+            }
+            if !polled[0].revents().contains(PollFlags::IN) {
+                return Ok(None);
+            }
+            if let Some(call) = self.receive()? {
+                return Ok(Some(Open { opens: self, call }));
+            }
         }
+    }
+
+    /// The call that waits; none when it was broken off by a signal in the meantime, after which it is made again.
+    fn receive(&self) -> io::Result<Option<Notification>> {
         let mut call = Notification::default();
         // SAFETY: the call fills one `struct seccomp_notif`, of which `Notification` has the size and the layout and which is
         // zero as the kernel demands, and keeps no pointer to it.
         #[allow(unsafe_code)]
         let received = unsafe { ioctl(&self.listener, Updater::<RECEIVE, Notification>::new(&mut call)) };
         match received {
-            Ok(()) => Ok(Some(Open { opens: self, call })),
-            // It was killed in the meantime.
-            Err(Errno::NOENT) => Ok(None),
+            Ok(()) => Ok(Some(call)),
+            Err(Errno::NOENT | Errno::INTR) => Ok(None),
             Err(error) => Err(error.into()),
         }
     }
@@ -238,7 +253,7 @@ impl Open<'_> {
     /// Answers with a descriptor of this file, which has the rights that `file` has.
     ///
     /// # Errors
-    /// The process is gone, or has as many files open as it may.
+    /// `NotFound` when the call was broken off by a signal: it is made again. Or the process has as many files open as it may.
     pub fn give(self, file: impl AsFd) -> io::Result<()> {
         let source = file.as_fd().as_raw_fd().cast_unsigned();
         let flags = libc::O_CLOEXEC.cast_unsigned();
@@ -255,7 +270,7 @@ impl Open<'_> {
     /// Has the kernel do what was asked for.
     ///
     /// # Errors
-    /// The process is gone.
+    /// As [`Open::give`].
     pub fn go_on(self) -> io::Result<()> {
         let mut response = Response { id: self.call.id, value: 0, error: 0, flags: CONTINUE };
         // SAFETY: the call reads one `struct seccomp_notif_resp`, of which `Response` has the size and the layout.

@@ -141,7 +141,7 @@ impl Machine {
         let node = next_node(&nodes);
         // It may see none of the host's files: it is handed this one.
         let files = disk_files::open(&overlay.path, true)?;
-        let set = self.hand_over(OPERATION, overlay.path.as_str(), files).await?;
+        let set = self.hand_over(OPERATION, files).await?;
         let mut description = Layer::new(name_of_set(set), overlay).description();
         description["node-name"] = node.as_str().into();
         // Opened alone: what is below it is open already.
@@ -152,7 +152,8 @@ impl Machine {
             self.command(OPERATION, "blockdev-snapshot", turn).await
         };
         match turned.await {
-            Ok(_) => Ok(()),
+            // What is below it is not written any more.
+            Ok(_) => self.close_superfluous(OPERATION).await,
             Err(error) => {
                 // The first error is the one to tell.
                 drop(self.command(OPERATION, "blockdev-del", json!({"node-name": node})).await);
@@ -162,15 +163,14 @@ impl Machine {
         }
     }
 
-    /// Hands QEMU a file, as often as there are descriptors of it; under which number it knows it.
+    /// Hands QEMU descriptors of a file, each with a note; under which number it knows the file.
     pub(super) async fn hand_over(
         &self,
         operation: &'static str,
-        note: &str,
-        files: Vec<OwnedFd>,
+        files: Vec<(String, OwnedFd)>,
     ) -> VmmResult<u64> {
         let mut set = None;
-        for file in files {
+        for (note, file) in files {
             let mut arguments = json!({"opaque": note});
             if let Some(set) = set {
                 arguments["fdset-id"] = set;
@@ -182,6 +182,24 @@ impl Machine {
             let message = "it does not say under which number".to_owned();
             VmmError::Refused { command: "add-fd".to_owned(), message }
         })
+    }
+
+    /// Has QEMU close what it was handed and does not need any more. One whose guest stands still closes it when that runs and
+    /// this is asked for again.
+    ///
+    /// What is removed on the host frees no room before it is closed here, and what can still be written counts as written.
+    pub(super) async fn close_superfluous(&self, operation: &'static str) -> VmmResult<()> {
+        let sets = self.sets(operation).await?;
+        let chain = if self.has_disk { self.disk(operation).await?.chain } else { Vec::new() };
+        for known in sets.superfluous(&chain) {
+            let which = json!({"fdset-id": known.set, "fd": known.number});
+            match self.command(operation, "remove-fd", which).await {
+                // It is gone already.
+                Ok(_) | Err(VmmError::Refused { .. }) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
     }
 
     /// Has QEMU close a file that it was handed, once it does not use it.
@@ -270,11 +288,7 @@ impl Machine {
                 Err(error) => return Err(error),
             }
         }
-        let sets = self.sets(operation).await?;
-        // What is removed on the host has no room there before it is closed here.
-        for set in sets.others(&self.disk(operation).await?.chain) {
-            self.take_back(operation, set).await?;
-        }
+        self.close_superfluous(operation).await?;
         Ok(nodes)
     }
 }

@@ -45,7 +45,7 @@ pub(super) struct DiskFiles {
 struct Handed {
     descriptor: OwnedFd,
     set: u32,
-    note: Utf8PathBuf,
+    note: String,
 }
 
 impl DiskFiles {
@@ -60,12 +60,9 @@ impl DiskFiles {
         let (mut layers, mut handed) = (Vec::new(), Vec::new());
         for (set, file) in (1..).zip(chain(disk, bases)?) {
             layers.push(Layer::new(name_of_set(set), &file));
-            for descriptor in open(&file.path, set == 1)? {
-                handed.push(Handed {
-                    descriptor,
-                    set: u32::try_from(set).unwrap_or(u32::MAX),
-                    note: file.path.clone(),
-                });
+            for (note, descriptor) in open(&file.path, set == 1)? {
+                let set = u32::try_from(set).unwrap_or(u32::MAX);
+                handed.push(Handed { descriptor, set, note });
             }
         }
         Ok(Self { layers, is_whole: true, handed })
@@ -92,7 +89,7 @@ impl DiskFiles {
     pub(super) fn options(&self) -> impl Iterator<Item = String> {
         self.handed.iter().map(|Handed { descriptor, set, note }| {
             // In an option a comma is told by two.
-            let note = note.as_str().replace(',', ",,");
+            let note = note.replace(',', ",,");
             format!("fd={},set={set},opaque={note}", descriptor.as_raw_fd())
         })
     }
@@ -127,11 +124,20 @@ pub(super) fn name_of_set(set: u64) -> String {
     format!("/dev/fdset/{set}")
 }
 
-/// Opens a file as often as QEMU may need it: it looks for a descriptor with the rights that it wants.
-pub(super) fn open(path: &Utf8Path, is_written: bool) -> VmmResult<Vec<OwnedFd>> {
-    let writable: &[bool] = if is_written { &[true, false] } else { &[false] };
-    let open = |write: &bool| File::options().read(true).write(*write).open(path).map(OwnedFd::from);
-    writable.iter().map(open).collect::<Result<_, _>>().map_err(cannot("open", path))
+/// What is noted of a descriptor before its path: whether the file can be written through it.
+const WRITTEN: &str = "write ";
+const READ: &str = "read ";
+
+/// Opens a file as often as QEMU may need it: it looks for a descriptor with the rights that it wants. With each, what is to be
+/// noted of it.
+pub(super) fn open(path: &Utf8Path, is_written: bool) -> VmmResult<Vec<(String, OwnedFd)>> {
+    let rights: &[(&str, bool)] =
+        if is_written { &[(WRITTEN, true), (READ, false)] } else { &[(READ, false)] };
+    let open = |(note, write): &(&str, bool)| {
+        let file = File::options().read(true).write(*write).open(path)?;
+        Ok((format!("{note}{path}"), OwnedFd::from(file)))
+    };
+    rights.iter().map(open).collect::<Result<_, _>>().map_err(cannot("open", path))
 }
 
 /// The top and what it stands on, as the headers say and `bases` allow.
@@ -154,28 +160,56 @@ fn chain(disk: &DiskSpec, bases: &[DiskSpec]) -> VmmResult<Vec<DiskSpec>> {
     Ok(chain)
 }
 
-/// The files that QEMU was handed, by the names under which it knows them: from what it says to `query-fdsets`.
+/// What QEMU was handed, from what it says to `query-fdsets`.
 #[derive(Debug, Default, PartialEq, Eq)]
-pub(super) struct Sets(Vec<(u64, String)>);
+pub(super) struct Sets(Vec<Descriptor>);
+
+/// A descriptor, and what was noted of it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Descriptor {
+    pub(super) set: u64,
+    pub(super) number: u64,
+    note: String,
+}
+
+impl Descriptor {
+    /// The file of a disk that it is of, and whether that can be written through it.
+    fn file(&self) -> Option<(&Utf8Path, bool)> {
+        let read = self.note.strip_prefix(READ).map(|path| (path.into(), false));
+        read.or_else(|| self.note.strip_prefix(WRITTEN).map(|path| (path.into(), true)))
+    }
+}
 
 impl Sets {
     pub(super) fn parse(answer: &Value) -> Self {
-        let set = |set: &Value| {
-            let note = set["fds"].as_array()?.iter().find_map(|file| file["opaque"].as_str())?;
-            Some((set["fdset-id"].as_u64()?, note.to_owned()))
-        };
-        Self(answer.as_array().into_iter().flatten().filter_map(set).collect())
+        let mut found = Vec::new();
+        for set in answer.as_array().into_iter().flatten() {
+            for file in set["fds"].as_array().into_iter().flatten() {
+                if let (Some(set), Some(number)) = (set["fdset-id"].as_u64(), file["fd"].as_u64()) {
+                    let note = file["opaque"].as_str().unwrap_or_default().to_owned();
+                    found.push(Descriptor { set, number, note });
+                }
+            }
+        }
+        Self(found)
     }
 
     /// The path of what QEMU calls so.
     pub(super) fn path(&self, name: Utf8PathBuf) -> Utf8PathBuf {
-        let known = self.0.iter().find(|(set, _)| name_of_set(*set) == name);
-        known.map_or(name, |(_, note)| note.into())
+        let mut known = self.0.iter().filter(|known| name_of_set(known.set) == name);
+        known.find_map(Descriptor::file).map_or(name, |(path, _)| path.to_owned())
     }
 
-    /// Those of which the note is none of these files.
-    pub(super) fn others<'a>(&'a self, files: &'a [Utf8PathBuf]) -> impl Iterator<Item = u64> {
-        self.0.iter().filter(|(_, note)| !files.iter().any(|file| file == note)).map(|(set, _)| *set)
+    /// What is not needed for a disk of these files, of which the first is written.
+    pub(super) fn superfluous<'a>(
+        &'a self,
+        files: &'a [Utf8PathBuf],
+    ) -> impl Iterator<Item = &'a Descriptor> {
+        self.0.iter().filter(|known| match known.file() {
+            Some((path, true)) => files.first().is_none_or(|top| top != path),
+            Some((path, false)) => !files.iter().any(|file| file == path),
+            None => true,
+        })
     }
 }
 
@@ -222,7 +256,7 @@ mod tests {
         let files = DiskFiles::handed(&top, &bases).unwrap();
         let options: Vec<String> = files.options().collect();
         assert_eq!(options.len(), 4, "the top can be had for writing and for reading");
-        assert!(options[3].ends_with(&format!(",set=3,opaque={}", base.path)), "{options:?}");
+        assert!(options[3].ends_with(&format!(",set=3,opaque=read {}", base.path)), "{options:?}");
         let described = files.description("disk");
         assert_eq!(described["node-name"], "disk");
         assert_eq!(described["backing"]["backing"]["driver"], "raw");
@@ -243,7 +277,8 @@ mod tests {
     #[test]
     fn what_was_handed_is_known_by_its_note() {
         let said = json!([
-            {"fdset-id": 2, "fds": [{"fd": 9, "opaque": "/d/two"}, {"fd": 10, "opaque": "/d/two"}]},
+            {"fdset-id": 2, "fds": [{"fd": 9, "opaque": "write /d/two"}, {"fd": 10, "opaque": "read /d/two"}]},
+            {"fdset-id": 3, "fds": [{"fd": 7, "opaque": "write /d/one"}, {"fd": 8, "opaque": "read /d/one"}]},
             {"fdset-id": 7, "fds": [{"fd": 11, "opaque": "state"}]},
             {"fdset-id": 8, "fds": [{"fd": 12}]},
         ]);
@@ -251,7 +286,12 @@ mod tests {
         assert_eq!(sets.path("/dev/fdset/2".into()), "/d/two");
         assert_eq!(sets.path("/dev/fdset/22".into()), "/dev/fdset/22");
         assert_eq!(sets.path("/d/one".into()), "/d/one");
-        assert_eq!(sets.others(&["/d/two".into()]).collect::<Vec<_>>(), [7]);
+        let numbers = |files: &[&str]| {
+            let files: Vec<Utf8PathBuf> = files.iter().map(|file| (*file).into()).collect();
+            sets.superfluous(&files).map(|known| known.number).collect::<Vec<_>>()
+        };
+        assert_eq!(numbers(&["/d/two", "/d/one"]), [7, 11, 12], "the top alone is written");
+        assert_eq!(numbers(&["/d/one"]), [9, 10, 11, 12]);
         assert_eq!(Sets::parse(&json!({})), Sets::default());
     }
 }

@@ -2,6 +2,7 @@
 
 use std::{
     fs::{self, File},
+    io,
     time::{Duration, Instant},
 };
 
@@ -51,6 +52,8 @@ pub(super) fn jail(engine: &Engine, run_dir: &Utf8Path, user: u32, from: Start<'
             jail = jail.show(public(field, path)?.as_std_path());
         }
     }
+    // It tries there which kind of locks the kernel has.
+    jail = jail.device("/dev/null");
     Ok(match engine.accelerator {
         Accelerator::Kvm => jail.device(KVM),
         Accelerator::Tcg => jail,
@@ -84,13 +87,17 @@ impl OpenedMemory {
             while let Some(left) = MEMORY_BOUND.checked_sub(begin.elapsed())
                 && let Ok(Some(open)) = opens.next(left)
             {
-                if open.path().is_ok_and(|path| path == self.path) {
-                    // A process that is gone needs none.
-                    return open.give(&self.file);
+                let is_it = open.path().is_ok_and(|path| path == self.path);
+                match if is_it { open.give(&self.file) } else { open.go_on() } {
+                    Ok(()) if is_it => return,
+                    Ok(()) => {}
+                    // A signal broke it off, and it is made again.
+                    Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                    Err(error) => {
+                        return tracing::warn!(path = %self.path, %error, "a memory cannot be handed over");
+                    }
                 }
-                open.go_on()?;
             }
-            Ok(())
         }));
     }
 }

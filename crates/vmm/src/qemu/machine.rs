@@ -44,7 +44,9 @@ pub(super) struct Machine {
     leash: Leash,
     qmp: Arc<Qmp>,
     console: Arc<ConsoleTail>,
-    has_disk: bool,
+    pub(super) has_disk: bool,
+    /// Something was handed over, or its guest stood still, since it was last asked to close what it does not need.
+    may_have_superfluous: bool,
     backing: Backing,
     state: State,
 }
@@ -61,7 +63,8 @@ pub(super) enum Backing {
 
 impl Machine {
     pub(super) fn new(leash: Leash, qmp: Arc<Qmp>, console: Arc<ConsoleTail>, has_disk: bool) -> Self {
-        Self { leash, qmp, console, has_disk, backing: Backing::Anonymous, state: State::Running }
+        let (backing, state) = (Backing::Anonymous, State::Running);
+        Self { leash, qmp, console, has_disk, may_have_superfluous: false, backing, state }
     }
 
     pub(super) fn set_backing(&mut self, backing: Backing) {
@@ -71,6 +74,7 @@ impl Machine {
     /// What a machine is that was adopted.
     pub(super) fn found(&mut self, backing: Backing, state: State) {
         (self.backing, self.state) = (backing, state);
+        self.may_have_superfluous = true;
     }
 
     pub(super) fn facts(&self) -> watch::Receiver<Facts> {
@@ -134,7 +138,7 @@ impl Machine {
         let memory = self.leash.with_memory(SNAPSHOT, open).await?;
         // It may see none of the host's files, and would make this one readable for others.
         let state = OwnedFd::from(create_private(&into.state)?);
-        let set = self.hand_over(SNAPSHOT, STATE, vec![state]).await?;
+        let set = self.hand_over(SNAPSHOT, vec![(STATE.to_owned(), state)]).await?;
         let devices = json!({"filename": name_of_set(set), "live": false});
         let saved = self.qmp.execute("xen-save-devices-state", devices, MIGRATION_BOUND).await;
         // Where it is gone, so is what it was handed.
@@ -236,6 +240,9 @@ impl Vm for Machine {
             State::Paused | State::Stopping => {
                 self.command("resume", "cont", Value::Null).await?;
                 self.state = State::Running;
+                if std::mem::take(&mut self.may_have_superfluous) {
+                    self.close_superfluous("resume").await?;
+                }
                 Ok(())
             }
             State::Saved(_) => Err(self.state.wrong_for("resume")),
@@ -247,6 +254,7 @@ impl Vm for Machine {
         if !self.state.is_to_be_saved(SNAPSHOT, into)? {
             return Ok(SnapshotStatistics::default());
         }
+        self.may_have_superfluous = true;
         match &self.backing {
             Backing::Private(base) => self.save_private(base, into).await,
             Backing::Shared(file) if *file == into.memory => {
@@ -265,6 +273,7 @@ impl Vm for Machine {
 
     async fn pivot_disk(&mut self, overlay: &DiskSpec) -> VmmResult<()> {
         self.may_change_disk("pivot_disk")?;
+        self.may_have_superfluous |= self.state != State::Running;
         self.pivot(overlay).await
     }
 
@@ -275,6 +284,7 @@ impl Vm for Machine {
 
     async fn stream_disk(&mut self, base: &Utf8Path) -> VmmResult<()> {
         self.may_change_disk("stream_disk")?;
+        self.may_have_superfluous |= self.state != State::Running;
         self.stream(base).await
     }
 
