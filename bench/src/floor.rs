@@ -241,6 +241,9 @@ impl Floor {
             shape: origin.shape,
             guest: self.guest.clone(),
             disk: Some(disk),
+            // The floor confines nothing.
+            disk_bases: Vec::new(),
+            user: None,
             network: Some(NetworkSpec {
                 namespace: slot.netns_path().to_owned(),
                 tap: slot.tap().to_owned(),

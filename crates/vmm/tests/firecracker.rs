@@ -108,6 +108,7 @@ impl Host {
     }
 
     async fn of(options: FirecrackerOptions) -> Option<Self> {
+        let is_jailed = options.is_jailed;
         let firecracker = match Firecracker::detect(options).await {
             Ok(firecracker) => firecracker,
             Err(error) => {
