@@ -91,12 +91,18 @@ pub fn cannot_run() -> Option<String> {
     None
 }
 
+/// Whether this is the lab, a machine of the tests' own, where stacks run their guests under Firecracker.
+#[must_use]
+pub fn is_lab() -> bool {
+    env::var_os("WRENN_LAB").is_some_and(|value| !value.is_empty())
+}
+
 /// Why tests with real machines under Firecracker cannot run here, if they cannot: there are hosts whose KVM opens and runs
 /// no guest, and it is the lab of which the opposite is known.
 #[must_use]
 pub fn cannot_run_firecracker() -> Option<String> {
     let lacks = |variable: &str| env::var_os(variable).is_none_or(|value| value.is_empty());
-    if lacks("WRENN_LAB") {
+    if !is_lab() {
         return Some("skipped: it is the lab in which Firecracker is known to run guests".to_owned());
     }
     if lacks("WRENN_FIRECRACKER") {
@@ -130,6 +136,7 @@ impl Stack {
             .env_remove("WRENN_BASE_URL")
             .env_remove("WRENN_API_KEY")
             .env_remove("WRENN_PROXY_DOMAIN")
+            .envs(is_lab().then_some(("WRENN_VMM", "firecracker")))
             .envs(options.environment)
             .stdin(Stdio::null())
             .stdout(Stdio::piped())

@@ -119,7 +119,7 @@ mod tests {
     #[test]
     fn the_recipe_has_what_tests_call() {
         let recipe = recipe::parse(include_str!("../../../lab/recipe")).unwrap();
-        for package in ["btrfs-progs", "dmsetup", "iproute2", "kmod", "nftables", "xfsprogs"] {
+        for package in ["btrfs-progs", "dmsetup", "iproute2", "kmod", "nftables", "postgresql", "xfsprogs"] {
             assert!(recipe.packages.iter().any(|name| name == package), "{package}");
         }
         let modules = packages::names(include_str!("../../../lab/modules.txt"));

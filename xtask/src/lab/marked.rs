@@ -22,6 +22,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     io::{self, Write as _},
+    iter,
     path::{Path, PathBuf},
     process::{Command, Stdio},
     time::Duration,
@@ -32,7 +33,7 @@ use serde_json::Value;
 use wrenn_lab::plan::Program;
 
 use super::{Event, Job, cannot_run, perform};
-use crate::{repository::Repository, step, test::Report};
+use crate::{repository::Repository, stack, step, test::Report};
 
 /// What a lab of all marked tests is: its memory in MiB, its processors, and how long all of them may take.
 const MEMORY_MIB: u32 = 2048;
@@ -67,10 +68,18 @@ pub(crate) fn run(
     let files = files_of(&metadata, marked.iter().map(|marked| marked.directory.as_path()))?;
     with.extend(files.iter().map(|file| repository.path(file)).filter(|file| file.exists()));
     for Marked { program, directory, beginnings } in marked {
-        let names = select(&list(&program, for_tests)?, &beginnings);
-        for names in calls(names, |names| takes_all(&program, names)) {
-            let mut arguments = vec!["--exact".to_owned(), "--show-output".to_owned()];
-            arguments.extend(names);
+        let listed = list(&program, for_tests)?;
+        let names = select(&listed, &beginnings);
+        let calls = if names == listed && !names.is_empty() {
+            // All that there is: one call, whatever its `main` takes.
+            vec![for_tests.to_vec()]
+        } else {
+            let exactly = |names: Vec<String>| iter::once("--exact".to_owned()).chain(names).collect();
+            calls(names, |names| takes_all(&program, names)).into_iter().map(exactly).collect()
+        };
+        for call in calls {
+            let mut arguments = vec!["--show-output".to_owned()];
+            arguments.extend(call);
             programs.push(Program { path: program.clone(), arguments, directory: directory.clone() });
         }
     }
@@ -246,6 +255,8 @@ pub(super) fn run_all(repository: &Repository, packages: &[String]) -> Result<u8
     if let Some(why) = cannot_run(MEMORY_MIB) {
         bail!("there can be no lab here: {why}");
     }
+    // What the tests need, as before `make test`: images, and the program.
+    stack::build(repository)?;
     let report = run(repository, &for_cargo, &[])?.context("no test of these is marked for the lab")?;
     println!("\n{report}");
     Ok(u8::from(!report.is_good()))

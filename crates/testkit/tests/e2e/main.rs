@@ -1,7 +1,8 @@
 //! End to end: whole stacks, real microVMs, real PostgreSQL, the public API.
 //!
 //! Most cases share one stack, which is started before the first and stopped after the last; what harms a
-//! stack has one of its own. A case that cannot run here says why and counts as ignored.
+//! stack has one of its own. A case that cannot run here says why and counts as ignored. The virtual machine monitor is
+//! QEMU; in the lab it is Firecracker, and the cases are the same.
 
 #![allow(clippy::unwrap_used, clippy::print_stdout, clippy::print_stderr, reason = "these are tests")]
 
@@ -58,7 +59,8 @@ fn main() -> ExitCode {
             .flatten()
             .collect();
 
-    if let Some(reason) = stack::cannot_run() {
+    let cannot_run = if stack::is_lab() { stack::cannot_run_firecracker() } else { stack::cannot_run() };
+    if let Some(reason) = cannot_run {
         println!("{reason}");
         let all = shared.iter().map(|case| case.name).chain(own.iter().map(|case| case.name));
         let trials = all.map(|name| Trial::test(name, || Ok(())).with_ignored_flag(true)).collect();

@@ -148,7 +148,8 @@ async fn freed_memory(context: Arc<Context>) -> Result<()> {
         client.delete(&format!("/v1/snapshots/{name}")).await?.expect(204)?;
     }
     ensure!(sizes[0] >= HELD, "what the guest holds is saved: {sizes:?}");
-    ensure!(sizes[1] < HELD / 2, "what it freed is not: {sizes:?}");
+    // The rest is the disk, of which there may be a whole copy.
+    ensure!(sizes[0].saturating_sub(sizes[1]) > HELD / 2, "what it freed is not: {sizes:?}");
     sandbox.destroy().await
 }
 
