@@ -271,6 +271,7 @@ impl Warm {
         let working = Utf8PathBuf::from(format!("{disk_path}.working"));
         let disks = Arc::clone(&self.parts.disks);
         let (image, size, path) = (request.image.clone(), request.disk, working);
+        let bases = [image.clone()];
         let disk = blocking(move || disks.clone_disk(&image, &path, size)).await.map_err(WarmError::Disk)?;
         let opened = OpenDisk::open(&self.parts.disks, &disk).await?;
         let mut slot = self.parts.slots.take().await.map_err(WarmError::Slot)?;
@@ -281,7 +282,7 @@ impl Warm {
         let snapshot = blocking(move || {
             drop(opened);
             // What stands on it outlives the template's image, which may be replaced or removed.
-            disks.flatten(&disk, &disk_path).map_err(WarmError::Disk)?;
+            disks.flatten(&disk, &bases, &disk_path).map_err(WarmError::Disk)?;
             building.commit().map_err(WarmError::Store)
         })
         .await?;

@@ -229,7 +229,8 @@ fn a_disk_can_be_frozen_where_it_is(store: &dyn RootfsStore, at: &Utf8Path) {
 }
 
 fn a_flattened_disk_stands_alone(store: &dyn RootfsStore, at: &Utf8Path) {
-    let template = store.clone_disk(&image(at), &at.join("template"), size(1024)).unwrap();
+    let image = image(at);
+    let template = store.clone_disk(&image, &at.join("template"), size(1024)).unwrap();
     write(store, &template, 4096, 4096, 4);
     write(store, &template, 700 * MIB, 3 * MIB, 5);
     let layer = store.freeze(&template, &at.join("layer")).unwrap();
@@ -237,10 +238,10 @@ fn a_flattened_disk_stands_alone(store: &dyn RootfsStore, at: &Utf8Path) {
     write(store, &disk, 8192, 4096, 6);
     write(store, &disk, 701 * MIB, MIB, 0);
     write(store, &disk, 4096 * MIB - 65536, 65536, 7);
-    let error = store.flatten(&disk, &layer.path).unwrap_err();
+    let error = store.flatten(&disk, &[image.clone(), layer.clone()], &layer.path).unwrap_err();
     assert!(matches!(error, RootfsError::Exists { .. }), "{error:?}");
 
-    let flat = store.flatten(&disk, &at.join("flat")).unwrap();
+    let flat = store.flatten(&disk, &[image, layer], &at.join("flat")).unwrap();
     for gone in ["image", "layer"] {
         store.remove(&at.join(gone)).unwrap();
     }
@@ -344,7 +345,7 @@ fn a_disk_shrinks_by_what_is_given_back_and_grows_again(store: &dyn RootfsStore,
     assert_pattern(store, &base, 0, 8192, 1);
 
     // What is stored has no room for it either, and what is cloned from that has all that its size promises.
-    let flat = store.flatten(&disk, &at.join("flat")).unwrap();
+    let flat = store.flatten(&disk, &[base], &at.join("flat")).unwrap();
     let stored = store.used_bytes(&flat.path).unwrap();
     assert!(stored < 3 * MIB, "{stored} bytes for 1 MiB and a few KiB");
     let grown = store.clone_disk(&flat, &at.join("grown"), size(4096)).unwrap();

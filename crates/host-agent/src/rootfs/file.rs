@@ -46,7 +46,7 @@ impl RootfsStore for FileStore {
     }
 
     /// Such a disk stands on nothing in any case.
-    fn flatten(&self, disk: &DiskSpec, layer: &Utf8Path) -> RootfsResult<DiskSpec> {
+    fn flatten(&self, disk: &DiskSpec, _: &[DiskSpec], layer: &Utf8Path) -> RootfsResult<DiskSpec> {
         if disk.path == layer {
             return Err(RootfsError::Exists { path: layer.to_owned() });
         }

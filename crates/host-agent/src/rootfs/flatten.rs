@@ -16,7 +16,7 @@ use std::{
 };
 
 use camino::{Utf8Path, Utf8PathBuf};
-use wrenn_vmm::DiskFormat;
+use wrenn_vmm::{DiskFormat, DiskSpec};
 
 use super::{
     RootfsError, RootfsResult,
@@ -77,12 +77,17 @@ enum Map {
     Tables { first: Vec<u64>, second: Option<Vec<u64>> },
 }
 
-/// Writes what a guest sees in the disk at `top` into an empty file.
+/// Writes what a guest sees in the disk at `top`, which stands on nothing but `bases`, into an empty file.
 ///
 /// # Errors
 /// `path_into` is only named.
-pub(super) fn flatten(top: &Utf8Path, into: &File, path_into: &Utf8Path) -> RootfsResult<()> {
-    let (mut chain, virtual_bytes) = open_chain(top)?;
+pub(super) fn flatten(
+    top: &Utf8Path,
+    bases: &[DiskSpec],
+    into: &File,
+    path_into: &Utf8Path,
+) -> RootfsResult<()> {
+    let (mut chain, virtual_bytes) = open_chain(top, bases)?;
     let mut output = Output::begin(into, virtual_bytes);
     let clusters = virtual_bytes.div_ceil(CLUSTER);
     let mut buffer = vec![0; in_memory(CLUSTER)];
@@ -103,7 +108,7 @@ pub(super) fn flatten(top: &Utf8Path, into: &File, path_into: &Utf8Path) -> Root
     output.end().map_err(|error| RootfsError::file("write", path_into, error))
 }
 
-fn open_chain(top: &Utf8Path) -> RootfsResult<(Vec<Layer>, u64)> {
+fn open_chain(top: &Utf8Path, bases: &[DiskSpec]) -> RootfsResult<(Vec<Layer>, u64)> {
     let (mut chain, mut size) = (Vec::new(), None);
     let mut next = Some((top.to_owned(), DiskFormat::Qcow2));
     while let Some((path, format)) = next.take() {
@@ -123,13 +128,32 @@ fn open_chain(top: &Utf8Path) -> RootfsResult<(Vec<Layer>, u64)> {
                     .map_err(|source| RootfsError::Header { path: path.clone(), source })?;
                 let Contents { virtual_bytes, table, entries, backing } = contents;
                 size = size.or(Some(virtual_bytes));
-                next = backing;
+                next = backing.map(|named| known(&path, named, bases)).transpose()?;
                 Map::Tables { first: read_table(&file, table, entries.into()).map_err(failed)?, second: None }
             }
         };
         chain.push(Layer { path, file, map });
     }
     Ok((chain, size.unwrap_or_default()))
+}
+
+/// The base that a header names, if it may. It is opened as the caller calls it, and never as the header does.
+fn known(
+    path: &Utf8Path,
+    (below, format): (Utf8PathBuf, DiskFormat),
+    bases: &[DiskSpec],
+) -> RootfsResult<(Utf8PathBuf, DiskFormat)> {
+    let is_it = |base: &&DiskSpec| {
+        let is_named = base.path == below || base.path.canonicalize_utf8().is_ok_and(|found| found == below);
+        is_named && base.format == format
+    };
+    match bases.iter().find(is_it) {
+        Some(base) => Ok((base.path.clone(), base.format)),
+        None => {
+            let problem = "its header names something that it does not stand on";
+            Err(RootfsError::Base { path: path.to_owned(), problem })
+        }
+    }
 }
 
 /// Reads a cluster of the guest's disk; whether there is anything but zeros in it.

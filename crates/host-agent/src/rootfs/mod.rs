@@ -153,11 +153,12 @@ pub trait RootfsStore: fmt::Debug + Send + Sync {
 
     /// As [`RootfsStore::freeze`], but the base stands on nothing: what it was made of may go. `layer` must not exist.
     /// What is zero takes no room where the format can say so. Takes as long as it takes to copy what is in the disk,
-    /// and in what it stands on.
+    /// and in what it stands on: nothing but `bases`, in any order. A header that names something else is refused, since
+    /// whoever wrote the disk may have written that too.
     ///
     /// # Errors
     /// The disk is where it was, unless it stood on nothing: then as for a freeze.
-    fn flatten(&self, disk: &DiskSpec, layer: &Utf8Path) -> RootfsResult<DiskSpec>;
+    fn flatten(&self, disk: &DiskSpec, bases: &[DiskSpec], layer: &Utf8Path) -> RootfsResult<DiskSpec>;
 
     /// Removes a disk or a layer that nothing uses. Idempotent.
     ///

@@ -49,12 +49,12 @@ impl RootfsStore for Qcow2Store {
         Ok(DiskSpec { path: layer.to_owned(), format: DiskFormat::Qcow2 })
     }
 
-    fn flatten(&self, disk: &DiskSpec, layer: &Utf8Path) -> RootfsResult<DiskSpec> {
+    fn flatten(&self, disk: &DiskSpec, bases: &[DiskSpec], layer: &Utf8Path) -> RootfsResult<DiskSpec> {
         if disk.format != DiskFormat::Qcow2 {
             return Err(RootfsError::Base { path: disk.path.clone(), problem: "it is not a qcow2 file" });
         }
         let target = Unfinished::create(layer)?;
-        flatten::flatten(&disk.path, target.file(), layer)?;
+        flatten::flatten(&disk.path, bases, target.file(), layer)?;
         freeze_file(layer, layer)?;
         target.keep();
         self.remove(&disk.path)?;
@@ -83,7 +83,7 @@ fn virtual_bytes(path: &Utf8Path, format: DiskFormat) -> RootfsResult<u64> {
 
 #[cfg(test)]
 mod tests {
-    use std::{fs, os::unix::fs::MetadataExt};
+    use std::{fs, os::unix::fs::MetadataExt, slice};
 
     use camino::Utf8PathBuf;
     use proptest::{collection::vec, prelude::*, sample::select};
@@ -212,14 +212,15 @@ mod tests {
             File::create_new(&image.path).unwrap().set_len(600 << 20).unwrap();
             let small: Vec<Act> = on(0).into_iter().filter(|(_, at, length, _)| (at + length) * 512 <= 600 << 20).collect();
             act(&image, &small);
-            let mut top = image;
+            let (mut top, mut bases) = (image, Vec::new());
             for layer in 1..4 {
                 let size = DiskMib::new(1024 * i64::try_from(layer).unwrap()).unwrap();
+                bases.push(top.clone());
                 top = Qcow2Store.clone_disk(&top, &at.join(layer.to_string()), size).unwrap();
                 act(&top, &on(layer));
             }
             fs::copy(&top.path, at.join("before")).unwrap();
-            let flat = Qcow2Store.flatten(&top, &at.join("flat")).unwrap();
+            let flat = Qcow2Store.flatten(&top, &bases, &at.join("flat")).unwrap();
             prop_assert!(!top.path.exists());
             let checked: Value =
                 serde_json::from_str(&qemu_img(&["check", "--output=json", flat.path.as_str()])).unwrap();
@@ -238,20 +239,25 @@ mod tests {
     fn a_chain_that_cannot_be_read_is_named_and_left() {
         let (_guard, at) = conformance::directory();
         fs::write(at.join("base"), vec![1; 1 << 20]).unwrap();
-        let layer =
-            Qcow2Store.clone_disk(&raw(at.join("base")), &at.join("layer"), DiskMib::default()).unwrap();
+        let base = raw(at.join("base"));
+        let layer = Qcow2Store.clone_disk(&base, &at.join("layer"), DiskMib::default()).unwrap();
         let disk = Qcow2Store.clone_disk(&layer, &at.join("disk"), DiskMib::default()).unwrap();
+        // The guest's machine writes the header, and could name any file of the host in it.
+        let error = Qcow2Store.flatten(&disk, slice::from_ref(&layer), &at.join("flat")).unwrap_err();
+        assert!(matches!(&error, RootfsError::Base { path, .. } if *path == layer.path), "{error:?}");
+        assert!(disk.path.exists() && !at.join("flat").exists());
+        let bases = [layer.clone(), base];
         let header = fs::read(&layer.path).unwrap();
         // Each is another reason: unclean, encrypted, other clusters, a snapshot inside, a table behind the end.
         for (offset, byte) in [(79, 1), (35, 1), (23, 12), (63, 1), (43, 1)] {
             File::options().write(true).open(&layer.path).unwrap().write_all_at(&[byte], offset).unwrap();
-            let error = Qcow2Store.flatten(&disk, &at.join("flat")).unwrap_err();
+            let error = Qcow2Store.flatten(&disk, &bases, &at.join("flat")).unwrap_err();
             assert!(error.to_string().contains(layer.path.as_str()), "{error}");
             assert!(disk.path.exists() && !at.join("flat").exists());
             fs::write(&layer.path, &header).unwrap();
         }
         fs::remove_file(at.join("base")).unwrap();
-        let error = Qcow2Store.flatten(&disk, &at.join("flat")).unwrap_err();
+        let error = Qcow2Store.flatten(&disk, &bases, &at.join("flat")).unwrap_err();
         assert!(error.to_string().contains(at.join("base").as_str()), "{error}");
         assert!(disk.path.exists() && !at.join("flat").exists());
     }

@@ -286,7 +286,7 @@ impl RootfsStore for DmSnapshotStore {
         Ok(DiskSpec { path: layer.to_owned(), format: DiskFormat::DmSnapshot })
     }
 
-    fn flatten(&self, disk: &DiskSpec, layer: &Utf8Path) -> RootfsResult<DiskSpec> {
+    fn flatten(&self, disk: &DiskSpec, _: &[DiskSpec], layer: &Utf8Path) -> RootfsResult<DiskSpec> {
         let source = self.closed(disk)?;
         let image = source.image()?;
         let written = records::read(&source.file, &source.description);

@@ -180,7 +180,10 @@ fn a_disk_that_has_a_machine_is_not_given_to_another_nor_removed() {
     let machine = Machine::with(&device);
     assert!(matches!(world.store.open(&disk), Err(RootfsError::InUse { .. })));
     assert!(matches!(world.store.remove(&disk.path), Err(RootfsError::InUse { .. })));
-    assert!(matches!(world.store.flatten(&disk, &world.at.join("flat")), Err(RootfsError::InUse { .. })));
+    assert!(matches!(
+        world.store.flatten(&disk, &[], &world.at.join("flat")),
+        Err(RootfsError::InUse { .. })
+    ));
     assert!(disk.path.exists() && !world.at.join("flat").exists());
     // Told to close it while there is one, the kernel does it when there is none.
     world.store.close(&disk.path).unwrap();
@@ -309,7 +312,7 @@ fn a_disk_that_the_kernel_has_given_up_is_no_base() {
         world.store.open(&disk).unwrap_err(),
         world.store.clone_disk(&disk, &world.at.join("clone"), size(1024)).unwrap_err(),
         world.store.freeze(&disk, &world.at.join("layer")).unwrap_err(),
-        world.store.flatten(&disk, &world.at.join("flat")).unwrap_err(),
+        world.store.flatten(&disk, &[], &world.at.join("flat")).unwrap_err(),
     ] {
         assert!(matches!(error, RootfsError::GivenUp { .. }), "{error:?}");
     }
