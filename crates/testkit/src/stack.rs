@@ -27,6 +27,9 @@ const START_BOUND: Duration = Duration::from_secs(120);
 /// How long it may take to end.
 const STOP_BOUND: Duration = Duration::from_secs(90);
 
+/// What makes a stack one on Firecracker, as it is in production. Copies of whole disks would not fit into the lab.
+const FIRECRACKER: [(&str, &str); 2] = [("WRENN_VMM", "firecracker"), ("WRENN_DISKS", "dm-snapshot")];
+
 /// How a stack differs from the usual one.
 #[derive(Debug, Default)]
 pub struct StackOptions {
@@ -136,7 +139,7 @@ impl Stack {
             .env_remove("WRENN_BASE_URL")
             .env_remove("WRENN_API_KEY")
             .env_remove("WRENN_PROXY_DOMAIN")
-            .envs(is_lab().then_some(("WRENN_VMM", "firecracker")))
+            .envs(is_lab().then_some(FIRECRACKER).into_iter().flatten())
             .envs(options.environment)
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
