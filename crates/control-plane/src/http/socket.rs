@@ -20,6 +20,10 @@ use crate::{
 const SEND: Duration = Duration::from_secs(60);
 /// How long a client may take to say what it wants.
 pub(super) const FIRST_FRAME: Duration = Duration::from_secs(30);
+/// How long a client may take to hear that this is the end, and to say so too: a slow one still has output to read.
+const FAREWELL: Duration = Duration::from_secs(30);
+/// The same when the server is stopping.
+const SHORT_FAREWELL: Duration = Duration::from_secs(2);
 /// The largest message of a client.
 pub(super) const MESSAGE: usize = 4 << 20;
 
@@ -77,12 +81,6 @@ impl Sender {
         let text = serde_json::to_string(frame).map_err(|_| Gone)?;
         self.send(Message::Text(text.into())).await
     }
-
-    /// Says that this is the end. Older clients take an end without it for an error.
-    pub(super) async fn close(&mut self) {
-        let frame = CloseFrame { code: close_code::NORMAL, reason: "".into() };
-        let _ = self.send(Message::Close(Some(frame))).await;
-    }
 }
 
 impl Receiver {
@@ -125,6 +123,27 @@ pub(super) async fn both(
 /// Whether a guest did not say what became of what it was sent: then nothing after it may be read as if it were there.
 pub(super) fn is_lost(error: &CoreError) -> bool {
     matches!(error, CoreError::Guest(error) if !matches!(error, GuestError::Refused { .. }))
+}
+
+/// Says that this is the end, and waits until the client has heard it, which its own end of the conversation shows.
+/// Older clients take an end without such a word for an error.
+///
+/// What it says until then is read and thrown away: a connection that is closed with unread bytes is reset, and a reset
+/// takes with it what the client has not read yet, the exit of its command for one.
+pub(super) async fn close(core: &Core, mut sender: Sender, mut receiver: Receiver) {
+    let frame = CloseFrame { code: close_code::NORMAL, reason: "".into() };
+    if sender.send(Message::Close(Some(frame))).await.is_err() {
+        return;
+    }
+    let stopping = async {
+        core.stopping().await;
+        tokio::time::sleep(SHORT_FAREWELL).await;
+    };
+    tokio::select! {
+        () = async { while receiver.next().await.is_some() {} } => {}
+        () = tokio::time::sleep(FAREWELL) => {}
+        () = stopping => {}
+    }
 }
 
 /// The parts of an error that is told over the socket, logged as a REST answer would be.

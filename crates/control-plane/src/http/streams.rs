@@ -21,7 +21,7 @@ use wrenn_api::{
 use super::{
     error::{ApiError, Errors},
     extract::{Id, Process, parse_json},
-    socket::{Broken, MESSAGE, Receiver, Said, Sender, both, is_lost, split, told},
+    socket::{Broken, MESSAGE, Receiver, Said, Sender, both, close, is_lost, split, told},
     text::Utf8Pieces,
 };
 use crate::{
@@ -76,15 +76,15 @@ pub(super) async fn process_stream(
     Ok(upgrade?.max_message_size(MESSAGE).on_upgrade(move |socket| async move {
         let tasks = core.tasks().clone();
         let follow = async {
-            let (mut sender, receiver) = split(socket);
+            let (mut sender, mut receiver) = split(socket);
             let joined = async { Ok(core.join(&caller, &id?.0, &selector).await?) };
             match joined.await {
                 Ok(session) => {
-                    converse(&core, session, &mut sender, receiver, Encoding::Utf8, None, false).await;
+                    converse(&core, session, &mut sender, &mut receiver, Encoding::Utf8, None, false).await;
                 }
                 Err(error) => refuse(&mut sender, error).await,
             }
-            sender.close().await;
+            close(&core, sender, receiver).await;
         };
         tasks.track_future(follow).await;
     }))
@@ -108,11 +108,11 @@ async fn run_command(core: Arc<Core>, caller: Caller, id: Result<Id, ApiError>, 
     };
     match started.await {
         Ok((session, timeout, encoding)) => {
-            converse(&core, session, &mut sender, receiver, encoding, timeout, true).await;
+            converse(&core, session, &mut sender, &mut receiver, encoding, timeout, true).await;
         }
         Err(error) => refuse(&mut sender, error).await,
     }
-    sender.close().await;
+    close(&core, sender, receiver).await;
 }
 
 async fn refuse(sender: &mut Sender, error: ApiError) {
@@ -125,7 +125,7 @@ async fn converse(
     core: &Core,
     mut session: Session,
     sender: &mut Sender,
-    receiver: Receiver,
+    receiver: &mut Receiver,
     encoding: Encoding,
     timeout: Option<Duration>,
     owned: bool,
@@ -209,7 +209,7 @@ fn text(encoding: Encoding, pieces: &mut Utf8Pieces, piece: &[u8]) -> Option<Str
 ///
 /// # Errors
 /// Some of the input may be lost: nothing after it may be read as if it were not.
-async fn listen(control: Control, mut receiver: Receiver, owned: bool) -> Result<(), CoreError> {
+async fn listen(control: Control, receiver: &mut Receiver, owned: bool) -> Result<(), CoreError> {
     while let Some(said) = receiver.next().await {
         // Who only watches a process has no say in it.
         let Said::Text(said) = said else { continue };

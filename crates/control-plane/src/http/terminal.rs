@@ -34,7 +34,7 @@ use wrenn_api::{
 use super::{
     error::{ApiError, Errors},
     extract::{Id, parse_json},
-    socket::{Broken, MESSAGE, Receiver, Said, Sender, both, is_lost, split, told},
+    socket::{Broken, MESSAGE, Receiver, Said, Sender, both, close, is_lost, split, told},
 };
 use crate::{
     core::{Caller, Control, Core, CoreError, Session, random_tag, spec},
@@ -108,10 +108,10 @@ async fn serve(
         }
     };
     match opened.await {
-        Ok((session, tag)) => converse(&core, session, tag, &mut sender, receiver, dialect).await,
+        Ok((session, tag)) => converse(&core, session, tag, &mut sender, &mut receiver, dialect).await,
         Err(error) => refuse(&mut sender, error).await,
     }
-    sender.close().await;
+    close(&core, sender, receiver).await;
 }
 
 async fn refuse(sender: &mut Sender, error: ApiError) {
@@ -125,7 +125,7 @@ async fn converse(
     mut session: Session,
     tag: String,
     sender: &mut Sender,
-    receiver: Receiver,
+    receiver: &mut Receiver,
     dialect: Dialect,
 ) {
     let control = session.control();
@@ -187,7 +187,7 @@ async fn show(
 /// Some of the input may be lost: nothing after it may be read as if it were not.
 async fn listen(
     control: Control,
-    mut receiver: Receiver,
+    receiver: &mut Receiver,
     notes: tokio::sync::mpsc::Sender<TerminalServerFrame>,
 ) -> Result<(), CoreError> {
     while let Some(said) = receiver.next().await {

@@ -113,6 +113,35 @@ async fn input_and_stop() {
     .await;
 }
 
+/// A connection that is closed with unread bytes is reset, and that takes with it what the client has not read yet.
+#[tokio::test(flavor = "multi_thread")]
+async fn who_says_more_than_is_heard_still_learns_of_the_end() {
+    let world = World::new().await;
+    let id = world.sandbox().await;
+    for _ in 0..5 {
+        let mut socket =
+            exec(&world, &id, json!({"type": "start", "cmd": "sleep", "args": ["86203"], "stdin": true}))
+                .await;
+        assert_eq!(socket.json().await["type"], "start");
+        // After the first of them the server does not listen any more until the command has ended.
+        socket.send(json!({"type": "stop"})).await;
+        for _ in 0..8 {
+            socket.send(json!({"type": "stdin", "data": "x".repeat(10_000)})).await;
+        }
+        let path = format!("/v1/sandboxes/{id}/processes");
+        eventually("the command has ended", async || {
+            world.client.get(&path).await.json() == json!({"processes": []})
+        })
+        .await;
+        for _ in 0..8 {
+            socket.send(json!({"type": "stdin", "data": "y".repeat(10_000)})).await;
+        }
+        let frames = socket.rest().await;
+        let [Said::Text(exit), Said::Closed(1000)] = frames.as_slice() else { panic!("{frames:?}") };
+        assert_eq!((&exit["type"], &exit["exit_code"]), (&json!("exit"), &json!(-1)));
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn slow_readers_lose_nothing() {
     let world = World::new().await;

@@ -206,8 +206,16 @@ async fn exec_stream(State(shared): State<Arc<Shared>>, upgrade: WebSocketUpgrad
     upgrade.on_upgrade(async move |mut socket| {
         // A client that goes away in the middle is what some tests are about.
         let _ = run(&shared, &mut socket).await;
-        let _ = socket.send(Message::Close(None)).await;
+        close(socket).await;
     })
+}
+
+/// Ends a conversation as the control plane does: a connection that is closed with unread bytes is reset, and a reset
+/// takes with it what the client has not read yet.
+async fn close(mut socket: WebSocket) {
+    if socket.send(Message::Close(None)).await.is_ok() {
+        while let Some(Ok(_)) = socket.recv().await {}
+    }
 }
 
 async fn frame(socket: &mut WebSocket, frame: Value) -> Result<(), axum::Error> {
@@ -282,7 +290,7 @@ async fn run(shared: &Shared, socket: &mut WebSocket) -> Result<(), axum::Error>
 async fn terminal(State(shared): State<Arc<Shared>>, upgrade: WebSocketUpgrade) -> Response {
     upgrade.on_upgrade(async move |mut socket| {
         let _ = serve_terminal(&shared, &mut socket).await;
-        let _ = socket.send(Message::Close(None)).await;
+        close(socket).await;
     })
 }
 
