@@ -265,8 +265,6 @@ impl Agent {
         let host_id = kept_id(&dir.join("agent/host"), "a host id", HostId::random)?;
         let default_disk = DiskMib::new(config.default_disk_mib.into()).map_err(StartError::DefaultDisk)?;
 
-        let driver = config.disk_driver().ok_or(StartError::Disks)?;
-        let disks = disks::open(driver, &instance, &dir.join("agent")).await?;
         let users = Users::of(&config, rustix::process::geteuid().is_root()).map_err(StartError::Users)?;
         if users == Users::TheAgents {
             tracing::warn!(
@@ -281,6 +279,8 @@ impl Agent {
                 return Err(StartError::MemoryBackend("the memory of a machine in a jail is not served yet"));
             }
         }
+        let driver = config.disk_driver().ok_or(StartError::Disks)?;
+        let disks = disks::open(driver, &instance, &dir.join("agent")).await?;
         let images = Images::load(&config.images).and_then(|images| match config.vmm {
             VmmDriver::Qemu => Ok(images),
             VmmDriver::Firecracker => images.with_uncompressed_kernel(),

@@ -113,15 +113,15 @@ const ARCHITECTURE: u32 = 0xc000_003e;
 const ARCHITECTURE: u32 = 0xc000_00b7;
 
 /// Where the parts of `struct seccomp_data` are.
-const NUMBER_AT: u32 = 0;
+pub(crate) const NUMBER_AT: u32 = 0;
 const ARCHITECTURE_AT: u32 = 4;
-const ARGUMENTS_AT: u32 = 16;
+pub(crate) const ARGUMENTS_AT: u32 = 16;
 
-const LOAD: u32 = libc::BPF_LD | libc::BPF_W | libc::BPF_ABS;
-const JUMP_IF_EQUAL: u32 = libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K;
-const RETURN: u32 = libc::BPF_RET | libc::BPF_K;
+pub(crate) const LOAD: u32 = libc::BPF_LD | libc::BPF_W | libc::BPF_ABS;
+pub(crate) const JUMP_IF_EQUAL: u32 = libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K;
+pub(crate) const RETURN: u32 = libc::BPF_RET | libc::BPF_K;
 
-fn instruction(code: u32, k: u32, if_equal: u8, else_: u8) -> libc::sock_filter {
+pub(crate) fn instruction(code: u32, k: u32, if_equal: u8, else_: u8) -> libc::sock_filter {
     #[expect(clippy::cast_possible_truncation, reason = "all codes have 16 bits")]
     libc::sock_filter { code: code as u16, jt: if_equal, jf: else_, k }
 }

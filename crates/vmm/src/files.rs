@@ -22,9 +22,11 @@ pub(crate) fn readable(path: &Utf8Path) -> VmmResult<()> {
     File::open(path).map(drop).map_err(cannot("open", path))
 }
 
+/// The bit of a file's mode by which every user may read it.
+pub(crate) const OTHERS_MAY_READ: u32 = 0o004;
+
 /// A file that a process with a user of its own can read.
 pub(crate) fn public<'a>(field: &'static str, path: &'a Utf8Path) -> VmmResult<&'a Utf8Path> {
-    const OTHERS_MAY_READ: u32 = 0o004;
     let mode = fs::metadata(path).map_err(cannot("open", path))?.permissions().mode();
     if mode & OTHERS_MAY_READ == 0 {
         let problem = format!("machines have users of their own, who may not read {path}");

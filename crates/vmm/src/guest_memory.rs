@@ -18,7 +18,7 @@ use std::{
     fs::{self, File},
     io,
     os::unix::fs::{FileExt, MetadataExt},
-    sync::atomic::{AtomicBool, Ordering},
+    sync::atomic::AtomicBool,
 };
 
 use camino::{Utf8Path, Utf8PathBuf};
@@ -29,6 +29,7 @@ use crate::{
     SnapshotStatistics, VmmError, VmmResult,
     files::cannot,
     pages::{PagesWriter, SavedPages, Zeros},
+    process::unless_given_up,
 };
 
 /// How much of a guest's memory is read at once.
@@ -233,18 +234,20 @@ impl Piece {
 }
 
 fn check(given_up: &AtomicBool) -> VmmResult<()> {
-    if given_up.load(Ordering::Relaxed) {
-        return Err(cannot("go on with", "pages".into())(io::ErrorKind::Interrupted.into()));
-    }
-    Ok(())
+    unless_given_up(given_up, "pages".into())
+}
+
+/// Whether an entry of a page map is of a page that is there, or swapped out.
+pub(crate) fn is_there(entry: u64) -> bool {
+    const PRESENT: u64 = 1 << 63;
+    const SWAPPED: u64 = 1 << 62;
+    entry & (PRESENT | SWAPPED) != 0
 }
 
 /// Whether an entry of a page map is of a page that the process has for itself.
 fn is_private(entry: u64) -> bool {
-    const PRESENT: u64 = 1 << 63;
-    const SWAPPED: u64 = 1 << 62;
     const OF_A_FILE: u64 = 1 << 61;
-    entry & (PRESENT | SWAPPED) != 0 && entry & OF_A_FILE == 0
+    is_there(entry) && entry & OF_A_FILE == 0
 }
 
 /// Pages in a row, no more than are read at once.

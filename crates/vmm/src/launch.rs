@@ -34,9 +34,14 @@ pub(crate) async fn saved_pages(from: &SnapshotFiles, bytes: u64) -> VmmResult<O
     opened.map_err(|error| failed_thread("restore", error))?.map(Some)
 }
 
+/// A process that outlives the agent, and goes before it where memory is short.
+pub(crate) fn beside_agent(program: &Utf8Path) -> Spawn {
+    Spawn::new(program.as_std_path()).new_session().oom_score_adj(OOM_SCORE).no_core_dump()
+}
+
 /// A process of a machine: what it is in and what it keeps are taken out of the description.
 pub(crate) fn spawn(program: &Utf8Path, spec: &mut MachineSpec) -> Spawn {
-    let mut spawn = Spawn::new(program.as_std_path()).new_session().oom_score_adj(OOM_SCORE).no_core_dump();
+    let mut spawn = beside_agent(program);
     if let Some(network) = &spec.network {
         spawn = spawn.network_namespace(network.namespace.as_std_path());
     }

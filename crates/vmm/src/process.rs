@@ -15,6 +15,7 @@ use std::{
     time::Duration,
 };
 
+use camino::Utf8Path;
 use tokio::{
     sync::{oneshot, watch},
     task::spawn_blocking,
@@ -22,7 +23,10 @@ use tokio::{
 };
 use wrenn_host_linux::process::{Child, Exit, Opens, Process, argument_of, find_by_argument};
 
-use crate::{AdoptedMachine, ExitReason, VmmError, VmmResult, files::failed_thread};
+use crate::{
+    AdoptedMachine, ExitReason, VmmError, VmmResult,
+    files::{cannot, failed_thread},
+};
 
 /// How long a process that lost its connection may take to be gone.
 const DEATH_BOUND: Duration = Duration::from_secs(2);
@@ -198,6 +202,14 @@ pub(crate) async fn on_thread<T: Send + 'static>(
     let told = Arc::clone(&given_up.0);
     let done = spawn_blocking(move || work(&told)).await;
     done.map_err(|error| failed_thread(operation, error))?
+}
+
+/// Fails where nobody waits any more for what a thread does with a file.
+pub(crate) fn unless_given_up(given_up: &AtomicBool, path: &Utf8Path) -> VmmResult<()> {
+    match given_up.load(Ordering::Relaxed) {
+        true => Err(cannot("go on with", path)(io::ErrorKind::Interrupted.into())),
+        false => Ok(()),
+    }
 }
 
 /// Tells a thread, when it is dropped, that nobody waits for it.

@@ -11,6 +11,8 @@ use std::{
 
 use camino::{Utf8Path, Utf8PathBuf};
 
+use crate::{DiskSpec, validate::same_file};
+
 /// What such a file begins with.
 pub const MAGIC: [u8; 4] = *b"QFI\xfb";
 /// The only version that is read here, and that QEMU has made for as long as it has run such machines.
@@ -42,6 +44,13 @@ pub(crate) fn header(path: &Utf8Path) -> io::Result<Option<Header>> {
         None => Utf8PathBuf::from(&name),
     });
     Ok(Some(Header { virtual_bytes: fields.virtual_bytes, backing_file }))
+}
+
+/// The one of these files that a header names, if it is one of them; a header may have another name for it than they have.
+/// It is to be opened as it is called here: whoever wrote the file may have written its header, too.
+#[must_use]
+pub fn named<'a>(bases: &'a [DiskSpec], name: &Utf8Path) -> Option<&'a DiskSpec> {
+    bases.iter().find(|base| base.path == name || same_file(&base.path, name).unwrap_or(false))
 }
 
 /// As much of the start of a file as [`Fields::parse`] needs, or all of a shorter one.

@@ -16,7 +16,7 @@ use std::{
 };
 
 use camino::{Utf8Path, Utf8PathBuf};
-use wrenn_vmm::{DiskFormat, DiskSpec};
+use wrenn_vmm::{DiskFormat, DiskSpec, qcow2};
 
 use super::{
     RootfsError, RootfsResult,
@@ -137,17 +137,13 @@ fn open_chain(top: &Utf8Path, bases: &[DiskSpec]) -> RootfsResult<(Vec<Layer>, u
     Ok((chain, size.unwrap_or_default()))
 }
 
-/// The base that a header names, if it may. It is opened as the caller calls it, and never as the header does.
+/// The base that a header names, if it may.
 fn known(
     path: &Utf8Path,
     (below, format): (Utf8PathBuf, DiskFormat),
     bases: &[DiskSpec],
 ) -> RootfsResult<(Utf8PathBuf, DiskFormat)> {
-    let is_it = |base: &&DiskSpec| {
-        let is_named = base.path == below || base.path.canonicalize_utf8().is_ok_and(|found| found == below);
-        is_named && base.format == format
-    };
-    match bases.iter().find(is_it) {
+    match qcow2::named(bases, &below).filter(|base| base.format == format) {
         Some(base) => Ok((base.path.clone(), base.format)),
         None => {
             let problem = "its header names something that it does not stand on";

@@ -14,7 +14,7 @@
 use std::{
     fs::File,
     io,
-    mem::{MaybeUninit, offset_of},
+    mem::MaybeUninit,
     os::{
         fd::{AsFd, AsRawFd, OwnedFd, RawFd},
         unix::{ffi::OsStringExt, fs::FileExt, net::UnixDatagram},
@@ -31,6 +31,8 @@ use rustix::{
     ioctl::{Opcode, Setter, Updater, ioctl},
     net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg},
 };
+
+use crate::syscalls::{ARGUMENTS_AT, JUMP_IF_EQUAL, LOAD, NUMBER_AT, RETURN, instruction};
 
 const RECEIVE: Opcode = 0xc050_2100;
 const SEND: Opcode = 0xc018_2101;
@@ -77,13 +79,23 @@ struct Addition {
     number_flags: u32,
 }
 
-/// `struct seccomp_data`, as far as the filter looks at it.
-#[repr(C)]
-struct CallData {
-    number: u32,
-    architecture: u32,
-    instruction: u64,
-    arguments: [u64; 6],
+/// Lets an `openat` wait whose flags, its third argument, are these and no other. Pure.
+#[allow(
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    reason = "the number of a call, which is small and not negative"
+)]
+fn filter() -> [libc::sock_filter; 6] {
+    const OPENAT: u32 = libc::SYS_openat as u32;
+    [
+        instruction(LOAD, NUMBER_AT, 0, 0),
+        instruction(JUMP_IF_EQUAL, OPENAT, 0, 3),
+        // Little endian: the lower half comes first.
+        instruction(LOAD, ARGUMENTS_AT + 8 * 2, 0, 0),
+        instruction(JUMP_IF_EQUAL, libc::O_RDWR.cast_unsigned(), 0, 1),
+        instruction(RETURN, libc::SECCOMP_RET_USER_NOTIF, 0, 0),
+        instruction(RETURN, libc::SECCOMP_RET_ALLOW, 0, 0),
+    ]
 }
 
 /// The filter, and the two ends of the socket over which its listener comes.
@@ -107,28 +119,9 @@ impl Held {
     /// # Safety
     /// Only in a fresh child that can get no new privileges: see [`super::spawn`]. It allocates nothing.
     #[allow(unsafe_code)]
-    #[allow(
-        clippy::cast_possible_truncation,
-        clippy::cast_sign_loss,
-        reason = "small constants of the kernel"
-    )]
+    #[allow(clippy::cast_possible_truncation, reason = "a small constant of the kernel")]
     pub(super) unsafe fn install(&self) -> libc::c_int {
-        const LOAD: u16 = (libc::BPF_LD | libc::BPF_W | libc::BPF_ABS) as u16;
-        const IS: u16 = (libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K) as u16;
-        const ANSWER: u16 = (libc::BPF_RET | libc::BPF_K) as u16;
-        const NUMBER: u32 = offset_of!(CallData, number) as u32;
-        // The low half of the third argument.
-        const FLAGS: u32 = offset_of!(CallData, arguments) as u32 + 2 * 8;
-        const OPENAT: u32 = libc::SYS_openat as u32;
-        let step = |code, jt, jf, k| libc::sock_filter { code, jt, jf, k };
-        let mut filter = [
-            step(LOAD, 0, 0, NUMBER),
-            step(IS, 0, 3, OPENAT),
-            step(LOAD, 0, 0, FLAGS),
-            step(IS, 0, 1, libc::O_RDWR.cast_unsigned()),
-            step(ANSWER, 0, 0, libc::SECCOMP_RET_USER_NOTIF),
-            step(ANSWER, 0, 0, libc::SECCOMP_RET_ALLOW),
-        ];
+        let mut filter = filter();
         let program = libc::sock_fprog { len: filter.len() as u16, filter: filter.as_mut_ptr() };
         // SAFETY: the kernel copies the filter, which lives until the call returns. The message is built in memory of this
         // function, of the size that `CMSG_SPACE` asks for and aligned as its head.

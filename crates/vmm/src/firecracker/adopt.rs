@@ -62,17 +62,14 @@ async fn take(process: Process, machine: &AdoptedMachine) -> VmmResult<Machine> 
     let known = tokio::fs::read(run_dir.join(CONSOLE_LOG)).await.unwrap_or_default();
     let console = Arc::new(Spool::continued(&run_dir.join(CONSOLE), CONSOLE_LIMIT, &known)?);
     let log = Arc::new(Spool::continued(&run_dir.join(process::mark(&machine.name)), LOG_LIMIT, b"")?);
-    let backing = match machine.memory.clone() {
-        None => Backing::Anonymous,
-        Some(file) => {
+    let pager = find_pager(&process, machine).await?;
+    let backing = match (machine.memory.clone(), &pager) {
+        (None, _) => Backing::Anonymous,
+        (Some(file), Some(_)) => Backing::Served(file),
+        (Some(file), None) => {
             let process = process.clone();
             on_thread(ADOPT, move |_| backing(&process, &file)).await?
         }
-    };
-    let pager = find_pager(&process, machine).await?;
-    let backing = match (&pager, machine.memory.clone()) {
-        (Some(_), Some(file)) => Backing::Served(file),
-        _ => backing,
     };
     let watch = pager.as_ref().map(Pager::watch);
     let monitor =

@@ -34,7 +34,7 @@ use wrenn_host_linux::{
 use super::launch::{CONSOLE, DISK_LINK};
 use crate::{
     MachineSpec, NetworkSpec, VmmError, VmmResult,
-    files::{cannot, public, remove_stale},
+    files::{OTHERS_MAY_READ, cannot, public, remove_stale},
     launch::{self, CONTROL_SOCKET},
 };
 
@@ -55,7 +55,6 @@ pub(super) const SAVED_MEMORY: &str = "saved-memory";
 const STATE_COPY: &str = "state.copy";
 /// Room on the stage for what is no copy of Firecracker.
 const ROOM: u64 = 1 << 20;
-const OTHERS_MAY_READ: u32 = 0o004;
 const OTHERS_MAY_ENTER: u32 = 0o001;
 
 /// What a machine begins with.

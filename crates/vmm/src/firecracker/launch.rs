@@ -144,16 +144,18 @@ pub(super) async fn start(
     let log = Arc::new(Spool::create(&spec.run_dir.join(&mark), LOG_LIMIT)?);
     let failed = not_started(program);
     let socket = spec.run_dir.join(CONTROL_SOCKET);
-    let (user, arguments) =
-        (spec.user, |socket| ["--api-sock", socket, "--log-path", &mark, "--level", "Warn"]);
+    let user = spec.user;
     let (spawn, made) = match (user, &programs.jailer) {
         (None, _) => {
             let spawn = launch::spawn(program, &mut spec).args(["--id", &spec.name]);
-            (spawn.args(arguments(CONTROL_SOCKET)).current_dir(spec.run_dir.as_std_path()), socket.clone())
+            (
+                spawn.args(arguments(CONTROL_SOCKET, &mark)).current_dir(spec.run_dir.as_std_path()),
+                socket.clone(),
+            )
         }
         (Some(user), Some(jailer)) => {
             let (named, made) = jail::socket(&spec.run_dir);
-            let words = arguments(named.as_str());
+            let words = arguments(named.as_str(), &mark);
             (jail::spawn(program, jailer, user, &mut spec, begin, &mark, &words).await?, made)
         }
         (Some(_), None) => {
@@ -206,6 +208,11 @@ pub(super) async fn start(
     }
 }
 
+/// The words after those that say whose process it is.
+fn arguments<'a>(socket: &'a str, log: &'a str) -> [&'a str; 6] {
+    ["--api-sock", socket, "--log-path", log, "--level", "Warn"]
+}
+
 /// The file whose lock belongs to the machine's owner.
 pub(super) fn owner(run_dir: &Utf8Path) -> VmmResult<File> {
     let path = run_dir.join(OWNER);
@@ -238,6 +245,13 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let path = Utf8Path::from_path(directory.path()).unwrap().to_owned();
         (directory, path)
+    }
+
+    #[test]
+    fn the_mark_is_an_argument_of_its_own() {
+        let words = arguments(CONTROL_SOCKET, "guest=wrenn-a");
+        assert_eq!(words[..2], ["--api-sock", CONTROL_SOCKET]);
+        assert!(words.contains(&"guest=wrenn-a"));
     }
 
     #[test]

@@ -14,7 +14,7 @@ use std::{
     fs::File,
     io,
     os::unix::fs::{FileExt, OpenOptionsExt},
-    sync::atomic::{AtomicBool, Ordering},
+    sync::atomic::AtomicBool,
     time::Duration,
 };
 
@@ -33,6 +33,7 @@ use crate::{
     guest_memory::GuestMemory,
     pager::ServedMemory,
     pages::{PagesWriter, SavedPages, Zeros},
+    process::unless_given_up,
 };
 
 pub(super) const SNAPSHOT: &str = "snapshot";
@@ -127,9 +128,7 @@ pub(super) fn convert(
     while let Some(data) = next_data(&file, at).map_err(cannot("read", path))?
         && data < bytes
     {
-        if given_up.load(Ordering::Relaxed) {
-            return Err(cannot("go on with", into)(io::ErrorKind::Interrupted.into()));
-        }
+        unless_given_up(given_up, into)?;
         at = data - data % page_bytes as u64;
         let length = usize::try_from(bytes - at).unwrap_or(CHUNK).min(CHUNK);
         let piece = &mut content[..length];

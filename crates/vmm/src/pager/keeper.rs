@@ -15,7 +15,7 @@ use tokio::{
     net::UnixStream,
     time::timeout,
 };
-use wrenn_host_linux::process::{Process, Spawn};
+use wrenn_host_linux::process::Process;
 
 use super::{
     process::{DONE, Order, WORD},
@@ -24,7 +24,7 @@ use super::{
 use crate::{
     ExitReason, MachineSpec, SnapshotFiles, VmmError, VmmResult,
     files::{SocketFile, cannot, create_private, remove_stale},
-    launch::{self, not_started},
+    launch::{self, beside_agent, not_started},
     process::{Leash, find},
 };
 
@@ -38,8 +38,6 @@ const BOUND: Duration = Duration::from_secs(20);
 const END_BOUND: Duration = Duration::from_secs(2);
 /// How much of what it said is told.
 const SAID: u64 = 4096;
-/// When the host's memory is short, a guest and its pager go before the agent does.
-const OOM_SCORE: i16 = 500;
 
 /// The program that becomes a pager.
 #[derive(Debug, Clone)]
@@ -113,13 +111,10 @@ impl Pager {
         let (ours, theirs) = StdUnixStream::pair().map_err(&failed)?;
         ours.set_nonblocking(true).map_err(&failed)?;
         let mut control = UnixStream::from_std(ours).map_err(&failed)?;
-        let mut spawn = Spawn::new(program.program.as_std_path())
+        let mut spawn = beside_agent(&program.program)
             .args(program.arguments.iter().cloned())
             .arg(mark(&name))
             .current_dir(run_dir.as_std_path())
-            .new_session()
-            .oom_score_adj(OOM_SCORE)
-            .no_core_dump()
             .stdin(theirs)
             .stderr(log);
         for (variable, value) in &program.environment {

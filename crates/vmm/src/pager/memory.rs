@@ -13,7 +13,7 @@ use std::{
     fs::{self, File},
     io,
     os::unix::fs::{FileExt as _, OpenOptionsExt as _},
-    sync::atomic::{AtomicBool, Ordering},
+    sync::atomic::AtomicBool,
 };
 
 use camino::{Utf8Path, Utf8PathBuf};
@@ -24,7 +24,9 @@ use super::{regions::Regions, source::Source, state::StateReader};
 use crate::{
     SnapshotStatistics, VmmResult,
     files::cannot,
+    guest_memory::is_there,
     pages::{Origin, PagesWriter, SavedPages, Zeros},
+    process::unless_given_up,
 };
 
 /// How many pages are looked at together: those of a number of whole words of the bitmap.
@@ -58,9 +60,7 @@ enum Holder {
 impl Holder {
     /// By the entry of the page map, and whether it was ever taken away. Pure.
     fn of(entry: u64, is_removed: bool) -> Self {
-        const PRESENT: u64 = 1 << 63;
-        const SWAPPED: u64 = 1 << 62;
-        match (entry & (PRESENT | SWAPPED) != 0, is_removed) {
+        match (is_there(entry), is_removed) {
             (true, _) => Self::Process,
             (false, true) => Self::Nobody,
             (false, false) => Self::Source,
@@ -107,9 +107,7 @@ impl ServedMemory {
         let (mut entries, mut removed) = ([0; CHUNK * ENTRY], [0; CHUNK / WORD_BITS]);
         let pages = self.regions.pages();
         for first in (0..pages).step_by(CHUNK) {
-            if given_up.load(Ordering::Relaxed) {
-                return Err(cannot("go on with", into)(io::ErrorKind::Interrupted.into()));
-            }
+            unless_given_up(given_up, into)?;
             let count = usize::try_from(pages - first).unwrap_or(CHUNK).min(CHUNK);
             self.entries(first, &mut entries[..count * ENTRY])?;
             self.state.removed(first, &mut removed[..count.div_ceil(WORD_BITS)])?;

@@ -21,7 +21,7 @@ use std::{
 use camino::{Utf8Path, Utf8PathBuf};
 use serde_json::{Value, json};
 
-use crate::{DiskFormat, DiskSpec, VmmError, VmmResult, files::cannot, qcow2, validate::same_file};
+use crate::{DiskFormat, DiskSpec, VmmError, VmmResult, files::cannot, qcow2};
 
 /// A file of a disk, as QEMU is told of it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -148,9 +148,7 @@ fn chain(disk: &DiskSpec, bases: &[DiskSpec]) -> VmmResult<Vec<DiskSpec>> {
         && let Some(header) = qcow2::header(&top.path).map_err(cannot("open", &top.path))?
         && let Some(below) = header.backing_file
     {
-        // A header may have another name for it than the caller. It is opened under the caller's.
-        let is_it = |base: &&DiskSpec| base.path == below || same_file(&base.path, &below).unwrap_or(false);
-        let known = bases.iter().find(is_it).filter(|base| !chain.contains(base));
+        let known = qcow2::named(bases, &below).filter(|base| !chain.contains(base));
         top = known.ok_or_else(|| {
             let problem = format!("{} says that it stands on {below}, and may not", top.path);
             VmmError::Spec { field: "disk", problem }
