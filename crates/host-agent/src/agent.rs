@@ -112,8 +112,10 @@ pub enum StartError {
         wanted: String,
     },
     /// The memory of such machines cannot be served.
-    #[error("{0}: leave out --memory-backend, or choose `file`")]
-    MemoryBackend(&'static str),
+    #[error(
+        "QEMU maps memory and has it served by nobody: leave out --memory-backend, or choose `file`, or --vmm firecracker"
+    )]
+    MemoryBackend,
     /// Production was asked for on a host that does not have what it needs.
     #[error("this host is not fit")]
     NotFit(#[source] NotFit),
@@ -271,13 +273,8 @@ impl Agent {
                 "machines run as the agent's user, and see the host's files: --uids confines them"
             );
         }
-        if config.memory_backend == MemoryBackendFlag::Uffd {
-            if config.vmm == VmmDriver::Qemu {
-                return Err(StartError::MemoryBackend("QEMU maps memory and has it served by nobody"));
-            }
-            if users != Users::TheAgents {
-                return Err(StartError::MemoryBackend("the memory of a machine in a jail is not served yet"));
-            }
+        if config.memory_backend == MemoryBackendFlag::Uffd && config.vmm == VmmDriver::Qemu {
+            return Err(StartError::MemoryBackend);
         }
         let driver = config.disk_driver().ok_or(StartError::Disks)?;
         let disks = disks::open(driver, &instance, &dir.join("agent")).await?;

@@ -140,11 +140,11 @@ impl Place {
         control_plane_loss_after: u32,
     ) -> Result<Agent> {
         let images = Utf8PathBuf::from_path_buf(stack::images()?).unwrap();
-        // Machines are confined where they can be: not yet where their memory is served.
+        // Machines are confined where they can be.
         let jailer = std::env::var("WRENN_JAILER").ok().map(Utf8PathBuf::from);
         let is_confined = match self.kind.vmm {
             VmmDriver::Qemu => true,
-            VmmDriver::Firecracker => jailer.is_some() && self.kind.memory == MemoryBackendFlag::File,
+            VmmDriver::Firecracker => jailer.is_some(),
         };
         Ok(Agent::start(Config {
             dir: self.path().to_owned(),

@@ -5,7 +5,8 @@
 //!  DIR/api        ─► written        firecracker/NAME/root/api/control.sock    made by Firecracker
 //!  DIR/*.fifo     ─► written                              console.fifo, guest=NAME
 //!  disk           ─► written, or a node                   disk.link
-//!  base           ─► read                                 memory              only of a clone
+//!  base           ─► read                                 memory              only of a clone, or instead of it
+//!  memory.sock    ─► written        later                  memory.sock         where its memory is served by a pager
 //!  kernel, …      ─► read                                 kernel, initramfs   only where it boots
 //!  snapshot files ─► written        later, for as long    saved-state, saved-memory
 //! ```
@@ -21,9 +22,11 @@
 use std::{
     fs::{self, File},
     os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, PermissionsExt, chown, fchown},
+    sync::atomic::AtomicBool,
 };
 
 use camino::{Utf8Path, Utf8PathBuf};
+use rustix::fs::{Mode, OFlags};
 use wrenn_host_linux::{
     mounts::{hide_in, show_in},
     netns::NetworkNamespace,
@@ -36,6 +39,8 @@ use crate::{
     MachineSpec, NetworkSpec, VmmError, VmmResult,
     files::{OTHERS_MAY_READ, cannot, public, remove_stale},
     launch::{self, CONTROL_SOCKET},
+    pager,
+    process::on_thread,
 };
 
 /// Where the stage is mounted, and the directory of the socket.
@@ -60,8 +65,15 @@ const OTHERS_MAY_ENTER: u32 = 0o001;
 /// What a machine begins with.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Begin<'a> {
-    Boot { kernel: &'a Utf8Path, initramfs: &'a Utf8Path },
-    Load { state: &'a Utf8Path, memory: &'a Utf8Path },
+    Boot {
+        kernel: &'a Utf8Path,
+        initramfs: &'a Utf8Path,
+    },
+    /// Without a memory it is served by a pager, which listens later.
+    Load {
+        state: &'a Utf8Path,
+        memory: Option<&'a Utf8Path>,
+    },
 }
 
 /// The name of a file, to Firecracker: where it is jailed, the one that it has there.
@@ -125,9 +137,15 @@ pub(super) async fn spawn(
             remove_stale(&copy)?;
             fs::copy(state, &copy).map_err(cannot("copy", state))?;
             own(&copy)?;
-            let memory = memory.canonicalize_utf8().map_err(cannot("find", memory))?;
-            show_to_all(&memory)?;
-            stage = stage.show(copy, root.join(STATE), false).show(memory, root.join(MEMORY), false);
+            stage = stage.show(copy, root.join(STATE), false);
+            stage = match memory {
+                Some(memory) => {
+                    let memory = memory.canonicalize_utf8().map_err(cannot("find", memory))?;
+                    show_to_all(&memory)?;
+                    stage.show(memory, root.join(MEMORY), false)
+                }
+                None => stage.place(root.join(pager::SOCKET)),
+            };
         }
     }
     for name in [SAVED_STATE, SAVED_MEMORY] {
@@ -211,6 +229,19 @@ pub(super) fn take_socket(run_dir: &Utf8Path) -> VmmResult<()> {
         return Err(cannot("take", &path)(std::io::ErrorKind::InvalidData.into()));
     }
     Ok(())
+}
+
+/// Lets it connect to the pager that serves its memory, and that listens by now.
+pub(super) async fn show_pager(process: &Process, run_dir: &Utf8Path) -> VmmResult<()> {
+    let path = run_dir.join(pager::SOCKET);
+    // It can be shown without being connected to.
+    let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let socket = rustix::fs::open(path.as_std_path(), flags, Mode::empty());
+    let socket = socket.map_err(|error| cannot("open", &path)(error.into()))?;
+    let (process, at) = (process.clone(), Utf8Path::new("/").join(pager::SOCKET));
+    let show =
+        move |_: &AtomicBool| show_in(&process, &socket, at.as_std_path()).map_err(cannot("show", &path));
+    on_thread("restore", show).await
 }
 
 /// The user of a machine that somebody else started; none where it is not jailed.

@@ -111,10 +111,6 @@ pub(super) async fn start(
     served: Option<(&PagerProgram, &SnapshotFiles)>,
 ) -> VmmResult<Machine> {
     let program = &programs.firecracker;
-    if spec.user.is_some() && served.is_some() {
-        let problem = "memory that is served is not shown in a jail";
-        return Err(VmmError::Unsupported { operation: "a user of its own", problem });
-    }
     launch::inputs(&spec)?;
     let owner = owner(&spec.run_dir)?;
     if owner.try_lock().is_err() {
@@ -182,8 +178,12 @@ pub(super) async fn start(
             }
             until_listening(&socket, machine.api()).await.map_err(&failed)?;
             match (&mut pager, served) {
-                (Some(pager), Some((program, _))) => pager.bind(program, &vmm).await,
-                _ => Ok(()),
+                (Some(pager), Some((program, _))) => pager.bind(program, &vmm).await?,
+                _ => return Ok(()),
+            }
+            match user {
+                Some(_) => jail::show_pager(&vmm, &run_dir).await,
+                None => Ok(()),
             }
         };
         tokio::select! {

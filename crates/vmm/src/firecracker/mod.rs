@@ -141,7 +141,8 @@ impl Vmm for Firecracker {
             MemoryBackend::File => None,
             MemoryBackend::Uffd(program) => Some((program, from)),
         };
-        let begin = Begin::Load { state: &from.state, memory: &from.memory };
+        let mapped = served.is_none().then_some(from.memory.as_path());
+        let begin = Begin::Load { state: &from.state, memory: mapped };
         let mut machine = launch::start(&self.programs, spec, begin, served).await?;
         match machine.load(from, pages, tap.as_deref()).await {
             Ok(()) => Ok(Box::new(machine)),

@@ -64,6 +64,8 @@ pub(crate) struct Wanted {
     /// The machine's name and directory.
     pub(crate) name: String,
     pub(crate) run_dir: Utf8PathBuf,
+    /// Whom it runs as, where that is a user of its own.
+    pub(crate) user: Option<u32>,
     /// Its memory: the base, what was saved over it, and how long it is.
     pub(crate) base: Utf8PathBuf,
     pub(crate) pages: Option<Utf8PathBuf>,
@@ -92,6 +94,7 @@ impl Wanted {
         Ok(Self {
             name: spec.name.clone(),
             run_dir: spec.run_dir.clone(),
+            user: spec.user,
             base: from.memory.clone(),
             pages: from.pages.clone(),
             bytes: spec.shape.memory.bytes(),
@@ -104,7 +107,7 @@ impl Wanted {
 impl Pager {
     /// Starts one; that it is ready is waited for later.
     pub(crate) async fn begin(program: &PagerProgram, wanted: Wanted) -> VmmResult<Self> {
-        let Wanted { name, run_dir, base, pages, bytes, working_set, control_group } = wanted;
+        let Wanted { name, run_dir, user, base, pages, bytes, working_set, control_group } = wanted;
         let failed = not_started(&program.program);
         forget(&run_dir)?;
         let log = create_private(&run_dir.join(LOG))?;
@@ -131,7 +134,7 @@ impl Pager {
         let leash = leash.await?;
         let order = Order {
             socket: run_dir.join(SOCKET),
-            socket_owner: None,
+            socket_owner: user,
             base,
             pages,
             bytes,

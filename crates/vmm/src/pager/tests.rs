@@ -117,6 +117,7 @@ impl World {
 
     fn wanted(&self, name: &str, pages: Option<&Utf8Path>) -> Wanted {
         Wanted {
+            user: None,
             name: name.to_owned(),
             run_dir: self.path.clone(),
             base: self.base.clone(),
