@@ -44,7 +44,7 @@ use wrenn_host_agent::{
 };
 use wrenn_types::{AccessToken, DiskMib, InstanceId, SandboxId, Shape, SnapshotId};
 use wrenn_vmm::{
-    DiskFormat, DiskSpec, GuestBundle, MachineSpec, NetworkSpec, SnapshotFiles, Vm, Vmm,
+    DiskFormat, DiskRate, DiskSpec, GuestBundle, MachineSpec, NetworkSpec, SnapshotFiles, Vm, Vmm,
     qemu::{AcceleratorChoice, Qemu, QemuOptions},
 };
 
@@ -243,6 +243,7 @@ impl Floor {
             disk: Some(disk),
             // The floor confines nothing.
             disk_bases: Vec::new(),
+            disk_rate: DiskRate::default(),
             user: None,
             network: Some(NetworkSpec {
                 namespace: slot.netns_path().to_owned(),

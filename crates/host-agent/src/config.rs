@@ -3,8 +3,9 @@
 use std::{net::Ipv4Addr, num::NonZeroU64};
 
 use camino::Utf8PathBuf;
+use wrenn_vmm::DiskRate;
 
-use crate::{doctor::IdRange, limits::IoBound, metrics::endpoint::MetricsAddress, network::NamespaceName};
+use crate::{doctor::IdRange, metrics::endpoint::MetricsAddress, network::NamespaceName};
 
 /// Flags of `wrenn agent`.
 #[derive(Debug, Clone, clap::Args)]
@@ -88,7 +89,7 @@ pub struct Config {
     pub metrics: Option<MetricsAddress>,
 
     /// What each machine may read of the disk that the directory is on, and what it may write, in MiB per second;
-    /// 0 is no limit.
+    /// 0 is no limit. Where the host has no controller for that, its own disk is limited, reads and writes together.
     #[arg(long, env = "WRENN_MACHINE_IO_MIB", value_name = "MIB", default_value_t = 1024)]
     pub machine_io_mib: u32,
 
@@ -128,8 +129,8 @@ impl Config {
 
     /// The two limits of I/O.
     #[must_use]
-    pub fn machine_io(&self) -> IoBound {
-        IoBound {
+    pub fn machine_io(&self) -> DiskRate {
+        DiskRate {
             bytes: NonZeroU64::new(u64::from(self.machine_io_mib) << 20),
             operations: NonZeroU64::new(self.machine_io_operations.into()),
         }

@@ -12,7 +12,9 @@
 //! machine already. So the limits are generous, and those of a machine that behaves are never felt.
 //!
 //! I/O is limited on the one disk that the stack's directory is on. A guest writes as fast as it may, so that limit is
-//! one that a machine which behaves may meet; who runs the host sets it.
+//! one that a machine which behaves may meet; who runs the host sets it. Where no group can limit it, because the kernel has no
+//! controller for it or it is no disk of the host's own, the virtual machine monitor does, for its guest's disk
+//! ([`Limits::disk_rate`]): that holds what a guest does, and not a monitor that was broken into.
 //!
 //! What filters names for a guest has a group too, with limits of its own
 //! ([`crate::network::filter`]). It lives as long as its slot.
@@ -20,7 +22,7 @@
 //! Where the kernel has no control groups of version 2, or they cannot limit something, the agent says so at its
 //! start ([`Limits`] as a text), and whoever asks for the host is told.
 
-use std::{fmt, io, num::NonZeroU64, os::fd::OwnedFd};
+use std::{fmt, io, os::fd::OwnedFd};
 
 use camino::Utf8Path;
 use wrenn_host_linux::{
@@ -28,6 +30,7 @@ use wrenn_host_linux::{
     disk::Disk,
 };
 use wrenn_types::{InstanceId, LayerId, SandboxId, Shape};
+use wrenn_vmm::DiskRate;
 
 use crate::{network::filter::confinement::is_group_of_filter, sandbox::driver::chain};
 
@@ -44,57 +47,33 @@ const VMM_THREADS: u64 = 128;
 
 /// What each machine may have.
 #[derive(Debug)]
-pub enum Limits {
-    /// Each has a group.
-    Groups(Groups),
-    /// There are none, and why.
-    Absent(String),
-}
-
-/// Where the groups are, and what is the same for all of them.
-#[derive(Debug)]
-pub struct Groups {
-    hierarchy: Hierarchy,
+pub struct Limits {
+    /// Where the groups are; or why there are none.
+    groups: Result<Hierarchy, String>,
     io: Io,
 }
 
-impl Groups {
-    /// The directory in which they are.
-    #[must_use]
-    pub fn hierarchy(&self) -> &Hierarchy {
-        &self.hierarchy
-    }
-}
-
-/// What a machine may read of the disk, and what it may write. None is no limit.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct IoBound {
-    /// Bytes per second.
-    pub bytes: Option<NonZeroU64>,
-    /// Operations per second.
-    pub operations: Option<NonZeroU64>,
-}
-
-/// Whether I/O is limited, and how.
+/// Whether I/O is limited, and by whom.
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Io {
-    /// As the kernel is told it.
-    Limited(String),
+    /// By the group: reads and writes each. As the kernel is told it.
+    Group(String),
+    /// By the virtual machine monitor: both together.
+    Machine(DiskRate),
     /// Nobody wants it to be.
     Free,
-    /// The disks of sandboxes are on no disk of the host of which the kernel counts the reads and writes.
-    NoDisk,
 }
 
 impl Io {
-    fn new(bound: IoBound, disk: Option<Disk>) -> Self {
-        let bounds = [("bps", bound.bytes), ("iops", bound.operations)];
+    /// `disk` is the one on which groups can limit it.
+    fn new(rate: DiskRate, disk: Option<Disk>) -> Self {
+        let bounds = [("bps", rate.bytes), ("iops", rate.operations)];
         let set = bounds.into_iter().filter_map(|(unit, number)| Some((unit, number?)));
         let words: String = set.map(|(unit, number)| format!(" r{unit}={number} w{unit}={number}")).collect();
         match disk {
             _ if words.is_empty() => Self::Free,
-            Some(disk) => Self::Limited(format!("{disk}{words}")),
-            None => Self::NoDisk,
+            Some(disk) => Self::Group(format!("{disk}{words}")),
+            None => Self::Machine(rate),
         }
     }
 }
@@ -112,7 +91,7 @@ fn limits_of(shape: Shape, io: &Io) -> Vec<(Controller, &'static str, String)> {
         (Controller::Memory, "memory.oom.group", "1".to_owned()),
         (Controller::Pids, "pids.max", (vcpus + VMM_THREADS).to_string()),
     ];
-    if let Io::Limited(value) = io {
+    if let Io::Group(value) = io {
         limits.push((Controller::Io, "io.max", value.clone()));
     }
     limits
@@ -124,30 +103,49 @@ fn name(id: &SandboxId, layer: &LayerId) -> String {
 }
 
 impl Limits {
-    /// Makes the directory of an instance's groups, if there can be one. The bound is for the disk that `disks` is on.
+    /// Makes the directory of an instance's groups, if there can be one. The rate is for the disk that `disks` is on.
     #[must_use]
-    pub fn open(instance: &InstanceId, disks: &Utf8Path, bound: IoBound) -> Self {
+    pub fn open(instance: &InstanceId, disks: &Utf8Path, rate: DiskRate) -> Self {
         let hierarchy = match Hierarchy::open(instance.as_str()) {
             Ok(hierarchy) => hierarchy,
-            Err(error) => return Self::Absent(chain(&error)),
+            Err(error) => return Self::without_groups(chain(&error), rate),
         };
         let disk = Disk::of(disks.as_std_path()).unwrap_or_else(|error| {
             tracing::warn!(error = &error as &dyn std::error::Error, "the disk of {disks} is not known");
             None
         });
-        Self::Groups(Groups { hierarchy, io: Io::new(bound, disk) })
+        let disk = disk.filter(|_| hierarchy.controllers().contains(&Controller::Io));
+        Self { groups: Ok(hierarchy), io: Io::new(rate, disk) }
+    }
+
+    /// Those of a host without control groups, for this reason.
+    #[must_use]
+    pub fn without_groups(why: String, rate: DiskRate) -> Self {
+        Self { groups: Err(why), io: Io::new(rate, None) }
+    }
+
+    /// The directory in which the groups are, where there are any.
+    #[must_use]
+    pub fn hierarchy(&self) -> Option<&Hierarchy> {
+        self.groups.as_ref().ok()
+    }
+
+    /// What a machine's own monitor has to limit.
+    #[must_use]
+    pub fn disk_rate(&self) -> DiskRate {
+        match self.io {
+            Io::Machine(rate) => rate,
+            Io::Group(_) | Io::Free => DiskRate::default(),
+        }
     }
 
     /// What is limited here, and what is not.
     #[must_use]
     pub fn controllers(&self) -> [(Controller, bool); Controller::ALL.len()] {
         Controller::ALL.map(|controller| {
-            let is_limited = match self {
-                Self::Absent(_) => false,
-                Self::Groups(Groups { hierarchy, io }) => {
-                    let is_wanted = controller != Controller::Io || matches!(io, Io::Limited(_));
-                    is_wanted && hierarchy.controllers().contains(&controller)
-                }
+            let is_limited = match controller {
+                Controller::Io => self.io != Io::Free,
+                _ => self.hierarchy().is_some_and(|groups| groups.controllers().contains(&controller)),
             };
             (controller, is_limited)
         })
@@ -163,14 +161,14 @@ impl Limits {
     /// # Errors
     /// The group cannot be made as it should be. A machine without its limits is not started.
     pub fn begin(&self, id: &SandboxId, layer: &LayerId, shape: Shape) -> io::Result<Option<OwnedFd>> {
-        let Self::Groups(Groups { hierarchy, io }) = self else { return Ok(None) };
-        hierarchy.create(&name(id, layer), &limits_of(shape, io))?.entrance().map(Some)
+        let Some(hierarchy) = self.hierarchy() else { return Ok(None) };
+        hierarchy.create(&name(id, layer), &limits_of(shape, &self.io))?.entrance().map(Some)
     }
 
     /// Removes the group of a machine that has ended.
     pub fn end(&self, id: &SandboxId, layer: &LayerId) {
-        let Self::Groups(groups) = self else { return };
-        if let Err(error) = groups.hierarchy.group(&name(id, layer)).remove() {
+        let Some(hierarchy) = self.hierarchy() else { return };
+        if let Err(error) = hierarchy.group(&name(id, layer)).remove() {
             tracing::warn!(%id, error = &error as &dyn std::error::Error, "a control group stays until the next start");
         }
     }
@@ -178,13 +176,12 @@ impl Limits {
     /// Whether the kernel has killed the machine of a group because it needed more memory than it may have.
     #[must_use]
     pub fn was_out_of_memory(&self, id: &SandboxId, layer: &LayerId) -> bool {
-        let Self::Groups(groups) = self else { return false };
-        groups.hierarchy.group(&name(id, layer)).oom_kills() > 0
+        self.hierarchy().is_some_and(|hierarchy| hierarchy.group(&name(id, layer)).oom_kills() > 0)
     }
 
     /// Removes the groups of machines that are gone. One that cannot be removed is tried again at the next start.
     pub fn keep_only(&self, is_known: impl Fn(&str) -> bool) {
-        let Self::Groups(Groups { hierarchy, .. }) = self else { return };
+        let Some(hierarchy) = self.hierarchy() else { return };
         for name in hierarchy.names().unwrap_or_default() {
             if is_known(&name) {
                 continue;
@@ -205,35 +202,40 @@ impl Limits {
 
     /// Removes the directory if no machine is left.
     pub fn close(&self) {
-        if let Self::Groups(groups) = self {
-            groups.hierarchy.close();
+        if let Some(hierarchy) = self.hierarchy() {
+            hierarchy.close();
         }
     }
 }
 
 impl fmt::Display for Limits {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let groups = match self {
-            Self::Absent(why) => return write!(f, "machines are not limited on this host: {why}"),
-            Self::Groups(groups) => groups,
-        };
+        let is_by_machine = matches!(self.io, Io::Machine(_));
         let words = |wanted: bool| {
             // What nobody wants to be limited is in neither list.
-            let is_told = |controller| wanted || controller != Controller::Io || groups.io != Io::Free;
+            let is_told = |controller| controller != Controller::Io || (wanted && !is_by_machine);
             let all = self.controllers().into_iter();
             let those = all.filter(|(controller, is_limited)| *is_limited == wanted && is_told(*controller));
             those.map(|(controller, _)| controller.name()).collect::<Vec<_>>().join(", ")
         };
-        let (there, missing) = (words(true), words(false));
-        match there.is_empty() {
-            true => write!(f, "each machine has a control group, but nothing is limited")?,
-            false => write!(f, "each machine is limited in {there}")?,
+        match &self.groups {
+            Err(why) => write!(f, "machines have no control groups on this host: {why}")?,
+            Ok(_) => {
+                let (there, missing) = (words(true), words(false));
+                match there.is_empty() {
+                    true => write!(f, "each machine has a control group, but nothing is limited by it")?,
+                    false => write!(f, "each machine is limited in {there}")?,
+                }
+                if !missing.is_empty() {
+                    write!(
+                        f,
+                        "; not limited: {missing} (the kernel has no controller of version 2 for it here)"
+                    )?;
+                }
+            }
         }
-        if !missing.is_empty() {
-            write!(f, "; not limited: {missing} (the kernel has no controller of version 2 for it here)")?;
-        }
-        if groups.io == Io::NoDisk {
-            write!(f, "; the disks of sandboxes are not on one disk of the host, so I/O cannot be limited")?;
+        if is_by_machine {
+            write!(f, "; reads and writes of its disk are limited by the virtual machine monitor alone")?;
         }
         Ok(())
     }
@@ -241,6 +243,8 @@ impl fmt::Display for Limits {
 
 #[cfg(test)]
 mod tests {
+    use std::num::NonZeroU64;
+
     use proptest::prelude::*;
     use wrenn_types::{MemoryMib, Vcpus};
 
@@ -249,8 +253,8 @@ mod tests {
     #[test]
     fn the_limits_of_a_small_machine() {
         let shape = Shape { vcpus: Vcpus::new(1).unwrap(), memory: MemoryMib::new(512).unwrap() };
-        let bound = IoBound { bytes: NonZeroU64::new(1 << 20), operations: None };
-        let io = Io::new(bound, Disk::parse("8:16"));
+        let rate = DiskRate { bytes: NonZeroU64::new(1 << 20), operations: None };
+        let io = Io::new(rate, Disk::parse("8:16"));
         let limits = limits_of(shape, &io);
         let found: Vec<_> = limits.iter().map(|(_, file, value)| (*file, value.as_str())).collect();
         let expected = [
@@ -264,24 +268,30 @@ mod tests {
         assert_eq!(found, expected);
     }
 
-    #[test]
-    fn without_control_groups_nothing_is_limited() {
-        let limits = Limits::Absent("no control groups here".to_owned());
-        assert!(limits.absent().eq(Controller::ALL));
-        assert_eq!(
-            limits.absent().map(Controller::name).collect::<Vec<_>>(),
-            ["cpu", "io", "memory", "pids"]
-        );
+    fn both() -> DiskRate {
+        DiskRate { bytes: NonZeroU64::new(5), operations: NonZeroU64::new(7) }
     }
 
     #[test]
-    fn io_is_limited_where_somebody_wants_it_and_there_is_a_disk() {
-        let number = NonZeroU64::new;
-        let both = IoBound { bytes: number(5), operations: number(7) };
-        let limited = Io::Limited("8:0 rbps=5 wbps=5 riops=7 wiops=7".to_owned());
-        assert_eq!(Io::new(both, Disk::parse("8:0")), limited);
-        assert_eq!(Io::new(both, None), Io::NoDisk);
-        assert_eq!(Io::new(IoBound { bytes: None, operations: None }, None), Io::Free);
+    fn without_control_groups_only_the_monitor_limits_something() {
+        let names = |limits: &Limits| limits.absent().map(Controller::name).collect::<Vec<_>>();
+        let limits = Limits::without_groups("no control groups here".to_owned(), both());
+        assert_eq!(names(&limits), ["cpu", "memory", "pids"]);
+        assert_eq!(limits.disk_rate(), both());
+        let limits = Limits::without_groups("no control groups here".to_owned(), DiskRate::default());
+        assert!(limits.absent().eq(Controller::ALL));
+        assert!(limits.disk_rate().is_free());
+    }
+
+    #[test]
+    fn io_is_limited_where_somebody_wants_it_and_once() {
+        let by_group = Io::Group("8:0 rbps=5 wbps=5 riops=7 wiops=7".to_owned());
+        assert_eq!(Io::new(both(), Disk::parse("8:0")), by_group);
+        assert_eq!(Io::new(both(), None), Io::Machine(both()));
+        assert_eq!(Io::new(DiskRate::default(), Disk::parse("8:0")), Io::Free);
+        let mount = tempfile::tempdir().unwrap();
+        let limits = Limits { groups: Ok(Hierarchy::below(mount.path(), "owner").unwrap()), io: by_group };
+        assert!(limits.disk_rate().is_free());
     }
 
     proptest! {
@@ -308,7 +318,7 @@ mod tests {
         // A mount of plain files, in which nobody counts but this test.
         let mount = tempfile::tempdir().unwrap();
         let hierarchy = Hierarchy::below(mount.path(), "owner").unwrap();
-        let limits = Limits::Groups(Groups { hierarchy, io: Io::Free });
+        let limits = Limits { groups: Ok(hierarchy), io: Io::Free };
         let (id, layer, other) = (SandboxId::random(), LayerId::random(), LayerId::random());
         for (layer, kills) in [(&layer, 1), (&other, 0)] {
             let group = mount.path().join("wrenn/owner").join(name(&id, layer));
@@ -318,18 +328,23 @@ mod tests {
         assert!(limits.was_out_of_memory(&id, &layer));
         assert!(!limits.was_out_of_memory(&id, &other), "another machine of the same sandbox");
         assert!(!limits.was_out_of_memory(&SandboxId::random(), &layer));
-        assert!(!Limits::Absent(String::new()).was_out_of_memory(&id, &layer));
+        let absent = Limits::without_groups(String::new(), DiskRate::default());
+        assert!(!absent.was_out_of_memory(&id, &layer));
     }
 
     #[test]
     fn what_is_absent_is_said() {
-        let text = Limits::Absent("no control groups of version 2 are mounted".to_owned()).to_string();
-        assert_eq!(text, "machines are not limited on this host: no control groups of version 2 are mounted");
+        let why = "no control groups of version 2 are mounted";
+        let text = |rate| Limits::without_groups(why.to_owned(), rate).to_string();
+        let said = "machines have no control groups on this host: no control groups of version 2 are mounted";
+        assert_eq!(text(DiskRate::default()), said);
+        let more = "; reads and writes of its disk are limited by the virtual machine monitor alone";
+        assert_eq!(text(both()), format!("{said}{more}"));
     }
 
     #[test]
     fn without_groups_nothing_is_asked_of_the_kernel() {
-        let limits = Limits::Absent(String::new());
+        let limits = Limits::without_groups(String::new(), DiskRate::default());
         let (id, layer) = (SandboxId::random(), LayerId::random());
         let shape = Shape { vcpus: Default::default(), memory: Default::default() };
         assert!(limits.begin(&id, &layer, shape).unwrap().is_none());

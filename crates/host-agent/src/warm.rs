@@ -23,7 +23,7 @@ use wrenn_types::{
     DiskMib, InstanceId, ResourceError, Shape, TemplateName,
     bounds::{boot, build},
 };
-use wrenn_vmm::{BootMemory, DiskSpec, GuestBundle, MachineSpec, NetworkSpec, Vm, Vmm, VmmError};
+use wrenn_vmm::{BootMemory, DiskRate, DiskSpec, GuestBundle, MachineSpec, NetworkSpec, Vm, Vmm, VmmError};
 
 use crate::{
     guest::{self, GuestError, Identity},
@@ -311,6 +311,7 @@ impl Warm {
             guest: self.parts.guest.clone(),
             disk: Some(disk.clone()),
             disk_bases: vec![request.image.clone()],
+            disk_rate: DiskRate::default(),
             network: Some(NetworkSpec {
                 namespace: slot.netns_path().to_owned(),
                 tap: slot.tap().to_owned(),

@@ -36,7 +36,7 @@ use wrenn_host_agent::{
 use wrenn_testkit::{stack, uplink};
 use wrenn_types::{DiskMib, InstanceId, MemoryMib, Shape, Vcpus};
 use wrenn_vmm::{
-    BootMemory, DiskSpec, MachineSpec, NetworkSpec, SnapshotFiles, Vm, Vmm,
+    BootMemory, DiskRate, DiskSpec, MachineSpec, NetworkSpec, SnapshotFiles, Vm, Vmm,
     firecracker::{Firecracker, FirecrackerOptions},
     qemu::{Qemu, QemuOptions},
 };
@@ -198,6 +198,7 @@ impl Lab {
             guest: self.images.guest().bundle.clone(),
             disk: Some(disk.clone()),
             disk_bases: Vec::new(),
+            disk_rate: DiskRate::default(),
             network: Some(NetworkSpec {
                 namespace: slot.netns_path().to_owned(),
                 tap: slot.tap().to_owned(),

@@ -56,7 +56,7 @@ mod vm;
 
 pub use error::{VmmError, VmmResult};
 pub use spec::{
-    Accelerator, AdoptedMachine, BootMemory, Capabilities, DiskFormat, DiskSpec, ExitReason, GuestBundle,
-    MachineSpec, NetworkSpec, SnapshotFiles, SnapshotStatistics, VmmIdentity,
+    Accelerator, AdoptedMachine, BootMemory, Capabilities, DiskFormat, DiskRate, DiskSpec, ExitReason,
+    GuestBundle, MachineSpec, NetworkSpec, SnapshotFiles, SnapshotStatistics, VmmIdentity,
 };
 pub use vm::{Vm, Vmm};

@@ -1,6 +1,6 @@
 //! The vocabulary of the drivers: what a machine is made of. Plain data.
 
-use std::os::fd::OwnedFd;
+use std::{num::NonZeroU64, os::fd::OwnedFd};
 
 use camino::{Utf8Path, Utf8PathBuf};
 use serde::{Deserialize, Serialize};
@@ -101,6 +101,23 @@ pub struct DiskSpec {
     pub format: DiskFormat,
 }
 
+/// How fast a machine may use its root disk, reads and writes counted together. None is no bound.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct DiskRate {
+    /// Bytes per second.
+    pub bytes: Option<NonZeroU64>,
+    /// Operations per second.
+    pub operations: Option<NonZeroU64>,
+}
+
+impl DiskRate {
+    /// Whether nothing is bounded.
+    #[must_use]
+    pub fn is_free(&self) -> bool {
+        *self == Self::default()
+    }
+}
+
 /// The network device. The guest sees it as `eth0` with the MAC that every guest has.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NetworkSpec {
@@ -127,6 +144,8 @@ pub struct MachineSpec {
     /// What the files of the disk may stand on, in any order: of what a file's header says that it stands on, a confined VMM
     /// is given only these.
     pub disk_bases: Vec<DiskSpec>,
+    /// How fast it may use its disk. It is this machine's, and not that of what it is restored from.
+    pub disk_rate: DiskRate,
     /// The network; none for a guest without one.
     pub network: Option<NetworkSpec>,
     /// Words to add to the kernel's command line.

@@ -34,6 +34,9 @@ pub(crate) fn machine(spec: &MachineSpec) -> VmmResult<()> {
             return Err(VmmError::Unsupported { operation: "the disk's format", problem });
         }
     }
+    if spec.disk.is_none() && !spec.disk_rate.is_free() {
+        return refuse("disk_rate", "there is no disk that could have one");
+    }
     if let Some(network) = &spec.network {
         absolute("network namespace", &network.namespace)?;
         tap(&network.tap)?;

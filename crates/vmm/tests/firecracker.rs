@@ -19,7 +19,7 @@ use tokio::{
 use wrenn_host_linux::process::{Process, Signal, find_by_argument};
 use wrenn_types::{MemoryMib, Shape, Vcpus};
 use wrenn_vmm::{
-    AdoptedMachine, BootMemory, DiskFormat, DiskSpec, ExitReason, GuestBundle, MachineSpec,
+    AdoptedMachine, BootMemory, DiskFormat, DiskRate, DiskSpec, ExitReason, GuestBundle, MachineSpec,
     NetworkSpec, SnapshotFiles, Vm, Vmm, VmmError,
     conformance::{self, Subject},
     firecracker::{Firecracker, FirecrackerOptions, MemoryBackend},
@@ -165,6 +165,7 @@ impl Host {
             guest: self.guest.clone(),
             disk: None,
             disk_bases: Vec::new(),
+            disk_rate: DiskRate::default(),
             network: None,
             kernel_arguments: Vec::new(),
             keep_open: Vec::new(),
@@ -253,6 +254,18 @@ async fn conforms_in_its_jailer(memory: MemoryBackend) {
     let _alone = ONE_AT_A_TIME.lock().await;
     let Some(host) = Host::jailed(memory).await else { return };
     conformance::run(&host).await;
+}
+
+#[tokio::test]
+async fn a_disk_has_its_rate() {
+    let _alone = ONE_AT_A_TIME.lock().await;
+    let Some(host) = Host::new().await else { return };
+    let disk = DiskSpec { path: host.path("disk"), format: DiskFormat::Raw };
+    std::fs::File::create_new(&disk.path).unwrap().set_len(16 << 20).unwrap();
+    let files = SnapshotFiles { memory: host.path("memory"), state: host.path("state"), pages: None };
+    let spec =
+        |name: &str, disk_rate| MachineSpec { disk: Some(disk.clone()), disk_rate, ..host.spec(name, 128) };
+    support::a_disk_has_its_rate(&host.firecracker, spec, &files).await;
 }
 
 async fn a_jailed_machine_has_no_rights_and_sees_nothing_of_others(memory: MemoryBackend) {

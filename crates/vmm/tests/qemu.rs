@@ -16,8 +16,8 @@ use tokio::sync::Mutex;
 use wrenn_host_linux::process::{Process, find_program};
 use wrenn_types::{MemoryMib, Shape, Vcpus};
 use wrenn_vmm::{
-    Accelerator, AdoptedMachine, BootMemory, DiskFormat, DiskSpec, ExitReason, GuestBundle, MachineSpec,
-    SnapshotFiles, Vm, Vmm, VmmError,
+    Accelerator, AdoptedMachine, BootMemory, DiskFormat, DiskRate, DiskSpec, ExitReason, GuestBundle,
+    MachineSpec, SnapshotFiles, Vm, Vmm, VmmError,
     conformance::{self, Subject},
     qemu::{AcceleratorChoice, Qemu, QemuOptions},
 };
@@ -80,6 +80,7 @@ impl Lab {
             guest: self.guest.clone(),
             disk: None,
             disk_bases: Vec::new(),
+            disk_rate: DiskRate::default(),
             network: None,
             kernel_arguments: Vec::new(),
             keep_open: Vec::new(),
@@ -457,6 +458,26 @@ async fn each_file_of_a_chain_has_what_was_written_in_its_time() {
     let after = ticks_on(&std::fs::read(&whole).unwrap());
     assert!(after.starts_with(&before) && after.len() >= 19, "{before:?} {after:?}");
     assert!(after.iter().copied().eq(1..=after.len() as u64), "each is in its place: {after:?}");
+}
+
+#[tokio::test]
+async fn a_disk_has_its_rate() {
+    let _alone = ONE_AT_A_TIME.lock().await;
+    let Some(lab) = Lab::new().await else { return };
+    if !lab.has_disk_driver() {
+        support::skipped("no modules for the guest: `make images`");
+        return;
+    }
+    let disk = DiskSpec { path: lab.root.join("disk"), format: DiskFormat::Raw };
+    std::fs::File::create_new(&disk.path).unwrap().set_len(16 << 20).unwrap();
+    let files = SnapshotFiles { memory: lab.root.join("memory"), state: lab.root.join("state"), pages: None };
+    let spec =
+        |name: &str, disk_rate| MachineSpec { disk: Some(disk.clone()), disk_rate, ..lab.spec(name, 1) };
+    support::a_disk_has_its_rate(&lab.qemu, spec, &files).await;
+    let mut without = lab.spec("without", 1);
+    without.disk_rate.bytes = std::num::NonZeroU64::new(1);
+    let refused = lab.qemu.boot(without, BootMemory::Anonymous).await.map(drop);
+    assert!(matches!(refused, Err(VmmError::Spec { field: "disk_rate", .. })), "{refused:?}");
 }
 
 #[tokio::test]

@@ -26,7 +26,7 @@ use wrenn_host_agent::{
 use wrenn_testkit::{stack, uplink};
 use wrenn_types::{DiskMib, InstanceId, MemoryMib, Shape, Vcpus};
 use wrenn_vmm::{
-    BootMemory, MachineSpec, NetworkSpec, Vm, Vmm as _, VmmIdentity,
+    BootMemory, DiskRate, MachineSpec, NetworkSpec, Vm, Vmm as _, VmmIdentity,
     qemu::{Qemu, QemuOptions},
 };
 
@@ -96,6 +96,7 @@ impl Machine {
             guest: images.guest().bundle.clone(),
             disk: Some(disk),
             disk_bases: Vec::new(),
+            disk_rate: DiskRate::default(),
             user: None,
             network: Some(NetworkSpec {
                 namespace: slot.netns_path().to_owned(),

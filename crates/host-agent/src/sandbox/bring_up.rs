@@ -405,6 +405,7 @@ impl Recorded {
                 guest: host.images.guest().bundle.clone(),
                 disk: Some(disk.clone()),
                 disk_bases: source.disk_bases(&host),
+                disk_rate: host.limits.disk_rate(),
                 network: Some(NetworkSpec {
                     namespace: slot.netns_path().to_owned(),
                     tap: slot.tap().to_owned(),

@@ -31,8 +31,8 @@ use wrenn_host_linux::process::find_by_argument;
 use wrenn_types::{MemoryMib, Shape, Vcpus};
 
 use crate::{
-    AdoptedMachine, BootMemory, ExitReason, GuestBundle, MachineSpec, SnapshotFiles, Vm, Vmm, pager,
-    process::mark,
+    AdoptedMachine, BootMemory, DiskRate, ExitReason, GuestBundle, MachineSpec, SnapshotFiles, Vm, Vmm,
+    pager, process::mark,
 };
 
 /// How long a guest may take to come up, translated, on a machine with other work to do, which may be translated too.
@@ -160,6 +160,7 @@ impl<'a> Bench<'a> {
             guest: self.subject.guest(),
             disk: None,
             disk_bases: Vec::new(),
+            disk_rate: DiskRate::default(),
             network: None,
             kernel_arguments: Vec::new(),
             keep_open: Vec::<OwnedFd>::new(),

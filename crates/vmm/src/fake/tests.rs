@@ -2,7 +2,7 @@ use camino::Utf8PathBuf;
 use wrenn_types::{MemoryMib, Shape, Vcpus};
 
 use super::*;
-use crate::{DiskSpec, GuestBundle, SnapshotStatistics};
+use crate::{DiskRate, DiskSpec, GuestBundle, SnapshotStatistics};
 
 fn spec(directory: &tempfile::TempDir, name: &str) -> MachineSpec {
     let root = Utf8PathBuf::from_path_buf(directory.path().to_owned()).unwrap();
@@ -17,6 +17,7 @@ fn spec(directory: &tempfile::TempDir, name: &str) -> MachineSpec {
         guest,
         disk: None,
         disk_bases: Vec::new(),
+        disk_rate: DiskRate::default(),
         network: None,
         kernel_arguments: Vec::new(),
         keep_open: Vec::new(),

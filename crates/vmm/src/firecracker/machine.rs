@@ -18,14 +18,14 @@ use super::{
     memory::{self, CloneMemory, SNAPSHOT},
     requests,
     requests::{
-        Action, BackendType, BootSource, CacheType, DISK, Drive, InstanceActionInfo, MachineConfiguration,
-        MemoryBackend, NETWORK, NetworkInterface, NetworkOverride, PartialDrive, Request, SerialDevice,
-        SnapshotLoadParams, VmState,
+        Action, BackendType, BootSource, CacheType, DISK, Drive, DriveRate, InstanceActionInfo,
+        MachineConfiguration, MemoryBackend, NETWORK, NetworkInterface, NetworkOverride, PartialDrive,
+        Request, SerialDevice, SnapshotLoadParams, VmState,
     },
     spool::Spool,
 };
 use crate::{
-    DiskSpec, ExitReason, SnapshotFiles, SnapshotStatistics, Vm, VmmError, VmmResult,
+    DiskRate, DiskSpec, ExitReason, SnapshotFiles, SnapshotStatistics, Vm, VmmError, VmmResult,
     files::cannot,
     guest_memory::GuestMemory,
     launch::GUEST_MAC,
@@ -102,6 +102,7 @@ pub(super) struct Boot<'a> {
     pub(super) initramfs: &'a Utf8Path,
     pub(super) command_line: &'a str,
     pub(super) tap: Option<&'a str>,
+    pub(super) disk_rate: DiskRate,
 }
 
 impl Machine {
@@ -159,6 +160,7 @@ impl Machine {
                 is_root_device: false,
                 is_read_only: false,
                 cache_type: CacheType::Writeback,
+                rate_limiter: boot.disk_rate.into(),
             };
             self.tell(BOOT, &drive).await?;
         }
@@ -179,6 +181,7 @@ impl Machine {
         from: &SnapshotFiles,
         pages: Option<SavedPages>,
         tap: Option<&str>,
+        disk_rate: DiskRate,
     ) -> VmmResult<()> {
         const RESTORE: &str = "restore";
         self.tell(RESTORE, &SerialDevice { serial_out_path: CONSOLE }).await?;
@@ -201,6 +204,10 @@ impl Machine {
         };
         let bound = memory::bound(file_bytes(&from.state));
         self.tell_within(RESTORE, &load, bound).await?;
+        if self.disk.is_some() {
+            // That of the machine which was saved is in its state.
+            self.tell(RESTORE, &DriveRate { drive_id: DISK, rate_limiter: disk_rate.into() }).await?;
+        }
         if let Some(pager) = &mut self.pager {
             pager.is_connected();
             self.backing = Backing::Served(from.memory.clone());

@@ -115,6 +115,7 @@ impl Vmm for Firecracker {
             initramfs: &initramfs,
             command_line: &command_line,
             tap: tap.as_deref(),
+            disk_rate: spec.disk_rate,
         };
         let begin = Begin::Boot { kernel: &kernel, initramfs: &initramfs };
         let mut machine = launch::start(&self.programs, spec, begin, None).await?;
@@ -142,9 +143,10 @@ impl Vmm for Firecracker {
             MemoryBackend::Uffd(program) => Some((program, from)),
         };
         let mapped = served.is_none().then_some(from.memory.as_path());
+        let disk_rate = spec.disk_rate;
         let begin = Begin::Load { state: &from.state, memory: mapped };
         let mut machine = launch::start(&self.programs, spec, begin, served).await?;
-        match machine.load(from, pages, tap.as_deref()).await {
+        match machine.load(from, pages, tap.as_deref(), disk_rate).await {
             Ok(()) => Ok(Box::new(machine)),
             Err(error) => Err(ended(machine, error).await),
         }

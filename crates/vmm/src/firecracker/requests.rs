@@ -3,8 +3,12 @@
 //! The names are those of its published description (`src/firecracker/swagger/firecracker.yaml` in its repository), with
 //! which a test compares all of this.
 
+use std::num::NonZeroU64;
+
 use camino::Utf8Path;
 use serde::{Deserialize, Serialize};
+
+use crate::DiskRate;
 
 /// The name of the root disk, in its request's path and in saved states.
 pub(super) const DISK: &str = "root";
@@ -31,6 +35,7 @@ requests! {
     SerialDevice<'_> => "PUT /serial",
     Drive<'_> => "PUT /drives/root",
     PartialDrive<'_> => "PATCH /drives/root",
+    DriveRate => "PATCH /drives/root",
     NetworkInterface<'_> => "PUT /network-interfaces/eth0",
     InstanceActionInfo => "PUT /actions",
     Vm => "PATCH /vm",
@@ -65,6 +70,7 @@ pub(super) struct Drive<'a> {
     pub(super) is_root_device: bool,
     pub(super) is_read_only: bool,
     pub(super) cache_type: CacheType,
+    pub(super) rate_limiter: RateLimiter,
 }
 
 /// Whether what a guest has flushed is on the host's disk.
@@ -77,6 +83,36 @@ pub(super) enum CacheType {
 pub(super) struct PartialDrive<'a> {
     pub(super) drive_id: &'a str,
     pub(super) path_on_host: &'a str,
+}
+
+#[derive(Debug, Clone, Copy, Serialize)]
+pub(super) struct DriveRate {
+    pub(super) drive_id: &'static str,
+    pub(super) rate_limiter: RateLimiter,
+}
+
+/// Both are always said: what is left out of a change stays as it was saved.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub(super) struct RateLimiter {
+    pub(super) bandwidth: TokenBucket,
+    pub(super) ops: TokenBucket,
+}
+
+/// So many tokens for each time, in milliseconds; 0 of them are no bound.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub(super) struct TokenBucket {
+    pub(super) size: u64,
+    pub(super) refill_time: u64,
+}
+
+impl From<DiskRate> for RateLimiter {
+    fn from(rate: DiskRate) -> Self {
+        let bucket = |bound: Option<NonZeroU64>| {
+            let size = bound.map_or(0, NonZeroU64::get);
+            TokenBucket { size, refill_time: if size == 0 { 0 } else { 1000 } }
+        };
+        Self { bandwidth: bucket(rate.bytes), ops: bucket(rate.operations) }
+    }
 }
 
 #[derive(Debug, Clone, Copy, Serialize)]

@@ -28,7 +28,9 @@ fn samples() -> Vec<(&'static str, Value)> {
             is_root_device: false,
             is_read_only: false,
             cache_type: CacheType::Writeback,
+            rate_limiter: DiskRate { bytes: NonZeroU64::new(1), operations: None }.into(),
         }),
+        sample(&DriveRate { drive_id: DISK, rate_limiter: DiskRate::default().into() }),
         sample(&PartialDrive { drive_id: DISK, path_on_host: "disk" }),
         sample(&NetworkInterface {
             iface_id: NETWORK,

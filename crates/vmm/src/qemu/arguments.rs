@@ -23,6 +23,8 @@ pub(super) const CONSOLE_BYTES: usize = 64 * 1024;
 /// The names of things inside QEMU, as commands refer to them.
 pub(super) const CONSOLE: &str = "console";
 pub(super) const DISK: &str = "disk";
+/// The name of the device that the guest sees it as.
+pub(super) const DISK_DEVICE: &str = "root";
 
 /// Everything that decides the command line.
 #[derive(Debug)]
@@ -207,7 +209,10 @@ pub(super) fn arguments(launch: &Launch<'_>) -> VmmResult<Vec<String>> {
         option("-blockdev", disk.description(DISK).to_string());
         // An error of the host's disk is the guest's to see. The default would stop the guest when the
         // host's disk is full, and nobody would be told.
-        option("-device", format!("virtio-blk-device,drive={DISK},werror=report,rerror=report"));
+        option(
+            "-device",
+            format!("virtio-blk-device,id={DISK_DEVICE},drive={DISK},werror=report,rerror=report"),
+        );
     }
     if let Some(tap) = launch.tap {
         let which = match tap {

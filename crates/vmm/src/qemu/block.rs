@@ -10,18 +10,19 @@
 //! (`blockdev-snapshot`). One that was opened and is in no chain is from an attempt that failed, and is closed by
 //! the next one; so is one that a stream has made superfluous.
 
-use std::{os::fd::OwnedFd, time::Duration};
+use std::{num::NonZeroU64, os::fd::OwnedFd, time::Duration};
 
 use camino::{Utf8Path, Utf8PathBuf};
 use serde_json::{Value, json};
 use tokio::time::{Instant, timeout};
 
 use super::{
-    arguments::DISK,
+    arguments::{DISK, DISK_DEVICE},
     disk_files::{self, Layer, Sets, name_of_set},
-    machine::Machine,
+    machine::{Machine, START_BOUND},
+    qmp::Qmp,
 };
-use crate::{DiskSpec, VmmError, VmmResult, validate};
+use crate::{DiskRate, DiskSpec, VmmError, VmmResult, validate};
 
 /// The job that copies a chain into its top. There is one at a time.
 const STREAM: &str = "stream";
@@ -29,6 +30,9 @@ const STREAM: &str = "stream";
 const STALL_BOUND: Duration = Duration::from_secs(60);
 /// How often its progress is looked at; its end is told by an event.
 const LOOK: Duration = Duration::from_secs(1);
+
+/// The largest rate that QEMU knows.
+const LARGEST_RATE: u64 = 1_000_000_000_000_000;
 
 /// The disk as QEMU has it.
 #[derive(Debug, PartialEq, Eq)]
@@ -93,6 +97,20 @@ fn node_of<'a>(nodes: &'a Value, file: &Utf8Path, sets: &Sets) -> Option<&'a str
     let path = |node: &Value| node["file"].as_str().and_then(path_of).map(|name| sets.path(name));
     let is_it = |node: &&Value| path(node).is_some_and(|path| path == file);
     nodes.as_array()?.iter().filter(has_format).find(is_it)?["node-name"].as_str()
+}
+
+/// Bounds what a machine reads and writes of its disk. A QEMU that was just started bounds nothing.
+pub(super) async fn set_rate(qmp: &Qmp, rate: DiskRate) -> VmmResult<()> {
+    if rate.is_free() {
+        return Ok(());
+    }
+    // It takes no larger numbers, and 0 for none.
+    let number = |bound: Option<NonZeroU64>| bound.map_or(0, |bound| bound.get().min(LARGEST_RATE));
+    let arguments = json!({
+        "id": DISK_DEVICE, "bps": number(rate.bytes), "bps_rd": 0, "bps_wr": 0,
+        "iops": number(rate.operations), "iops_rd": 0, "iops_wr": 0,
+    });
+    qmp.execute("block_set_io_throttle", arguments, START_BOUND).await.map(drop)
 }
 
 impl Machine {

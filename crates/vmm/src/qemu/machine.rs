@@ -14,13 +14,14 @@ use serde_json::{Value, json};
 use tokio::{sync::watch, time::timeout};
 
 use super::{
+    block,
     disk_files::name_of_set,
     facts::{Facts, Migration},
     monitor::{ConsoleTail, QUIT_BOUND},
     qmp::{COMMAND_BOUND, Qmp},
 };
 use crate::{
-    DiskSpec, ExitReason, SnapshotFiles, SnapshotStatistics, Vm, VmmError, VmmResult,
+    DiskRate, DiskSpec, ExitReason, SnapshotFiles, SnapshotStatistics, Vm, VmmError, VmmResult,
     files::create_private,
     guest_memory::GuestMemory,
     pages::SavedPages,
@@ -30,7 +31,7 @@ use crate::{
 };
 
 /// How long QEMU may take to start, on a machine that is busy with many others.
-const START_BOUND: Duration = Duration::from_secs(20);
+pub(super) const START_BOUND: Duration = Duration::from_secs(20);
 /// How long the devices' state may take to be loaded or saved.
 const MIGRATION_BOUND: Duration = Duration::from_secs(60);
 
@@ -81,15 +82,26 @@ impl Machine {
         self.qmp.facts()
     }
 
-    /// Waits until the guest's CPUs run.
-    pub(super) async fn booted(&mut self) -> VmmResult<()> {
+    /// Waits until the guest's CPUs run. From then on its disk has this rate.
+    pub(super) async fn booted(&mut self, disk_rate: DiskRate) -> VmmResult<()> {
         // It is answered from QEMU's main loop, which begins when the CPUs have been started.
-        let answer = self.qmp.execute("qmp_capabilities", Value::Null, START_BOUND).await;
+        let begun = async {
+            tokio::try_join!(
+                self.qmp.execute("qmp_capabilities", Value::Null, START_BOUND),
+                block::set_rate(&self.qmp, disk_rate),
+            )
+        };
+        let answer = begun.await;
         self.leash.explain("boot", answer).await.map(drop)
     }
 
-    /// Gives a machine that was started for it the saved state, and waits until it has it.
-    pub(super) async fn load(&mut self, state: File, pages: Option<SavedPages>) -> VmmResult<()> {
+    /// Gives a machine that was started for it the saved state, and its disk this rate, and waits until it has both.
+    pub(super) async fn load(
+        &mut self,
+        state: File,
+        pages: Option<SavedPages>,
+        disk_rate: DiskRate,
+    ) -> VmmResult<()> {
         self.state = State::Paused;
         let qmp = &self.qmp;
         let agree = async {
@@ -98,6 +110,7 @@ impl Machine {
                 qmp.execute("migrate-set-capabilities", migration_capabilities(), START_BOUND),
                 // A guest that wakes up would otherwise be made to tell its address to a network that knows it.
                 qmp.execute("migrate-set-parameters", json!({"announce-rounds": 0}), START_BOUND),
+                block::set_rate(qmp, disk_rate),
             )
         };
         let load = async {

@@ -137,8 +137,9 @@ impl Vmm for Qemu {
         };
         let command_line = kernel_command_line(self.engine.tsc_khz, &spec.kernel_arguments);
         let start = Start::Kernel { kernel: &kernel, initramfs: &initramfs, command_line: &command_line };
+        let disk_rate = spec.disk_rate;
         let mut machine = launch::start(&self.engine, spec, mapped, start).await?;
-        if let Err(error) = machine.booted().await {
+        if let Err(error) = machine.booted(disk_rate).await {
             return Err(ended(machine, error).await);
         }
         if let Some(made) = made {
@@ -159,10 +160,10 @@ impl Vmm for Qemu {
             None => SavedState::Migration,
             Some(_) => SavedState::Devices,
         };
-        let memory = Memory::PrivateFile(&from.memory);
+        let (memory, disk_rate) = (Memory::PrivateFile(&from.memory), spec.disk_rate);
         let mut machine = launch::start(&self.engine, spec, memory, Start::Saved(saved)).await?;
         machine.set_backing(Backing::Private(from.memory.clone()));
-        match machine.load(state, pages).await {
+        match machine.load(state, pages, disk_rate).await {
             Ok(()) => Ok(Box::new(machine)),
             Err(error) => Err(ended(machine, error).await),
         }

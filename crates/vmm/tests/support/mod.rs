@@ -2,11 +2,20 @@
 #![allow(clippy::unwrap_used)]
 #![allow(dead_code, reason = "each test program has one VMM")]
 
-use std::{collections::BTreeSet, fmt::Write as _, io::Write as _, path::Path, time::Duration};
+use std::{
+    collections::BTreeSet,
+    fmt::Write as _,
+    io::Write as _,
+    num::NonZeroU64,
+    path::Path,
+    time::{Duration, Instant},
+};
 
 use camino::{Utf8Path, Utf8PathBuf};
 use wrenn_host_linux::process::{Process, find_by_argument};
-use wrenn_vmm::{AdoptedMachine, ExitReason, GuestBundle, MachineSpec, Vm};
+use wrenn_vmm::{
+    AdoptedMachine, BootMemory, DiskRate, ExitReason, GuestBundle, MachineSpec, SnapshotFiles, Vm, Vmm,
+};
 
 /// What the guest does: see `wrenn_vmm::conformance`. The command line decides how it ends.
 ///
@@ -55,6 +64,45 @@ done
 pub(crate) fn skipped(why: &str) {
     // If it cannot be said, there is nobody to say it to.
     drop(std::io::stderr().write_all(format!("skipped: {why}\n").as_bytes()));
+}
+
+/// How long a machine may take for a few ticks of which each waits for its disk for a second.
+const SLOW_BOUND: Duration = Duration::from_secs(180);
+
+/// Machines whose disk has a rate, and one without: it is each machine's own, whatever it is restored from.
+pub(crate) async fn a_disk_has_its_rate(
+    vmm: &dyn Vmm,
+    spec: impl Fn(&str, DiskRate) -> MachineSpec,
+    files: &SnapshotFiles,
+) {
+    // A tick writes, and from the fourth on reads, too.
+    let slow = DiskRate { bytes: None, operations: NonZeroU64::new(2) };
+    let eight_ticks = async |vm: &mut dyn Vm| {
+        let ticks = |console: &str| console.matches("tick").count();
+        let (before, begin) = (ticks(&vm.console().await), Instant::now());
+        while ticks(&vm.console().await) < before + 8 {
+            assert!(begin.elapsed() < SLOW_BOUND, "{}", vm.console().await);
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        begin.elapsed()
+    };
+    let mut vm = vmm.boot(spec("bounded", slow), BootMemory::Shared(&files.memory)).await.unwrap();
+    let booted = eight_ticks(vm.as_mut()).await;
+    vm.pause().await.unwrap();
+    vm.snapshot(files).await.unwrap();
+    vm.stop().await.unwrap();
+    let restored = async |name: &str, rate| {
+        let mut vm = vmm.restore(spec(name, rate), files).await.unwrap();
+        vm.resume().await.unwrap();
+        let took = eight_ticks(vm.as_mut()).await;
+        vm.stop().await.unwrap();
+        took
+    };
+    let free = restored("free", DiskRate::default()).await;
+    let bounded = restored("bounded-again", slow).await;
+    // What each machine has at its start may be spent at once.
+    let least = Duration::from_secs(3);
+    assert!(booted >= least && bounded >= least && free < bounded, "{booted:?} {free:?} {bounded:?}");
 }
 
 /// Ends a machine from outside.

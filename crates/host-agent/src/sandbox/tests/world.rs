@@ -18,7 +18,7 @@ use wrenn_types::{
     AccessToken, DiskMib, InactivityTimeout, InstanceId, MemoryMib, NetworkPolicy, SandboxId, Shape,
     SnapshotId, TimeoutAction, Vcpus,
 };
-use wrenn_vmm::{ExitReason, Vmm, fake::Fake};
+use wrenn_vmm::{DiskRate, ExitReason, Vmm, fake::Fake};
 
 use super::guest::Guests;
 use crate::{
@@ -383,7 +383,7 @@ impl<'a> World<'a> {
             unreachable: Arc::default(),
             operations: Operations::default(),
             metrics: Metrics::default(),
-            limits: Limits::Absent("machines are played".to_owned()),
+            limits: Limits::without_groups("machines are played".to_owned(), DiskRate::default()),
             users: Users::TheAgents,
             scrub: Arc::default(),
         });
