@@ -3,7 +3,7 @@
 use std::{
     fs::{self, File, OpenOptions},
     io,
-    os::unix::fs::{OpenOptionsExt, PermissionsExt},
+    os::unix::fs::{FileExt, OpenOptionsExt, PermissionsExt},
 };
 
 use camino::{Utf8Path, Utf8PathBuf};
@@ -65,6 +65,32 @@ pub(crate) fn create_private(path: &Utf8Path) -> VmmResult<File> {
     options.open(path).map_err(cannot("create", path))
 }
 
+/// How long the state of a machine's devices may be; it has some hundreds of KiB.
+const STATE_LIMIT: u64 = 64 << 20;
+/// How much of it is copied at once.
+const PIECE: usize = 64 << 10;
+
+/// Keeps the state that a monitor has written as a file that the monitor never had: one that was broken into could write what
+/// it has open for as long as it lives.
+pub(crate) fn keep_state(written: &File, into: &Utf8Path) -> VmmResult<()> {
+    let copy = |kept: &File| {
+        let (mut piece, mut at) = (vec![0; PIECE], 0);
+        loop {
+            // Where it stands is the monitor's, too.
+            let count = written.read_at(&mut piece, at)?;
+            if count == 0 {
+                return Ok(());
+            }
+            kept.write_all_at(&piece[..count], at)?;
+            at += count as u64;
+            if at > STATE_LIMIT {
+                return Err(io::ErrorKind::FileTooLarge.into());
+            }
+        }
+    };
+    copy(&create_private(into)?).map_err(cannot("write", into))
+}
+
 /// The socket's name in the file system; removed with the machine.
 #[derive(Debug)]
 pub(crate) struct SocketFile(Utf8PathBuf);
@@ -118,5 +144,27 @@ impl Drop for MemoryFile {
         if !self.kept {
             drop(fs::remove_file(&self.path));
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_state_that_was_written_is_kept_as_another_file_and_within_bounds() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = |name: &str| Utf8PathBuf::from_path_buf(directory.path().join(name)).unwrap();
+        let content = vec![7; PIECE + 5];
+        fs::write(path("written"), &content).unwrap();
+        let (state, written) = (path("state"), File::open(path("written")).unwrap());
+        keep_state(&written, &state).unwrap();
+        let held = File::options().write(true).open(path("written")).unwrap();
+        held.write_all_at(b"changed", 0).unwrap();
+        assert!(fs::read(&state).unwrap() == content);
+        assert_eq!(fs::metadata(&state).unwrap().permissions().mode() & 0o777, 0o600);
+        held.set_len(STATE_LIMIT + 1).unwrap();
+        let refused = keep_state(&written, &state);
+        assert!(matches!(refused, Err(VmmError::File { operation: "write", .. })), "{refused:?}");
     }
 }

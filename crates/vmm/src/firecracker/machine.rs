@@ -26,7 +26,7 @@ use super::{
 };
 use crate::{
     DiskRate, DiskSpec, ExitReason, SnapshotFiles, SnapshotStatistics, Vm, VmmError, VmmResult,
-    files::cannot,
+    files::{cannot, keep_state},
     guest_memory::GuestMemory,
     launch::GUEST_MAC,
     pager::{Pager, SOCKET, ServedMemory},
@@ -250,7 +250,7 @@ impl Machine {
         let memory = self.leash.with_memory(SNAPSHOT, open).await?;
         // It cannot write the devices alone. What it takes for the memory is of no use: it knows only what was written
         // since it was asked the last time, and nothing of what we put there ourselves.
-        let unused = memory::Scratch::beside(&into.state);
+        let unused = memory::Scratch::beside(&into.state, "memory");
         let bound = memory::bound(file_bytes(&into.memory));
         self.write_snapshot(requests::SnapshotType::Diff, &into.state, unused.path(), bound).await?;
         drop(unused);
@@ -268,7 +268,7 @@ impl Machine {
         let (file, forgotten) = (zeros.to_owned(), Written::Forgotten);
         self.backing = Backing::Zeros { file, written: forgotten };
         let bytes = file_bytes(zeros);
-        let memory = memory::Scratch::beside(&into.state);
+        let memory = memory::Scratch::beside(&into.state, "memory");
         let bound = memory::bound(bytes);
         self.write_snapshot(written.snapshot_type(), &into.state, memory.path(), bound).await?;
         on_thread(SNAPSHOT, move |given_up| memory::convert(&memory, bytes, &pages, given_up)).await
@@ -299,12 +299,14 @@ impl Machine {
         memory: &Utf8Path,
         bound: Duration,
     ) -> VmmResult<()> {
+        let written = self.user.map(|_| memory::Scratch::beside(state, "written"));
+        let written_to = written.as_ref().map_or(state, memory::Scratch::path);
         // It would make them readable for others.
-        let [state_file, memory_file] = memory::prepare(state, memory)?;
+        let [state_file, memory_file] = memory::prepare(written_to, memory)?;
         let mut lent = None;
         if let Some(user) = self.user {
             let files = vec![
-                (state.to_owned(), state_file, jail::SAVED_STATE),
+                (written_to.to_owned(), state_file, jail::SAVED_STATE),
                 (memory.to_owned(), memory_file, jail::SAVED_MEMORY),
             ];
             let process = self.leash.process().clone();
@@ -319,9 +321,16 @@ impl Machine {
         let told = self.tell_within(SNAPSHOT, &files, bound).await;
         if let Some(lent) = lent {
             let back = on_thread(SNAPSHOT, move |_| lent.take_back()).await;
-            return told.and(back);
+            told.and(back)?;
+        } else {
+            told?;
         }
-        told
+        let (Some(written), state) = (written, state.to_owned()) else { return Ok(()) };
+        let keep = move |_: &AtomicBool| {
+            let path = written.path();
+            keep_state(&File::open(path).map_err(cannot("open", path))?, &state)
+        };
+        on_thread(SNAPSHOT, keep).await
     }
 
     /// Fails unless something may be done with its disk now.

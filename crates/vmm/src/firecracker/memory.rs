@@ -92,9 +92,9 @@ pub(super) fn prepare(state: &Utf8Path, memory: &Utf8Path) -> VmmResult<[File; 2
 pub(super) struct Scratch(Utf8PathBuf);
 
 impl Scratch {
-    /// In the directory of a snapshot's state, where there is room for what is saved.
-    pub(super) fn beside(state: &Utf8Path) -> Self {
-        let path = Utf8PathBuf::from(format!("{state}.memory"));
+    /// In the directory of a snapshot's state, where there is room for what is saved; `what` is in it.
+    pub(super) fn beside(state: &Utf8Path, what: &str) -> Self {
+        let path = Utf8PathBuf::from(format!("{state}.{what}"));
         // One that was left by somebody who was killed would be added to.
         drop(std::fs::remove_file(&path));
         Self(path)
@@ -175,7 +175,7 @@ mod tests {
         let (_directory, path) = directory();
         let state = path.join("state");
         std::fs::write(path.join("state.memory"), "left over").unwrap();
-        let scratch = Scratch::beside(&state);
+        let scratch = Scratch::beside(&state, "memory");
         assert!(!scratch.path().exists());
         prepare(&state, scratch.path()).unwrap();
         for file in [&state, scratch.path()] {
@@ -199,7 +199,7 @@ mod tests {
             written in prop::collection::btree_map(0..PAGES, prop_oneof![Just(0_u8), any::<u8>()], 0..80),
         ) {
             let (_directory, path) = directory();
-            let scratch = Scratch::beside(&path.join("state"));
+            let scratch = Scratch::beside(&path.join("state"), "memory");
             let file = File::create_new(scratch.path()).unwrap();
             file.set_len(PAGES * PAGE).unwrap();
             for (page, byte) in &written {

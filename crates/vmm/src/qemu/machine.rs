@@ -22,7 +22,7 @@ use super::{
 };
 use crate::{
     DiskRate, DiskSpec, ExitReason, SnapshotFiles, SnapshotStatistics, Vm, VmmError, VmmResult,
-    files::create_private,
+    files::{cannot, create_private, keep_state, remove_stale},
     guest_memory::GuestMemory,
     pages::SavedPages,
     process::Leash,
@@ -150,8 +150,8 @@ impl Machine {
         let open = move |_: &AtomicBool| GuestMemory::of(&process, &base, SNAPSHOT);
         let memory = self.leash.with_memory(SNAPSHOT, open).await?;
         // It may see none of the host's files, and would make this one readable for others.
-        let state = OwnedFd::from(create_private(&into.state)?);
-        let set = self.hand_over(SNAPSHOT, vec![(STATE.to_owned(), state)]).await?;
+        let (handed, written) = unnamed_beside(&into.state)?;
+        let set = self.hand_over(SNAPSHOT, vec![(STATE.to_owned(), handed.into())]).await?;
         let devices = json!({"filename": name_of_set(set), "live": false});
         let saved = self.qmp.execute("xen-save-devices-state", devices, MIGRATION_BOUND).await;
         // Where it is gone, so is what it was handed.
@@ -159,7 +159,12 @@ impl Machine {
         if let Err(error) = self.leash.explain(SNAPSHOT, saved).await {
             return Err(no_room_for(&into.state).unwrap_or(error));
         }
-        self.leash.with_memory(SNAPSHOT, move |given_up| memory.save(&pages, given_up)).await
+        let state = into.state.clone();
+        let save = move |given_up: &AtomicBool| {
+            keep_state(&written, &state)?;
+            memory.save(&pages, given_up)
+        };
+        self.leash.with_memory(SNAPSHOT, save).await
     }
 
     /// Saves the devices of a machine whose memory is in its file already.
@@ -331,11 +336,20 @@ impl Vm for Machine {
     }
 }
 
+/// A file in the same directory, without a name: to be written, and to be read.
+fn unnamed_beside(path: &Utf8Path) -> VmmResult<(File, File)> {
+    let name = Utf8PathBuf::from(format!("{path}.written"));
+    let written = create_private(&name)?;
+    let read = File::open(&name).map_err(cannot("open", &name))?;
+    remove_stale(&name)?;
+    Ok((written, read))
+}
+
 /// Why a file could not be written, if there is no room for it: QEMU says no more than that it could not.
 fn no_room_for(path: &Utf8Path) -> Option<VmmError> {
     const STATE_BYTES: usize = 64 << 10;
     let write = || {
-        let mut file = File::options().append(true).open(path)?;
+        let mut file = File::create(path)?;
         file.write_all(&[0; STATE_BYTES])?;
         file.sync_data()
     };
