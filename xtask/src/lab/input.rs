@@ -27,8 +27,10 @@ use crate::{
     step,
 };
 
+/// What names the program that runs guests in the lab.
+pub(super) const FIRECRACKER: &str = "WRENN_FIRECRACKER";
 /// Variables that name a file which the lab gets, and a path there.
-const CARRIED: [&str; 2] = ["WRENN_FIRECRACKER", "WRENN_JAILER"];
+const CARRIED: [&str; 2] = [FIRECRACKER, "WRENN_JAILER"];
 /// Variables that are the same in the lab.
 const PASSED: [&str; 5] = ["PROPTEST_CASES", "RUST_BACKTRACE", "RUST_LOG", "RUST_TEST_THREADS", "WRENN_SOAK"];
 /// The directory of the disk for files that variables name.

@@ -25,20 +25,14 @@ use std::{
     iter,
     path::{Path, PathBuf},
     process::{Command, Stdio},
-    time::Duration,
 };
 
 use anyhow::{Context as _, Result, bail, ensure};
 use serde_json::Value;
 use wrenn_lab::plan::Program;
 
-use super::{Event, Job, cannot_run, perform};
+use super::{Capacity, Event, Job, cannot_run, perform};
 use crate::{repository::Repository, stack, step, test::Report};
-
-/// What a lab of all marked tests is: its memory in MiB, its processors, and how long all of them may take.
-const MEMORY_MIB: u32 = 2048;
-const CPUS: u8 = 2;
-const BOUND: Duration = Duration::from_secs(2400);
 
 /// The marks of a package: the beginnings of names, by test program.
 type Marks = BTreeMap<String, Vec<String>>;
@@ -86,19 +80,13 @@ pub(crate) fn run(
     if programs.is_empty() {
         return Ok(None);
     }
-    if let Some(why) = cannot_run(MEMORY_MIB) {
+    let capacity = Capacity::usual();
+    if let Some(why) = cannot_run(capacity.memory_mib) {
         println!("skipped the lab: {why}");
         return Ok(None);
     }
     step::announce("running the tests that are marked for the lab, in it");
-    let job = Job {
-        programs,
-        with,
-        memory_mib: MEMORY_MIB,
-        cpus: CPUS,
-        bound: BOUND,
-        output: repository.target().join("lab"),
-    };
+    let job = Job { programs, with, capacity, output: repository.target().join("lab") };
     follow(repository, &job).map(Some)
 }
 
@@ -252,7 +240,7 @@ pub(super) fn run_all(repository: &Repository, packages: &[String]) -> Result<u8
         [] => vec!["--workspace".to_owned()],
         packages => packages.iter().flat_map(|name| ["--package".to_owned(), name.clone()]).collect(),
     };
-    if let Some(why) = cannot_run(MEMORY_MIB) {
+    if let Some(why) = cannot_run(Capacity::usual().memory_mib) {
         bail!("there can be no lab here: {why}");
     }
     // What the tests need, as before `make test`: images, and the program.

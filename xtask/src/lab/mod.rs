@@ -58,7 +58,7 @@ use wrenn_lab::{
 };
 
 use self::{
-    input::Input,
+    input::{FIRECRACKER, Input},
     machine::{Files, Machine, QEMU, Shape},
 };
 use crate::{
@@ -75,15 +75,15 @@ const OVERHEAD_MIB: u64 = 768;
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct Arguments {
-    /// The machine's memory, in MiB.
-    #[arg(long, default_value_t = 2048)]
-    memory: u32,
-    /// The machine's processors.
-    #[arg(long, default_value_t = 2)]
-    cpus: u8,
-    /// How many seconds all programs together may take.
-    #[arg(long, default_value_t = 1800)]
-    bound: u64,
+    /// The machine's memory, in MiB; 2048, with a Firecracker 6144
+    #[arg(long)]
+    memory: Option<u32>,
+    /// The machine's processors; 2, with a Firecracker 1
+    #[arg(long)]
+    cpus: Option<u8>,
+    /// How many seconds all programs together may take; 2400, with a Firecracker 7200
+    #[arg(long)]
+    bound: Option<u64>,
     /// Where files are put that programs leave in `$WRENN_LAB_OUTPUT`. Without it: target/lab.
     #[arg(long)]
     output: Option<PathBuf>,
@@ -98,14 +98,37 @@ pub(crate) struct Arguments {
     programs: Vec<String>,
 }
 
+/// What a lab is, and how long it may take.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Capacity {
+    pub(crate) memory_mib: u32,
+    pub(crate) cpus: u8,
+    pub(crate) bound: Duration,
+}
+
+impl Capacity {
+    /// What is enough, unless somebody says otherwise.
+    pub(crate) fn usual() -> Self {
+        Self::of(env::var_os(FIRECRACKER).is_some())
+    }
+
+    /// With a Firecracker there are machines in the machine. They need room, and take their time. With two processors the lab's
+    /// own kernel panicked, or waited for one of them for ever, in three of three long runs under QEMU 7.2; with one in
+    /// none of them.
+    fn of(has_firecracker: bool) -> Self {
+        match has_firecracker {
+            false => Self { memory_mib: 2048, cpus: 2, bound: Duration::from_secs(2400) },
+            true => Self { memory_mib: 6144, cpus: 1, bound: Duration::from_secs(7200) },
+        }
+    }
+}
+
 /// What is to be done in one lab.
 #[derive(Debug)]
 pub(crate) struct Job {
     pub(crate) programs: Vec<Program>,
     pub(crate) with: Vec<PathBuf>,
-    pub(crate) memory_mib: u32,
-    pub(crate) cpus: u8,
-    pub(crate) bound: Duration,
+    pub(crate) capacity: Capacity,
     pub(crate) output: PathBuf,
 }
 
@@ -128,16 +151,20 @@ pub(crate) fn run(repository: &Repository, arguments: &Arguments) -> Result<u8> 
     let directory = env::current_dir().context("asking for the current directory")?;
     let programs = programs(&arguments.programs, &directory)?;
     ensure!(!programs.is_empty(), "which program is to be run? `cargo xtask lab -- PROGRAM [ARGUMENT…]`");
-    if let Some(why) = cannot_run(arguments.memory) {
+    let usual = Capacity::usual();
+    let capacity = Capacity {
+        memory_mib: arguments.memory.unwrap_or(usual.memory_mib),
+        cpus: arguments.cpus.unwrap_or(usual.cpus),
+        bound: arguments.bound.map_or(usual.bound, Duration::from_secs),
+    };
+    if let Some(why) = cannot_run(capacity.memory_mib) {
         eprintln!("error: there can be no lab here: {why}");
         return Ok(LAB_FAILED);
     }
     let job = Job {
         programs,
         with: arguments.with.iter().map(|path| directory.join(path)).collect(),
-        memory_mib: arguments.memory,
-        cpus: arguments.cpus,
-        bound: Duration::from_secs(arguments.bound),
+        capacity,
         output: arguments.output.clone().unwrap_or_else(|| repository.target().join("lab")),
     };
     let exits = match perform(repository, &job, &mut show) {
@@ -230,8 +257,8 @@ pub(crate) fn perform(
         input: machine::path_of(&input),
         console: machine::path_of(&console),
     };
-    let shape = Shape { cpus: job.cpus, memory_mib: job.memory_mib };
-    let mut machine = Machine::start(shape, &files, console, job.bound)?;
+    let shape = Shape { cpus: job.capacity.cpus, memory_mib: job.capacity.memory_mib };
+    let mut machine = Machine::start(shape, &files, console, job.capacity.bound)?;
     let mut exits = Vec::new();
     let mut unpacker: Option<Child> = None;
     loop {
