@@ -149,9 +149,9 @@ async fn upgrade() -> Result<()> {
     let first = Stack::start(options("leave")).await?;
     let instance = first.instance()?;
     let template = json!({ "vcpus": 2, "memory_mb": 256, "envs": { "COLOUR": "green" } });
-    let created = first.client().post("/v1/sandboxes", &template).await?.expect(201)?.json();
-    let id = created["id"].as_str().context("it has an id")?.to_owned();
-    let mut sandbox = Sandbox { id: id.clone(), client: first.client() };
+    let mut sandbox = Sandbox::create_with(first.client(), &template).await?;
+    let (id, path) = (sandbox.id.clone(), sandbox.path(""));
+    let created = sandbox.client.get(&path).await?.expect(200)?.json();
     let before = sandbox.output("sleep 1000 >/dev/null 2>&1 & echo $! > /tmp/pid; cat /tmp/pid").await?;
     let machine = format!("guest=wrenn-{instance}-{id}");
     let agent = agent_of(&first)?;
