@@ -29,7 +29,7 @@ pub(crate) fn cases() -> Vec<OwnCase> {
         own_case("faults::two_stacks_do_not_see_each_other", two_stacks),
         own_case("faults::postgres_gone_for_ten_seconds_is_survived", postgres_gone),
         own_case("faults::a_full_disk_is_named_and_leaves_nothing", full_disk),
-        own_case("faults::a_missing_qemu_is_named", missing_qemu),
+        own_case("faults::a_missing_monitor_is_named", missing_vmm),
     ]
 }
 
@@ -398,11 +398,12 @@ async fn full_disk() -> Result<()> {
     running.stop().await
 }
 
-async fn missing_qemu() -> Result<()> {
-    let environment = vec![("WRENN_QEMU".to_owned(), "/nonexistent/qemu".to_owned())];
+async fn missing_vmm() -> Result<()> {
+    let program = if stack::is_lab() { "WRENN_FIRECRACKER" } else { "WRENN_QEMU" };
+    let environment = vec![(program.to_owned(), "/nonexistent/vmm".to_owned())];
     let outcome = Stack::start(StackOptions { environment, ..StackOptions::default() }).await;
     let error = format!("{:?}", outcome.err().context("it must not start")?);
-    ensure!(error.contains("/nonexistent/qemu"), "{error}");
+    ensure!(error.contains("/nonexistent/vmm"), "{error}");
     ensure!(stack::binary().is_ok(), "the binary itself is there");
     Ok(())
 }
