@@ -12,7 +12,7 @@ help:
 	@echo 'make check   format, lints, docs, dependencies, repository rules'
 	@echo 'make dev     the stack in the foreground, on 127.0.0.1:8000'
 	@echo 'make up      the same in the background; make down stops it'
-	@echo 'make bench   measurements, into bench/RESULTS.md, GUEST.md and PERSISTENCE.md'
+	@echo 'make bench   measurements, into bench/RESULTS.md, GUEST.md and PERSISTENCE.md; ARGS=firecracker: FIRECRACKER.md'
 	@echo 'make soak    the full counts of the long tests, into bench/SOAK.md'
 	@echo 'make setup   only the Debian packages; make images: also kernel and templates; make build: also programs'
 

@@ -41,7 +41,7 @@ const ANSWER_LIMIT: usize = 16 * 1024;
 const HEALTH: &[u8] = b"GET /health HTTP/1.1\r\nHost: guest\r\nConnection: close\r\n\r\n";
 
 /// Asks `GET /health` until the first byte of an answer is there. The caller keeps the bound.
-pub(crate) async fn first_byte(connector: &GuestConnector) {
+pub async fn first_byte(connector: &GuestConnector) {
     loop {
         match timeout(ATTEMPT, ask(connector)).await {
             Ok(Ok(())) => return,
@@ -61,11 +61,27 @@ async fn ask(connector: &GuestConnector) -> io::Result<()> {
 
 /// Makes the guest itself and runs `true` in it, until it has ended well. `token` is what the guest asks of every
 /// caller, if it was saved with one. The caller keeps the bound, which is not below `bound`.
-pub(crate) async fn command(
+///
+/// # Errors
+/// The guest refuses, or `true` ends otherwise.
+pub async fn command(connector: &GuestConnector, token: Option<&AccessToken>, bound: Duration) -> Result<()> {
+    let idle = identify(connector, token, bound).await?;
+    let stream = match idle.and_then(IdleConnection::into_usable) {
+        Some(stream) => stream,
+        None => connector.connect(ENVD_PORT).await.context("connect to the guest agent again")?,
+    };
+    run_true(stream, token).await.context("run true")
+}
+
+/// Makes the guest itself, and answers with the connection on which that was done.
+///
+/// # Errors
+/// The guest refuses, or does not answer within `bound`.
+pub async fn identify(
     connector: &GuestConnector,
     token: Option<&AccessToken>,
     bound: Duration,
-) -> Result<()> {
+) -> Result<Option<IdleConnection>> {
     let identity = Identity {
         hostname: Some("bare"),
         restored: true,
@@ -78,12 +94,7 @@ pub(crate) async fn command(
         dns_servers: &[],
         disk_bytes: None,
     };
-    let idle = guest::initialise(connector, &identity, token, bound).await.context("POST /init")?;
-    let stream = match idle.and_then(IdleConnection::into_usable) {
-        Some(stream) => stream,
-        None => connector.connect(ENVD_PORT).await.context("connect to the guest agent again")?,
-    };
-    run_true(stream, token).await.context("run true")
+    guest::initialise(connector, &identity, token, bound).await.context("POST /init")
 }
 
 async fn run_true(stream: TcpStream, token: Option<&AccessToken>) -> Result<()> {

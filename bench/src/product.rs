@@ -1,9 +1,6 @@
 //! The same through the public API, as a client sees it.
 
-use std::{
-    collections::BTreeMap,
-    time::{Duration, Instant},
-};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use bytes::Bytes;
@@ -113,53 +110,14 @@ fn phases(header: &str) -> Vec<(String, f64)> {
     header.split(',').filter_map(phase).collect()
 }
 
-/// What phases took, over many creates.
-#[derive(Debug, Default)]
-pub(crate) struct Phases {
-    /// In the order in which a create goes through them.
-    order: Vec<String>,
-    milliseconds: BTreeMap<String, Vec<f64>>,
-}
-
-impl Phases {
-    /// Takes one create in.
-    pub(crate) fn add(&mut self, phases: Vec<(String, f64)>) {
-        for (name, milliseconds) in phases {
-            if !self.milliseconds.contains_key(&name) {
-                self.order.push(name.clone());
-            }
-            self.milliseconds.entry(name).or_default().push(milliseconds);
-        }
-    }
-
-    /// Each phase with its median and its largest value.
-    #[must_use]
-    pub(crate) fn rows(&self) -> Vec<(&str, f64, f64)> {
-        let mut rows = Vec::with_capacity(self.order.len());
-        for name in &self.order {
-            let mut sorted = self.milliseconds.get(name).cloned().unwrap_or_default();
-            sorted.sort_by(f64::total_cmp);
-            if let (Some(median), Some(largest)) =
-                (sorted.get(sorted.len().saturating_sub(1) / 2), sorted.last())
-            {
-                rows.push((name.as_str(), *median, *largest));
-            }
-        }
-        rows
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
-    fn phases_are_read_and_summed_up_in_their_order() {
-        let mut all = Phases::default();
-        all.add(phases("slot;dur=1, restore;desc=\"map\";dur=40.5, odd, worse;dur=x"));
-        all.add(phases("slot;dur=3, restore;dur=20"));
-        all.add(phases("slot;dur=2"));
-        assert_eq!(all.rows(), [("slot", 2.0, 3.0), ("restore", 20.0, 40.5)]);
+    fn phases_are_read_in_their_order() {
+        let read = phases("slot;dur=1, restore;desc=\"map\";dur=40.5, odd, worse;dur=x");
+        assert_eq!(read, [("slot".to_owned(), 1.0), ("restore".to_owned(), 40.5)]);
         assert_eq!(phases(""), []);
     }
 

@@ -12,7 +12,19 @@ use wrenn_testkit::{Stack, StackOptions, stack};
 /// # Errors
 /// Why not.
 pub fn can_measure() -> Result<()> {
-    let Some(reason) = stack::cannot_run() else { return Ok(()) };
+    refuse(stack::cannot_run())
+}
+
+/// That there can be real machines under Firecracker here.
+///
+/// # Errors
+/// Why not.
+pub fn can_measure_firecracker() -> Result<()> {
+    refuse(stack::cannot_run_firecracker())
+}
+
+fn refuse(reason: Option<String>) -> Result<()> {
+    let Some(reason) = reason else { return Ok(()) };
     bail!("nothing can be measured here: {}", reason.trim_start_matches("skipped: "))
 }
 

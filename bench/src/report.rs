@@ -6,11 +6,10 @@ use wrenn_bench::{
     floor::Question,
     machine::Machine,
     memory::Memory,
+    phases::Phases,
     statistics::{Samples, Summary, ratio},
     table,
 };
-
-use crate::product::Phases;
 
 /// One load, on the floor and through the API.
 #[derive(Debug, Default)]
@@ -168,8 +167,8 @@ impl Results {
                 first.as_secs_f64()
             );
         }
-        write_phases(&mut text, "in series", &self.series.phases);
-        write_phases(&mut text, &format!("{} at once", self.width), &self.at_once.phases);
+        self.series.phases.write(&mut text, "the server", "in series");
+        self.at_once.phases.write(&mut text, "the server", &format!("{} at once", self.width));
         self.write_memory(&mut text);
         text
     }
@@ -202,19 +201,6 @@ impl Results {
             let _ = writeln!(text, "| {} |", cells.join(" | "));
         }
     }
-}
-
-fn write_phases(text: &mut String, load: &str, phases: &Phases) {
-    let rows = phases.rows();
-    if rows.is_empty() {
-        return;
-    }
-    let _ = writeln!(text, "Where the server says the creates' time went, {load}, in milliseconds:\n");
-    let _ = writeln!(text, "| phase | p50 | max |\n|---|---:|---:|");
-    for (name, p50, max) in rows {
-        let _ = writeln!(text, "| {name} | {p50:.1} | {max:.1} |");
-    }
-    text.push('\n');
 }
 
 #[cfg(test)]

@@ -78,6 +78,15 @@ pub fn ratio(long: Duration, short: Duration) -> f64 {
     long.as_secs_f64() / short.as_secs_f64()
 }
 
+/// The smallest, the one in the middle and the largest; none of none.
+#[must_use]
+pub fn spread<T: Copy + Ord>(values: &[T]) -> Option<[T; 3]> {
+    let mut sorted = values.to_vec();
+    sorted.sort_unstable();
+    let middle = sorted.len().saturating_sub(1) / 2;
+    Some([*sorted.first()?, *sorted.get(middle)?, *sorted.last()?])
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -108,6 +117,13 @@ mod tests {
         let summary = samples.summary().unwrap();
         assert_eq!((summary.count, summary.failures, samples.len()), (1, 1, 2));
         assert_eq!(Samples::default().summary(), None);
+    }
+
+    #[test]
+    fn a_spread_is_of_what_was_measured() {
+        assert_eq!(spread(&[5, -1, 3]), Some([-1, 3, 5]));
+        assert_eq!(spread(&[4]), Some([4, 4, 4]));
+        assert_eq!(spread::<u64>(&[]), None);
     }
 
     proptest! {

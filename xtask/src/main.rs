@@ -84,7 +84,8 @@ enum Command {
     Up(stack::Arguments),
     /// Stop the stack that `up` started.
     Down(stack::Arguments),
-    /// Measure, into bench/RESULTS.md, PERSISTENCE.md and GUEST.md; `creates`, `persistence` or `guest` first: only that.
+    /// Measure, into bench/RESULTS.md, PERSISTENCE.md and GUEST.md; `creates`, `persistence` or `guest` first: only that;
+    /// `firecracker`: in the lab, into bench/FIRECRACKER.md.
     Bench(stack::Arguments),
     /// Run the tests with their full counts, into bench/SOAK.md.
     Soak {
@@ -106,10 +107,11 @@ fn main() -> ExitCode {
     }
 }
 
-/// Gives the exit code: only that of a program in the lab is not 0.
+/// Gives the exit code: only that of a program in the lab, or of one that measures, is not 0.
 fn execute(repository: &Repository, command: Command) -> anyhow::Result<u8> {
     match command {
         Command::Lab(arguments) => return lab::run(repository, &arguments),
+        Command::Bench(arguments) => return stack::bench(repository, &arguments),
         Command::Setup => packages::install_missing(repository),
         Command::Images { refresh } => images::make(repository, refresh).map(drop),
         Command::Build => stack::build(repository).map(drop),
@@ -119,7 +121,6 @@ fn execute(repository: &Repository, command: Command) -> anyhow::Result<u8> {
         Command::Dev(arguments) => stack::run(repository, "dev", &arguments),
         Command::Up(arguments) => stack::run(repository, "up", &arguments),
         Command::Down(arguments) => stack::down(repository, &arguments),
-        Command::Bench(arguments) => stack::bench(repository, &arguments),
         Command::Soak { arguments } => test::soak(repository, &arguments),
     }
     .map(|()| 0)

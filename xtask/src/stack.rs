@@ -1,10 +1,21 @@
 //! Building the product and starting it: thin wrappers around the `wrenn` program.
 
-use std::{os::unix::process::CommandExt as _, path::PathBuf, process::Command};
+use std::{env, fs, os::unix::process::CommandExt as _, path::PathBuf, process::Command};
 
-use anyhow::{Result, bail};
+use anyhow::{Context as _, Result, bail};
+use wrenn_lab::plan::Program;
 
-use crate::{cache::Cache, dependencies, guest_bundle, host, images, programs, repository::Repository, step};
+use crate::{
+    cache::{self, Cache},
+    dependencies, guest_bundle, host, images,
+    lab::{self, Capacity, Job},
+    programs,
+    repository::Repository,
+    step,
+};
+
+/// What comes back from it.
+const FIRECRACKER_PAGE: &str = "FIRECRACKER.md";
 
 /// What is passed on to the program.
 #[derive(Debug, clap::Args)]
@@ -58,16 +69,20 @@ enum Bench {
     Persistence,
     /// The guest agent, into bench/GUEST.md.
     Guest,
+    /// Restores under Firecracker, in the lab, into bench/FIRECRACKER.md. Only when it is asked for.
+    Firecracker,
 }
 
 impl Bench {
-    /// A first word says which, and the rest is for that one; without a word it is all, or with arguments creates.
+    /// A first word says which, and the rest is for that one; without a word it is all that needs no lab, or with
+    /// arguments creates.
     fn which(arguments: &[String]) -> (&'static [Self], &[String]) {
         match arguments.split_first() {
             None => (&[Self::Creates, Self::Persistence, Self::Guest], arguments),
             Some((word, rest)) if word == "creates" => (&[Self::Creates], rest),
             Some((word, rest)) if word == "persistence" => (&[Self::Persistence], rest),
             Some((word, rest)) if word == "guest" => (&[Self::Guest], rest),
+            Some((word, rest)) if word == "firecracker" => (&[Self::Firecracker], rest),
             Some(_) => (&[Self::Creates], arguments),
         }
     }
@@ -77,16 +92,20 @@ impl Bench {
             Self::Creates => "wrenn-bench",
             Self::Persistence => "wrenn-bench-persistence",
             Self::Guest => "wrenn-bench-guest",
+            Self::Firecracker => "wrenn-bench-firecracker",
         }
     }
 }
 
-/// Builds, then measures.
-pub(crate) fn bench(repository: &Repository, Arguments { arguments }: &Arguments) -> Result<()> {
+/// Builds, then measures. The exit code is that of the program.
+pub(crate) fn bench(repository: &Repository, Arguments { arguments }: &Arguments) -> Result<u8> {
+    let (benches, arguments) = Bench::which(arguments);
+    if benches == [Bench::Firecracker] {
+        return bench_firecracker(repository, arguments);
+    }
     host::require_sandboxes()?;
     let Product { program, images } = build(repository)?;
     let envd = guest_bundle::build_envd(repository, &Cache::open()?)?;
-    let (benches, arguments) = Bench::which(arguments);
     let mut commands = benches.iter().map(|bench| {
         let mut command = repository.cargo();
         command
@@ -101,7 +120,41 @@ pub(crate) fn bench(repository: &Repository, Arguments { arguments }: &Arguments
     for mut command in commands {
         step::loud("measuring", &mut command)?;
     }
-    last.map_or(Ok(()), |mut command| become_it(&mut command))
+    last.map_or(Ok(0), |mut command| become_it(&mut command).map(|()| 0))
+}
+
+/// Builds, then measures in the lab, and puts the page where the others are.
+fn bench_firecracker(repository: &Repository, arguments: &[String]) -> Result<u8> {
+    if env::var_os("WRENN_FIRECRACKER").is_none_or(|program| program.is_empty()) {
+        println!("skipped: WRENN_FIRECRACKER names no Firecracker");
+        return Ok(0);
+    }
+    let images = images::make(repository, false)?;
+    let name = Bench::Firecracker.program();
+    let mut command = repository.cargo();
+    command.args(["build", "--release", "--package", "wrenn-bench", "--bin", name]);
+    step::loud("building the program that measures", &mut command)?;
+    let program = Program {
+        path: repository.target().join("release").join(name),
+        arguments: arguments.to_vec(),
+        directory: repository.root().to_owned(),
+    };
+    let job = Job {
+        programs: vec![program],
+        with: vec![images],
+        capacity: Capacity::usual(),
+        output: repository.target().join("lab"),
+    };
+    let page = job.output.join(FIRECRACKER_PAGE);
+    cache::remove(&page)?;
+    let code = lab::run_job(repository, &job);
+    if page.is_file() {
+        let place = repository.path("bench").join(FIRECRACKER_PAGE);
+        fs::copy(&page, &place)
+            .with_context(|| format!("copying {} to {}", page.display(), place.display()))?;
+        println!("copied to {}", place.display());
+    }
+    Ok(code)
 }
 
 /// Stops the stack of this clone. What was never built was never started.
@@ -135,6 +188,7 @@ mod tests {
         assert_eq!(which(&["persistence"]).0, [Bench::Persistence]);
         assert_eq!(which(&["guest", "--rounds", "1"]).0, [Bench::Guest]);
         assert_eq!(which(&["guest", "--rounds", "1"]).1, ["--rounds", "1"]);
+        assert_eq!(which(&["firecracker"]).0, [Bench::Firecracker]);
         assert_eq!(
             which(&["--count", "5"]),
             ([Bench::Creates].as_slice(), vec!["--count".to_owned(), "5".to_owned()])

@@ -157,24 +157,28 @@ pub(crate) fn run(repository: &Repository, arguments: &Arguments) -> Result<u8> 
         cpus: arguments.cpus.unwrap_or(usual.cpus),
         bound: arguments.bound.map_or(usual.bound, Duration::from_secs),
     };
-    if let Some(why) = cannot_run(capacity.memory_mib) {
-        eprintln!("error: there can be no lab here: {why}");
-        return Ok(LAB_FAILED);
-    }
     let job = Job {
         programs,
         with: arguments.with.iter().map(|path| directory.join(path)).collect(),
         capacity,
         output: arguments.output.clone().unwrap_or_else(|| repository.target().join("lab")),
     };
-    let exits = match perform(repository, &job, &mut show) {
-        Ok(exits) => exits,
+    Ok(run_job(repository, &job))
+}
+
+/// Runs a lab, shows what its programs write, and gives the exit code.
+pub(crate) fn run_job(repository: &Repository, job: &Job) -> u8 {
+    if let Some(why) = cannot_run(job.capacity.memory_mib) {
+        eprintln!("error: there can be no lab here: {why}");
+        return LAB_FAILED;
+    }
+    match perform(repository, job, &mut show) {
+        Ok(exits) => exits.into_iter().map(Exit::code).find(|code| *code != 0).unwrap_or(0),
         Err(error) => {
             eprintln!("\nerror: {error:#}");
-            return Ok(LAB_FAILED);
+            LAB_FAILED
         }
-    };
-    Ok(exits.into_iter().map(Exit::code).find(|code| *code != 0).unwrap_or(0))
+    }
 }
 
 fn show(event: &Event<'_>) -> Result<()> {

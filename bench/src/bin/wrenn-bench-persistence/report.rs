@@ -4,11 +4,11 @@ use std::fmt::Write as _;
 
 use wrenn_bench::{
     machine::Machine,
-    statistics::{Samples, ratio},
+    statistics::{Samples, ratio, spread},
     table,
 };
 
-use crate::idle::{Idle, spread};
+use crate::idle::Idle;
 
 /// One part of the memory that is dirty.
 #[derive(Debug, Default)]
