@@ -167,8 +167,9 @@ impl Results {
                 first.as_secs_f64()
             );
         }
-        self.series.phases.write(&mut text, "the server", "in series");
-        self.at_once.phases.write(&mut text, "the server", &format!("{} at once", self.width));
+        let said = |load: &str| format!("Where the server says the creates' time went, {load}");
+        self.series.phases.write(&mut text, &said("in series"));
+        self.at_once.phases.write(&mut text, &said(&format!("{} at once", self.width)));
         self.write_memory(&mut text);
         text
     }

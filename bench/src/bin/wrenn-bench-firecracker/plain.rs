@@ -43,15 +43,29 @@ pub(crate) struct Plain {
     pub(crate) tap: String,
 }
 
-/// A Firecracker, killed when this is dropped.
+/// A process, killed when this is dropped.
 #[derive(Debug)]
-pub(crate) struct Running(Child);
+struct Process(Child);
 
-impl Drop for Running {
+impl Drop for Process {
     fn drop(&mut self) {
         // It may have ended by itself.
         drop(self.0.kill());
         drop(self.0.wait());
+    }
+}
+
+/// A machine, ended when this is dropped.
+#[derive(Debug)]
+pub(crate) struct Machine {
+    _process: Process,
+    api: UnixStream,
+}
+
+impl Machine {
+    /// Lets it run.
+    pub(crate) async fn resume(&mut self) -> Result<()> {
+        tell_it(&mut self.api, "PATCH /vm", &json!({ "state": "Resumed" })).await
     }
 }
 
@@ -61,13 +75,13 @@ impl Plain {
         std::os::unix::fs::symlink(disk, directory.join(DISK))
     }
 
-    /// Restores a machine, which runs then.
-    pub(crate) async fn restore(&self, directory: &Utf8Path, from: &SnapshotFiles) -> Result<Running> {
+    /// Restores a machine, which stands still then.
+    pub(crate) async fn restore(&self, directory: &Utf8Path, from: &SnapshotFiles) -> Result<Machine> {
         let (tell, told) = oneshot::channel();
         let (plain, works_in) = (self.clone(), directory.to_owned());
         // Of its own: it stays in the namespace.
         std::thread::spawn(move || drop(tell.send(plain.start(&works_in))));
-        let running = told.await.context("start a thread")?.context("start Firecracker")?;
+        let process = told.await.context("start a thread")?.context("start Firecracker")?;
         let mut api = connect(&directory.join(SOCKET)).await.context("connect to Firecracker")?;
         let load = json!({
             "snapshot_path": from.state,
@@ -77,17 +91,16 @@ impl Plain {
             "network_overrides": [{ "iface_id": "eth0", "host_dev_name": self.tap }],
         });
         tell_it(&mut api, "PUT /snapshot/load", &load).await?;
-        tell_it(&mut api, "PATCH /vm", &json!({ "state": "Resumed" })).await?;
-        Ok(running)
+        Ok(Machine { _process: process, api })
     }
 
-    fn start(&self, directory: &Utf8Path) -> io::Result<Running> {
+    fn start(&self, directory: &Utf8Path) -> io::Result<Process> {
         let namespace = File::open(&self.namespace)?;
         move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::Network))?;
         let mut command = Command::new(&self.program);
         command.args(["--api-sock", SOCKET]).current_dir(directory);
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
-        command.spawn().map(Running)
+        command.spawn().map(Process)
     }
 }
 

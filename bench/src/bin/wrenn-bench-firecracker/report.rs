@@ -10,7 +10,7 @@ use wrenn_bench::{
     table,
 };
 
-use crate::ways::{Measured, Way};
+use crate::ways::{Measured, STEPS, Way};
 
 /// All that was measured.
 #[derive(Debug)]
@@ -21,7 +21,6 @@ pub(crate) struct Results {
     /// How many processes wanted to run, before and after.
     pub(crate) load: [String; 2],
     ways: BTreeMap<Way, OfWay>,
-    phases: Phases,
 }
 
 /// What was measured one way.
@@ -31,6 +30,8 @@ struct OfWay {
     /// How often a pager was waited for, and how many pages it had placed before.
     faults: Vec<u64>,
     ahead: Vec<u64>,
+    /// Where the time went.
+    phases: Phases,
 }
 
 /// What is compared with what, and what there is to be reached.
@@ -68,7 +69,7 @@ impl Results {
     /// Nothing measured yet, of these ways.
     pub(crate) fn new(machine: Machine, date: String, ways: &[Way]) -> Self {
         let ways = ways.iter().map(|way| (*way, OfWay::default())).collect();
-        Self { machine, date, load: Default::default(), ways, phases: Phases::default() }
+        Self { machine, date, load: Default::default(), ways }
     }
 
     /// Takes one in.
@@ -81,7 +82,7 @@ impl Results {
                     of.faults.push(counts.faults);
                     of.ahead.push(counts.ahead);
                 }
-                self.phases.add(phases);
+                of.phases.add(phases);
             }
             Err(error) => of.samples.add(Err(error)),
         }
@@ -139,8 +140,24 @@ impl Results {
             }
         }
         self.write_faults(&mut text);
-        self.phases.write(&mut text, "the agent", "one after the other");
+        self.write_steps(&mut text);
         text
+    }
+
+    fn write_steps(&self, text: &mut String) {
+        let _ = writeln!(text, "## Where the time went\n\nIn the middle, in milliseconds:\n");
+        let _ = writeln!(text, "| | {} |\n|---|{}", STEPS.join(" | "), "---:|".repeat(STEPS.len()));
+        for (way, of) in self.ways.iter().filter(|(way, _)| **way != Way::Create) {
+            let steps = of.phases.rows();
+            if !steps.is_empty() {
+                let cells: Vec<String> = steps.iter().map(|(_, middle, _)| format!("{middle:.1}")).collect();
+                let _ = writeln!(text, "| {} | {} |", short(*way), cells.join(" | "));
+            }
+        }
+        text.push('\n');
+        if let Some(of) = self.ways.get(&Way::Create) {
+            of.phases.write(text, "Of a create, as the agent says");
+        }
     }
 
     fn write_faults(&self, text: &mut String) {
@@ -205,7 +222,8 @@ mod tests {
         let ways: Vec<Way> = Way::ALL.into_iter().filter(|way| *way != Way::Jailed).collect();
         let mut results = Results::new(machine, "2026-11-23".to_owned(), &ways);
         results.add(Way::Bare, Ok(measured(1000)));
-        results.add(Way::Driver, Ok(measured(1100)));
+        let phases = STEPS.map(|step| (step.to_owned(), 7.0)).into();
+        results.add(Way::Driver, Ok(Measured { phases, ..measured(1100) }));
         for faults in [500, 400, 700] {
             let counts = Counts { faults, ahead: 0, removals: 0 };
             results.add(Way::Served, Ok(Measured { counts: Some(counts), ..measured(2200) }));
@@ -232,7 +250,7 @@ mod tests {
     fn faults_and_phases_are_told() {
         let text = results().markdown();
         assert!(text.contains("| served | 500 | 400 | 700 | 0 | 0 | 0 |"), "{text}");
-        assert!(!text.contains("| driver | "), "{text}");
+        assert!(text.contains("\n| driver | 7.0 | 7.0 | 7.0 |\n"), "{text}");
         assert!(text.contains("| slot | 2.0 | 2.0 |"), "{text}");
     }
 

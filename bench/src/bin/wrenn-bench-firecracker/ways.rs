@@ -43,6 +43,8 @@ const BOUND: Duration = Duration::from_secs(120);
 const SLOTS_BOUND: Duration = Duration::from_secs(60);
 const LOOK_AGAIN: Duration = Duration::from_millis(20);
 const TEMPLATE: &str = "base";
+/// The steps of a restore.
+pub(crate) const STEPS: [&str; 3] = ["start and load", "let it run", "answer of the guest"];
 
 /// A way from a snapshot to a guest that answers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -109,7 +111,7 @@ pub(crate) struct Measured {
     pub(crate) took: Duration,
     /// What the pager had done when the first byte came, if there is one.
     pub(crate) counts: Option<Counts>,
-    /// The agent's own measurement of a create, in milliseconds.
+    /// Where the time went, in milliseconds; of a create by the agent's own measurement.
     pub(crate) phases: Vec<(String, f64)>,
 }
 
@@ -244,11 +246,13 @@ impl<'a> Ways<'a> {
         };
         Plain::prepare(&ready.directory, &ready.open.path)?;
         let begin = Instant::now();
-        let running = plain.restore(&ready.directory, &self.snapshot.files).await?;
+        let mut running = plain.restore(&ready.directory, &self.snapshot.files).await?;
+        let restored = begin.elapsed();
+        running.resume().await?;
+        let resumed = begin.elapsed();
         bare::first_byte(&self.slot.connector()).await;
         let took = begin.elapsed();
-        drop(running);
-        Ok(Measured { took, counts: None, phases: Vec::new() })
+        Ok(Measured { took, counts: None, phases: phases(restored, resumed, took) })
     }
 
     async fn restore(
@@ -262,7 +266,10 @@ impl<'a> Ways<'a> {
         let spec = self.spec(way, ready)?;
         let begin = Instant::now();
         let mut vm = driver.restore(spec, &from).await?;
-        let answered = match vm.resume().await {
+        let restored = begin.elapsed();
+        let is_resumed = vm.resume().await;
+        let resumed = begin.elapsed();
+        let answered = match is_resumed {
             Ok(()) => answers(self).await,
             Err(error) => Err(error.into()),
         };
@@ -270,7 +277,7 @@ impl<'a> Ways<'a> {
         let counts = way.is_served().then(|| pager::counts(&ready.directory)).transpose();
         vm.stop().await.context("stop the machine")?;
         answered?;
-        Ok(Measured { took, counts: counts?, phases: Vec::new() })
+        Ok(Measured { took, counts: counts?, phases: phases(restored, resumed, took) })
     }
 
     /// A working set is kept beside the state, so each way with a pager has a copy of that.
@@ -410,6 +417,13 @@ async fn driver(way: Way) -> Result<Option<Firecracker>> {
         Err(VmmError::Unavailable { .. }) if way.is_jailed() => Ok(None),
         other => other.map(Some).context("find Firecracker"),
     }
+}
+
+/// The steps of a restore, from when each ended.
+fn phases(restored: Duration, resumed: Duration, answered: Duration) -> Vec<(String, f64)> {
+    let took = [restored, resumed.saturating_sub(restored), answered.saturating_sub(resumed)];
+    let milliseconds = took.map(|took| took.as_secs_f64() * 1000.0);
+    STEPS.map(str::to_owned).into_iter().zip(milliseconds).collect()
 }
 
 fn utf8(path: &std::path::Path) -> Result<&Utf8Path> {
