@@ -127,18 +127,19 @@ async fn resources(context: Arc<Context>) -> Result<()> {
 async fn inactivity(context: Arc<Context>) -> Result<()> {
     let body = json!({ "timeout_sec": 4, "on_timeout": "kill" });
     let idle = Sandbox::create_with(context.client(), &body).await?;
-    let mut busy = Sandbox::create_with(context.client(), &body).await?;
-    let mut left = Sandbox::create_with(context.client(), &body).await?;
-    let shown = Sandbox::create_with(context.client(), &body).await?;
+    // Each is used as soon as it is there: on a machine that is busy the next create may take as long as the timeout.
     // One that works hard, and whom nobody follows.
+    let mut left = Sandbox::create_with(context.client(), &body).await?;
     let work = "while :; do echo much; done";
     let work = json!({ "cmd": "/bin/sh", "args": ["-c", work], "background": true });
     let path = left.path("/exec");
     left.client.post(&path, &work).await?.expect(202)?;
     // One that says nothing, and is followed.
+    let shown = Sandbox::create_with(context.client(), &body).await?;
     let mut socket = Socket::open(&shown.client, &shown.path("/terminal")).await?;
     socket.send(&json!({ "type": "start", "cmd": "sleep", "args": ["11"] })).await?;
     socket.until("started").await?;
+    let mut busy = Sandbox::create_with(context.client(), &body).await?;
     let result = busy.exec(&json!({ "cmd": "sleep", "args": ["9"] })).await?;
     ensure!(result["exit_code"] == 0, "a running command is activity: {result}");
     let exit = socket.until("exit").await.context("an open terminal is activity")?;
