@@ -1,6 +1,6 @@
 //! Building the product and starting it: thin wrappers around the `wrenn` program.
 
-use std::{env, fs, os::unix::process::CommandExt as _, path::PathBuf, process::Command};
+use std::{fs, os::unix::process::CommandExt as _, path::PathBuf, process::Command};
 
 use anyhow::{Context as _, Result, bail};
 use wrenn_lab::plan::Program;
@@ -125,7 +125,7 @@ pub(crate) fn bench(repository: &Repository, Arguments { arguments }: &Arguments
 
 /// Builds, then measures in the lab, and puts the page where the others are.
 fn bench_firecracker(repository: &Repository, arguments: &[String]) -> Result<u8> {
-    if env::var_os("WRENN_FIRECRACKER").is_none_or(|program| program.is_empty()) {
+    if !lab::has_firecracker() {
         println!("skipped: WRENN_FIRECRACKER names no Firecracker");
         return Ok(0);
     }

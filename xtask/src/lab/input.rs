@@ -28,7 +28,7 @@ use crate::{
 };
 
 /// What names the program that runs guests in the lab.
-pub(super) const FIRECRACKER: &str = "WRENN_FIRECRACKER";
+const FIRECRACKER: &str = "WRENN_FIRECRACKER";
 /// Variables that name a file which the lab gets, and a path there.
 const CARRIED: [&str; 2] = [FIRECRACKER, "WRENN_JAILER"];
 /// Variables that are the same in the lab.
@@ -151,6 +151,11 @@ fn size_of_disk(content: Size) -> u64 {
     // What ext4 needs for itself: a table of inodes, bitmaps, and blocks that hold addresses of blocks.
     let blocks = content.blocks + content.blocks / 32 + content.inodes + 4096;
     (blocks * BLOCK).next_multiple_of(1 << 20)
+}
+
+/// Whether something outside names a Firecracker for the lab.
+pub(crate) fn has_firecracker() -> bool {
+    own_variables(FIRECRACKER).is_some_and(|program| !program.is_empty())
 }
 
 /// The variables of this process.

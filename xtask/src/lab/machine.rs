@@ -24,6 +24,8 @@ use std::{
 use anyhow::{Context as _, Result, anyhow, bail};
 use wrenn_lab::message::{Decoder, Message};
 
+use super::Capacity;
+
 /// The program that is the machine.
 pub(super) const QEMU: &str = "qemu-system-x86_64";
 /// How long it may take until the first program starts: a machine that is busy with other things may need minutes.
@@ -32,13 +34,6 @@ const BOOT_BOUND: Duration = Duration::from_secs(300);
 const CONSOLE_LINES: usize = 30;
 /// How many messages may be read ahead of who handles them.
 const AHEAD: usize = 64;
-
-/// What it is made of.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Shape {
-    pub(super) cpus: u8,
-    pub(super) memory_mib: u32,
-}
 
 /// The files that it starts from, as paths that QEMU can open.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -60,7 +55,7 @@ pub(super) fn path_of(file: &File) -> PathBuf {
 const KERNEL_COMMAND_LINE: &str = "console=ttyS0 panic=-1 quiet tsc=reliable mitigations=off";
 
 /// QEMU's arguments. Pure.
-fn arguments(shape: Shape, files: &Files) -> Vec<String> {
+fn arguments(capacity: Capacity, files: &Files) -> Vec<String> {
     let text = |path: &Path| path.display().to_string();
     // A comma ends an option's value, unless there are two.
     let value = |path: &Path| text(path).replace(',', ",,");
@@ -69,8 +64,8 @@ fn arguments(shape: Shape, files: &Files) -> Vec<String> {
     add("machine", "q35,graphics=off".to_owned());
     add("accel", "tcg,thread=multi".to_owned());
     add("cpu", "EPYC,+svm,+npt".to_owned());
-    add("smp", shape.cpus.to_string());
-    add("m", format!("{}M", shape.memory_mib));
+    add("smp", capacity.cpus.to_string());
+    add("m", format!("{}M", capacity.memory_mib));
     add("kernel", text(&files.kernel));
     add("initrd", text(&files.initramfs));
     add("append", KERNEL_COMMAND_LINE.to_owned());
@@ -110,10 +105,10 @@ enum Phase {
 
 impl Machine {
     /// Starts it. The console is a file that is open for appending.
-    pub(super) fn start(shape: Shape, files: &Files, console: File, run_bound: Duration) -> Result<Self> {
+    pub(super) fn start(capacity: Capacity, files: &Files, console: File) -> Result<Self> {
         let mut process = Command::new("setpriv")
             .args(["--pdeathsig", "KILL", QEMU])
-            .args(arguments(shape, files))
+            .args(arguments(capacity, files))
             // Never written to. Its end would be the end of the port, so it is kept open.
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
@@ -152,7 +147,14 @@ impl Machine {
                 }
             }
         });
-        Ok(Self { process, console, messages, since: Instant::now(), phase: Phase::Booting, run_bound })
+        Ok(Self {
+            process,
+            console,
+            messages,
+            since: Instant::now(),
+            phase: Phase::Booting,
+            run_bound: capacity.bound,
+        })
     }
 
     /// The next thing that it says, within the bound of what it is at.
@@ -229,7 +231,8 @@ mod tests {
             input: "/proc/1/fd/2".into(),
             console: "/proc/1/fd/3".into(),
         };
-        let found = arguments(Shape { cpus: 2, memory_mib: 1024 }, &files);
+        let capacity = Capacity { memory_mib: 1024, cpus: 2, bound: Duration::from_secs(1) };
+        let found = arguments(capacity, &files);
         let pairs: Vec<(&str, &str)> = found
             .chunks(2)
             .filter_map(|pair| Some((pair.first()?.as_str(), pair.get(1)?.as_str())))

@@ -37,6 +37,7 @@
 //! | the kernel panics, the init dies | QEMU ends, 125 |
 //! | interrupted, or killed | QEMU dies with it; a directory of the cache that is left is collected by the next command |
 
+mod capacity;
 mod image;
 mod input;
 mod machine;
@@ -57,9 +58,10 @@ use wrenn_lab::{
     plan::Program,
 };
 
+pub(crate) use self::{capacity::Capacity, input::has_firecracker};
 use self::{
-    input::{FIRECRACKER, Input},
-    machine::{Files, Machine, QEMU, Shape},
+    input::Input,
+    machine::{Files, Machine, QEMU},
 };
 use crate::{
     cache::{Cache, Scratch},
@@ -96,31 +98,6 @@ pub(crate) struct Arguments {
     /// Programs with their arguments, separated by `--`. Without any: all tests that are marked for the lab.
     #[arg(last = true)]
     programs: Vec<String>,
-}
-
-/// What a lab is, and how long it may take.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Capacity {
-    pub(crate) memory_mib: u32,
-    pub(crate) cpus: u8,
-    pub(crate) bound: Duration,
-}
-
-impl Capacity {
-    /// What is enough, unless somebody says otherwise.
-    pub(crate) fn usual() -> Self {
-        Self::of(env::var_os(FIRECRACKER).is_some())
-    }
-
-    /// With a Firecracker there are machines in the machine. They need room, and take their time. With two processors the lab's
-    /// own kernel panicked, or waited for one of them for ever, in three of three long runs under QEMU 7.2; with one in
-    /// none of them.
-    fn of(has_firecracker: bool) -> Self {
-        match has_firecracker {
-            false => Self { memory_mib: 2048, cpus: 2, bound: Duration::from_secs(2400) },
-            true => Self { memory_mib: 6144, cpus: 1, bound: Duration::from_secs(7200) },
-        }
-    }
 }
 
 /// What is to be done in one lab.
@@ -261,8 +238,7 @@ pub(crate) fn perform(
         input: machine::path_of(&input),
         console: machine::path_of(&console),
     };
-    let shape = Shape { cpus: job.capacity.cpus, memory_mib: job.capacity.memory_mib };
-    let mut machine = Machine::start(shape, &files, console, job.capacity.bound)?;
+    let mut machine = Machine::start(job.capacity, &files, console)?;
     let mut exits = Vec::new();
     let mut unpacker: Option<Child> = None;
     loop {

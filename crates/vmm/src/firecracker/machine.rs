@@ -292,6 +292,8 @@ impl Machine {
         Ok(())
     }
 
+    /// Has Firecracker write both files. The state that a jailed one writes is copied: it could go on to change what it
+    /// has open.
     async fn write_snapshot(
         &self,
         snapshot_type: requests::SnapshotType,
@@ -299,33 +301,29 @@ impl Machine {
         memory: &Utf8Path,
         bound: Duration,
     ) -> VmmResult<()> {
-        let written = self.user.map(|_| memory::Scratch::beside(state, "written"));
-        let written_to = written.as_ref().map_or(state, memory::Scratch::path);
-        // It would make them readable for others.
-        let [state_file, memory_file] = memory::prepare(written_to, memory)?;
-        let mut lent = None;
-        if let Some(user) = self.user {
-            let files = vec![
-                (written_to.to_owned(), state_file, jail::SAVED_STATE),
-                (memory.to_owned(), memory_file, jail::SAVED_MEMORY),
-            ];
-            let process = self.leash.process().clone();
-            let lend = move |_: &AtomicBool| Lent::lend(&process, user, files);
-            lent = Some(self.leash.with_memory(SNAPSHOT, lend).await?);
-        }
         let files = requests::SnapshotCreateParams {
             snapshot_type,
             snapshot_path: jail::name(self.user, state, jail::SAVED_STATE),
             mem_file_path: jail::name(self.user, memory, jail::SAVED_MEMORY),
         };
+        let Some(user) = self.user else {
+            // It would make them readable for others.
+            memory::prepare(state, memory)?;
+            return self.tell_within(SNAPSHOT, &files, bound).await;
+        };
+        let written = memory::Scratch::beside(state, "written");
+        let [state_file, memory_file] = memory::prepare(written.path(), memory)?;
+        let lent = vec![
+            (written.path().to_owned(), state_file, jail::SAVED_STATE),
+            (memory.to_owned(), memory_file, jail::SAVED_MEMORY),
+        ];
+        let process = self.leash.process().clone();
+        let lend = move |_: &AtomicBool| Lent::lend(&process, user, lent);
+        let lent = self.leash.with_memory(SNAPSHOT, lend).await?;
         let told = self.tell_within(SNAPSHOT, &files, bound).await;
-        if let Some(lent) = lent {
-            let back = on_thread(SNAPSHOT, move |_| lent.take_back()).await;
-            told.and(back)?;
-        } else {
-            told?;
-        }
-        let (Some(written), state) = (written, state.to_owned()) else { return Ok(()) };
+        let back = on_thread(SNAPSHOT, move |_| lent.take_back()).await;
+        told.and(back)?;
+        let state = state.to_owned();
         let keep = move |_: &AtomicBool| {
             let path = written.path();
             keep_state(&File::open(path).map_err(cannot("open", path))?, &state)
