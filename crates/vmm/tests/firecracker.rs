@@ -211,7 +211,12 @@ async fn ticks(vm: &mut dyn Vm, more: usize) {
     let (before, begin) = (count(&vm.console().await), Instant::now());
     while count(&vm.console().await) < before + more {
         let gone = vm.exit().borrow().clone();
-        assert!(gone.is_none() && begin.elapsed() < BOUND, "{gone:?}: {}", vm.console().await);
+        assert!(
+            gone.is_none() && begin.elapsed() < BOUND,
+            "{gone:?}: {}\n{}",
+            vm.console().await,
+            support::standing(vm.pid())
+        );
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
     assert!(!vm.console().await.contains("BAD"));

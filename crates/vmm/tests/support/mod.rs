@@ -251,3 +251,28 @@ impl Archive {
         self.bytes
     }
 }
+
+/// What the threads of a process wait for, and how many page faults of it nobody has served: for the message of a test
+/// that has waited too long.
+pub(crate) fn standing(process: Option<u32>) -> String {
+    let Some(pid) = process else { return "no process".to_owned() };
+    let mut text = String::new();
+    for task in entries(&format!("/proc/{pid}/task")) {
+        let read = |name: &str| std::fs::read_to_string(task.join(name)).unwrap_or_default();
+        let stack = read("stack").replace('\n', " ");
+        let _ = writeln!(text, "{}: {} {stack}", read("comm").trim(), read("wchan"));
+    }
+    for descriptor in entries(&format!("/proc/{pid}/fd")) {
+        let leads_to = std::fs::read_link(&descriptor).unwrap_or_default();
+        if leads_to.to_string_lossy().contains("userfaultfd") {
+            let number = descriptor.file_name().unwrap().to_string_lossy().into_owned();
+            let told = std::fs::read_to_string(format!("/proc/{pid}/fdinfo/{number}")).unwrap_or_default();
+            let _ = writeln!(text, "faults: {}", told.replace('\n', " "));
+        }
+    }
+    text
+}
+
+fn entries(directory: &str) -> Vec<std::path::PathBuf> {
+    std::fs::read_dir(directory).into_iter().flatten().flatten().map(|entry| entry.path()).collect()
+}
