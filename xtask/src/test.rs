@@ -144,6 +144,8 @@ pub(crate) struct Report {
     in_failures: bool,
     /// The test whose output is being read, until it is known to be skipped.
     test: Option<String>,
+    /// The test that a line named which is not known to have ended.
+    begun: Option<String>,
 }
 
 impl Report {
@@ -180,9 +182,11 @@ impl Report {
             return None;
         }
         if !self.in_successes {
-            if let Some(name) = line.strip_prefix("test ").and_then(|line| line.strip_suffix(" ... ok")) {
-                self.elsewhere += u64::from(self.in_lab.contains(name));
-                self.names.insert(name.to_owned());
+            if let Some((name, said)) = line.strip_prefix("test ").and_then(|line| line.split_once(" ... ")) {
+                self.begun = Some(name.trim_end().to_owned());
+                self.has_ended(said);
+            } else {
+                self.has_ended(line);
             }
             // With one test at a time the name of the test stands before what it prints.
             let said = line.split_once(" ... soak: ").filter(|(before, _)| before.starts_with("test "));
@@ -208,6 +212,16 @@ impl Report {
         }
         self.skipped += 1;
         Some(format!("skipped {test}: {why}"))
+    }
+
+    /// Takes what follows the name of a test: how it ended, or what it prints.
+    fn has_ended(&mut self, said: &str) {
+        if said == "ok"
+            && let Some(name) = self.begun.take()
+        {
+            self.elsewhere += u64::from(self.in_lab.contains(&name));
+            self.names.insert(name);
+        }
     }
 }
 
@@ -282,16 +296,18 @@ test result: ok. 1 passed; 0 failed; 0 ignored; 0 measured; 0 filtered out; fini
             "test a::one ... ok",
             "test a::two ... ok",
             "test a::six ... ok",
+            "test c::five   ... says something",
+            "ok",
             "successes:",
             "---- a::two stdout ----",
             "skipped: not there, and it passes here",
             "---- a::six stdout ----",
             "skipped: not even there",
-            "test result: ok. 3 passed; 0 failed; 0 ignored; 0 measured",
+            "test result: ok. 4 passed; 0 failed; 0 ignored; 0 measured",
         ] {
             lab.line(line);
         }
-        assert_eq!(lab.to_string(), "1 passed, 0 failed, 2 skipped");
+        assert_eq!(lab.to_string(), "2 passed, 0 failed, 2 skipped");
         let mut report = Report::beside(Some(lab));
         let mut shown: Vec<String> = OUTPUT.lines().filter_map(|line| report.line(line)).collect();
         assert_eq!(report.to_string(), "3 passed, 1 failed, 1 skipped", "{report:?}");
