@@ -358,8 +358,11 @@ async fn hold_one(stack: &Stack, row: &Row) -> Result<()> {
     let mut guest = Guest::create(stack, row).await?;
     guest.tell(uplink).await?;
     let check = async |guest: &mut Guest<'_>, when: &str| -> Result<()> {
+        let begin = Instant::now();
         guest.check(when).await?;
-        guest.check_far_end(uplink, when).await
+        guest.check_far_end(uplink, when).await?;
+        eprintln!("{}, {when}: held for {:.1} s", row.name, begin.elapsed().as_secs_f64());
+        Ok(())
     };
     check(&mut guest, "at first").await?;
     let has_names = row.policy.get("allow_domains").is_some();
