@@ -32,7 +32,15 @@ const FIRECRACKER: &str = "WRENN_FIRECRACKER";
 /// Variables that name a file which the lab gets, and a path there.
 const CARRIED: [&str; 2] = [FIRECRACKER, "WRENN_JAILER"];
 /// Variables that are the same in the lab.
-const PASSED: [&str; 5] = ["PROPTEST_CASES", "RUST_BACKTRACE", "RUST_LOG", "RUST_TEST_THREADS", "WRENN_SOAK"];
+const PASSED: [&str; 7] = [
+    "PROPTEST_CASES",
+    "RUST_BACKTRACE",
+    "RUST_LOG",
+    "RUST_TEST_THREADS",
+    "WRENN_MEMORY_BACKEND",
+    "WRENN_SOAK",
+    "WRENN_UIDS",
+];
 /// The directory of the disk for files that variables name.
 const CARRIED_DIRECTORY: &str = "carried";
 /// What is below these is the lab's own.
