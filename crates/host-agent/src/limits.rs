@@ -22,7 +22,7 @@
 //! Where the kernel has no control groups of version 2, or they cannot limit something, the agent says so at its
 //! start ([`Limits`] as a text), and whoever asks for the host is told.
 
-use std::{fmt, io, os::fd::OwnedFd};
+use std::{fmt, io, os::fd::OwnedFd, time::Duration};
 
 use camino::Utf8Path;
 use wrenn_host_linux::{
@@ -32,7 +32,7 @@ use wrenn_host_linux::{
 use wrenn_types::{InstanceId, LayerId, SandboxId, Shape};
 use wrenn_vmm::DiskRate;
 
-use crate::{network::filter::confinement::is_group_of_filter, sandbox::driver::chain};
+use crate::{network::filter::confinement::is_group_of_filter, sandbox::driver::chain, warm::blocking};
 
 /// The period over which time of the processors is counted, in microseconds: the kernel's default.
 const PERIOD_MICROS: u64 = 100_000;
@@ -44,6 +44,8 @@ const VMM_MEMORY_MIB: u64 = 384;
 const PAGE_TABLES: u64 = 64;
 /// How many threads a VMM may have beside one for each CPU: QEMU reads and writes disks with up to 64.
 const VMM_THREADS: u64 = 128;
+/// How long what is killed in a group may take to be gone.
+const END_BOUND: Duration = Duration::from_secs(10);
 
 /// What each machine may have.
 #[derive(Debug)]
@@ -165,10 +167,18 @@ impl Limits {
         hierarchy.create(&name(id, layer), &limits_of(shape, &self.io))?.entrance().map(Some)
     }
 
-    /// Removes the group of a machine that has ended.
-    pub fn end(&self, id: &SandboxId, layer: &LayerId) {
+    /// Removes the group of a machine that has ended. What is still in it, since it ends by itself or was not waited for, is
+    /// killed, and gone when this comes back.
+    pub async fn end(&self, id: &SandboxId, layer: &LayerId) {
         let Some(hierarchy) = self.hierarchy() else { return };
-        if let Err(error) = hierarchy.group(&name(id, layer)).remove() {
+        let group = hierarchy.group(&name(id, layer));
+        let ended = match group.remove() {
+            Err(error) if error.kind() == io::ErrorKind::ResourceBusy => {
+                blocking(move || group.end(END_BOUND)).await
+            }
+            ended => ended,
+        };
+        if let Err(error) = ended {
             tracing::warn!(%id, error = &error as &dyn std::error::Error, "a control group stays until the next start");
         }
     }
@@ -342,13 +352,13 @@ mod tests {
         assert_eq!(text(both()), format!("{said}{more}"));
     }
 
-    #[test]
-    fn without_groups_nothing_is_asked_of_the_kernel() {
+    #[tokio::test]
+    async fn without_groups_nothing_is_asked_of_the_kernel() {
         let limits = Limits::without_groups(String::new(), DiskRate::default());
         let (id, layer) = (SandboxId::random(), LayerId::random());
         let shape = Shape { vcpus: Default::default(), memory: Default::default() };
         assert!(limits.begin(&id, &layer, shape).unwrap().is_none());
-        limits.end(&id, &layer);
+        limits.end(&id, &layer).await;
         limits.keep_only(|_| false);
         limits.close();
     }

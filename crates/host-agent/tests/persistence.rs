@@ -28,6 +28,8 @@ use wrenn_types::{
     AccessToken, DiskMib, InactivityTimeout, NetworkPolicy, SandboxId, Shape, SnapshotId, TimeoutAction,
 };
 
+#[path = "persistence/broken_off.rs"]
+mod broken_off;
 #[path = "persistence/disks.rs"]
 mod disks;
 #[path = "persistence/firecracker.rs"]
@@ -68,6 +70,9 @@ fn main() -> ExitCode {
         }),
         trial("persistence::a_lost_control_plane_pauses_what_runs", |place| Box::pin(loss(place))),
         trial("persistence::a_deadline_that_was_met_is_over", |place| Box::pin(met_deadline(place))),
+        trial("persistence::a_create_that_is_broken_off_leaves_nothing", |place| {
+            Box::pin(broken_off::leaves_nothing(place))
+        }),
     ];
     trials.extend(firecracker::trials());
     libtest_mimic::run(&arguments, trials).exit_code()

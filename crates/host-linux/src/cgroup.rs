@@ -14,10 +14,16 @@
 use std::{
     collections::BTreeSet,
     fmt,
-    fs::{self, OpenOptions},
-    io::{self, Write as _},
+    fs::{self, File, OpenOptions},
+    io::{self, Read as _, Seek as _, Write as _},
     os::fd::OwnedFd,
     path::{Path, PathBuf},
+    time::{Duration, Instant},
+};
+
+use rustix::{
+    event::{PollFd, PollFlags, Timespec, poll},
+    io::Errno,
 };
 
 /// Files that some kernels do not have even where their controller is: one without swap has nothing to limit of it, and
@@ -285,6 +291,36 @@ impl Group {
         }
     }
 
+    /// Removes it, like [`Self::remove`], but kills what is still in it, and waits for that. Whoever is about to be born in it is
+    /// not. Blocks, no longer than `bound`.
+    ///
+    /// # Errors
+    /// [`io::ErrorKind::ResourceBusy`]: a process that was killed is still in it.
+    pub fn end(&self, bound: Duration) -> io::Result<()> {
+        let end = Instant::now() + bound;
+        if !is_busy(&self.remove()) {
+            return self.remove();
+        }
+        // A kernel before 5.14 has no such file: then it is only waited for.
+        let _ = fs::write(self.path.join("cgroup.kill"), "1");
+        let mut events = File::open(self.path.join("cgroup.events"))?;
+        loop {
+            // What changes after it is read is an event.
+            events.rewind()?;
+            events.read_to_end(&mut Vec::new())?;
+            let removed = self.remove();
+            let left = end.saturating_duration_since(Instant::now());
+            if left.is_zero() || !is_busy(&removed) {
+                return removed;
+            }
+            let left = Timespec::try_from(left).map_err(|_| io::ErrorKind::InvalidInput)?;
+            match poll(&mut [PollFd::new(&events, PollFlags::PRI)], Some(&left)) {
+                Ok(_) | Err(Errno::INTR) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+
     /// The processes in it.
     ///
     /// # Errors
@@ -293,6 +329,10 @@ impl Group {
         let text = fs::read_to_string(self.path.join("cgroup.procs"))?;
         Ok(text.lines().filter_map(|line| line.parse().ok()).collect())
     }
+}
+
+fn is_busy(removed: &io::Result<()>) -> bool {
+    matches!(removed, Err(error) if error.kind() == io::ErrorKind::ResourceBusy)
 }
 
 fn parse_oom_kills(text: &str) -> u64 {

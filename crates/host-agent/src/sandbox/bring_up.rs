@@ -17,7 +17,8 @@
 //! that was made is undone, the newest first. The record goes last, so that whatever an agent that was
 //! killed left behind is still known.
 //!
-//! A cancelled bring-up stops at the step that it is in: every step either completes or leaves nothing.
+//! A cancelled bring-up stops at the step that it is in: every step either completes or leaves nothing. That of a machine
+//! which is being started ends its process, and waits for that, before anything is taken from under it.
 
 mod error;
 
@@ -41,7 +42,7 @@ use wrenn_vmm::{BootMemory, DiskSpec, ExitReason, MachineSpec, NetworkSpec, Vm};
 use super::{
     Phase, SandboxSpec, bounds,
     host::Host,
-    machine::{Machine, gone, remove_run_dir},
+    machine::{Machine, end_marked, gone, remove_run_dir},
     record::{FORMAT, Ledger, MachineRecord, Record},
     source::{Source, Start},
     within::Fate,
@@ -393,13 +394,14 @@ impl Recorded {
         let host = Arc::clone(&course.host);
         let record = self.ledger.record();
         let run_dir = host.run_dir(layer);
+        let name = Host::machine_name(&host.instance, &record.id, layer);
         let spec = || {
             std::fs::create_dir(&run_dir)
                 .map_err(|source| BringUpError::RunDir { path: run_dir.clone(), source })?;
             let lock = slot.lock().map_err(BringUpError::Slot)?;
             let control_group = host.limits.begin(&record.id, layer, record.shape);
             Ok(MachineSpec {
-                name: Host::machine_name(&host.instance, &record.id, layer),
+                name: name.clone(),
                 run_dir: run_dir.clone(),
                 shape: record.shape,
                 guest: host.images.guest().bundle.clone(),
@@ -434,11 +436,33 @@ impl Recorded {
         match started {
             Ok(vm) => Ok(Started { before: self, run_dir, vm }),
             Err(error) => {
+                // Whoever starts a machine has it killed when it is not waited for any more, and is not waited for either.
+                if error.is_broken_off()
+                    && let Err(stuck) = end_marked(&name, |_| false).await
+                {
+                    return Err(self.leave(error, &stuck).await);
+                }
+                host.limits.end(&record.id, &self.before.before.layer).await;
                 remove_run_dir(&run_dir);
-                host.limits.end(&record.id, &self.before.before.layer);
                 Err(self.undo(error).await)
             }
         }
+    }
+
+    /// Leaves it all to be collected: the lock of the slot is held by a process that does not end, and releasing the rest would
+    /// pull the disk and the namespace from under it.
+    async fn leave(
+        self,
+        error: BringUpError,
+        stuck: &(dyn std::error::Error + Send + Sync + 'static),
+    ) -> BringUpError {
+        let id = self.ledger.record().id;
+        tracing::error!(%id, error = stuck as &dyn std::error::Error, "the machine did not stop; it is left to be collected");
+        self.before.slot.leave();
+        if let Some(former) = self.former {
+            self.ledger.put_back(former).await;
+        }
+        error
     }
 
     async fn undo(self, error: BringUpError) -> BringUpError {
@@ -539,20 +563,12 @@ impl Started {
 
     async fn undo(mut self, error: BringUpError) -> BringUpError {
         if let Err(stuck) = self.vm.stop().await {
-            // The slot's lock is held by the process that did not end; releasing the rest would pull the
-            // disk and the namespace from under it. The next start collects it.
-            let id = self.before.ledger.record().id;
-            tracing::error!(%id, error = &stuck as &dyn std::error::Error, "the machine did not stop; it is left to be collected");
-            self.before.before.slot.leave();
-            if let Some(former) = self.before.former {
-                self.before.ledger.put_back(former).await;
-            }
-            return error;
+            return self.before.leave(error, &stuck).await;
         }
         drop(self.vm);
         remove_run_dir(&self.run_dir);
         let (id, layer) = (self.before.ledger.record().id, &self.before.before.before.layer);
-        self.before.before.before.course.host.limits.end(&id, layer);
+        self.before.before.before.course.host.limits.end(&id, layer).await;
         self.before.undo(error).await
     }
 }

@@ -74,7 +74,7 @@ impl Machine {
         }
         drop(self.vm);
         remove_run_dir(&self.run_dir);
-        host.limits.end(&self.id, &self.name);
+        host.limits.end(&self.id, &self.name).await;
         host.close_disk(&self.name).await;
         host.slots.release(self.slot).await;
         Ok(())

@@ -134,6 +134,6 @@ pub async fn end_uncontrolled(host: &Host, record: &Record) -> io::Result<()> {
     machine::end_marked(&name, |_| false).await?;
     remove_run_dir(&host.run_dir(&machine.name));
     host.close_disk(&machine.name).await;
-    host.limits.end(&record.id, &machine.name);
+    host.limits.end(&record.id, &machine.name).await;
     Ok(())
 }

@@ -7,7 +7,7 @@ use libtest_mimic::Trial;
 use wrenn_host_agent::config::{DiskDriver, MemoryBackendFlag};
 use wrenn_testkit::stack;
 
-use super::{Kind, Place, Running, adoption, pause_and_resume, snapshots, with_place};
+use super::{Kind, Place, Running, adoption, broken_off, pause_and_resume, snapshots, with_place};
 
 pub(super) fn trials() -> Vec<Trial> {
     let skip = stack::cannot_run_firecracker();
@@ -39,5 +39,8 @@ pub(super) fn trials() -> Vec<Trial> {
         }),
         served("firecracker::pager::what_is_paused_comes_back", |place| Box::pin(pause_and_resume(place))),
         served("firecracker::pager::another_agent_goes_on_where_one_left", |place| Box::pin(adoption(place))),
+        served("firecracker::pager::a_create_that_is_broken_off_leaves_nothing", |place| {
+            Box::pin(broken_off::leaves_nothing(place))
+        }),
     ]
 }

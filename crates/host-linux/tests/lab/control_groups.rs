@@ -83,6 +83,21 @@ async fn there_are_no_more_processes_than_may_be() {
 }
 
 #[tokio::test]
+async fn what_is_still_in_a_group_ends_with_it() {
+    if !in_lab() {
+        return;
+    }
+    let limited = Limited::new("end", &[]);
+    let mut child = limited.shell("sleep 1000 & wait");
+    assert!(limited.group.remove().is_err(), "somebody is in it");
+    limited.group.end(BOUND).unwrap();
+    assert!(!limited.directory.exists());
+    assert_eq!(child.wait().await.unwrap(), Exit::Signal(9));
+    limited.group.end(BOUND).unwrap();
+    limited.end();
+}
+
+#[tokio::test]
 async fn nobody_has_more_time_of_the_processors_than_it_may() {
     if !in_lab() {
         return;

@@ -75,6 +75,11 @@ pub enum BringUpError {
 }
 
 impl BringUpError {
+    /// Whether the step was not waited for to its end.
+    pub(super) fn is_broken_off(&self) -> bool {
+        matches!(self, Self::Cancelled(_) | Self::Timeout { .. })
+    }
+
     /// Whether the host's disk is full: the caller may come back when it is not.
     #[must_use]
     pub fn is_no_space(&self) -> bool {
