@@ -53,7 +53,7 @@ use crate::{
     snapshot_store::{SnapshotStore, SnapshotStoreError, SnapshotStoreResult},
     snapshots::{Roots, Snapshots},
     tunnel,
-    users::{TooFew, Users},
+    users::{Users, UsersError},
     warm::{Warm, blocking},
 };
 
@@ -148,7 +148,7 @@ pub enum StartError {
     },
     /// Machines cannot have users of their own.
     #[error("machines cannot be confined")]
-    Users(#[source] TooFew),
+    Users(#[source] UsersError),
     /// The network is not there.
     #[error("the network slots could not be prepared")]
     Network(#[source] SlotError),

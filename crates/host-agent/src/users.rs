@@ -19,21 +19,32 @@ pub enum Users {
     From(u32),
 }
 
-/// There are more slots than users.
+/// Why machines cannot have users of their own, as they should.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("the user ids {0} are too few: there have to be {needed}", needed = u32::from(SlotNumber::LAST.get()) + 1)]
-pub struct TooFew(IdRange);
+pub enum UsersError {
+    /// There are more slots than users.
+    #[error("the user ids {0} are too few: there have to be {needed}", needed = u32::from(SlotNumber::LAST.get()) + 1)]
+    TooFew(IdRange),
+    /// Others may start nothing as somebody else, whatever capabilities they have.
+    #[error(
+        "only root can start machines as other users: run the agent as root, or without --uids and --production"
+    )]
+    NotRoot,
+}
 
 impl Users {
-    /// Those that an agent was told to use. One that is not root can use none.
+    /// Those that an agent was told to use. Nobody who wants machines to be confined gets others.
     ///
     /// # Errors
-    /// There are too few.
-    pub fn of(config: &Config, is_root: bool) -> Result<Self, TooFew> {
+    /// There are too few, or the agent is not root.
+    pub fn of(config: &Config, is_root: bool) -> Result<Self, UsersError> {
         match config.uids.or_else(|| config.production.then_some(UIDS)) {
-            Some(range) if range.count() <= u64::from(SlotNumber::LAST.get()) => Err(TooFew(range)),
-            Some(range) if is_root => Ok(Self::From(range.first)),
-            _ => Ok(Self::TheAgents),
+            None => Ok(Self::TheAgents),
+            Some(range) if range.count() <= u64::from(SlotNumber::LAST.get()) => {
+                Err(UsersError::TooFew(range))
+            }
+            Some(_) if !is_root => Err(UsersError::NotRoot),
+            Some(range) => Ok(Self::From(range.first)),
         }
     }
 
@@ -59,7 +70,7 @@ mod tests {
         config: Config,
     }
 
-    fn users(words: &[&str], is_root: bool) -> Result<Users, TooFew> {
+    fn users(words: &[&str], is_root: bool) -> Result<Users, UsersError> {
         let line = Line::try_parse_from([&["agent"], words].concat()).unwrap();
         Users::of(&line.config, is_root)
     }
@@ -67,12 +78,11 @@ mod tests {
     #[test]
     fn each_slot_has_a_user_where_there_are_some() {
         assert_eq!(users(&[], true), Ok(Users::TheAgents));
-        assert_eq!(
-            users(&["--uids", "2000000-2032767"], false),
-            Ok(Users::TheAgents),
-            "only root can use them"
-        );
-        assert!(users(&["--uids", "2000000-2032766"], true).is_err());
+        for words in [&["--uids", "2000000-2032767"][..], &["--production"]] {
+            assert_eq!(users(words, false), Err(UsersError::NotRoot), "{words:?}");
+        }
+        let few = users(&["--uids", "2000000-2032766"], true);
+        assert!(matches!(few, Err(UsersError::TooFew(_))), "{few:?}");
         let users = users(&["--uids", "2000000-2032767"], true).unwrap();
         assert_eq!(users.in_slot(SlotNumber::FIRST), Some(2_000_001));
         assert_eq!(users.in_slot(SlotNumber::LAST), Some(2_032_767));
