@@ -18,7 +18,7 @@
 //! | seccomp, serial device, log files, signal handlers | the driver's: default filters, FIFOs that are bounded, an owner that ends what does not answer |
 //! | quiet console of the host | `console` |
 //! | jailer: trusted paths, its version, a user for each machine | `paths`, `jailer`, `confinement`, `uids` |
-//! | limits of disk, memory and processors | `cgroups`, `open-files`, `kernel-limits` |
+//! | limits of disk, memory and processors | `cgroups`, `open-files`, `kernel-limits`; how long a machine's files may become is the driver's |
 //! | `kvm-pit` | `kvm-timer` |
 //! | flooding networks, filtering what guests send | `nftables`: the slots' rules and rate limits; `connections` |
 //! | swap | `swap` |
