@@ -130,23 +130,42 @@ impl Devices {
         let cow =
             LoopDevice::make(backing, self.nodes.as_std_path()).map_err(failed("make", "a loop device"))?;
         let device = self.mapper.create(name).map_err(failed("make", name))?;
-        let mut attempts = 1..=ATTEMPTS;
-        loop {
-            let below = self.image(image, description)?;
-            let table = table::disk(below, cow.number(), description);
-            match self.mapper.load(name, &table, Access::ReadWrite) {
-                Ok(()) => break self.leave_image(image, description),
-                // Nobody else had what is below, and it was to go when nobody has.
-                Err(_) if attempts.next().is_some() && self.is_gone(image, description)? => {}
-                Err(error) => return Err(failed("load the table of", name)(error)),
-            }
-        }
+        self.load_over_image(name, image, cow.number(), description)?;
+        self.leave_image(image, description);
         self.mapper.resume(name).map_err(failed("start", name))?;
         let node = self.node(name);
         device
             .make_node(node.as_std_path())
             .map_err(|error| RootfsError::file("make the device", &node, error))?;
         Ok(node)
+    }
+
+    /// Loads the table of a disk over the device of its image, which is made if it is not there. The table names what is below
+    /// by its number, and one that was to go when nobody has it open may go in any moment, and its number be somebody else's: so it
+    /// is held open until the table does that.
+    fn load_over_image(
+        &self,
+        name: &str,
+        image: &File,
+        cow: DeviceNumber,
+        description: &Description,
+    ) -> RootfsResult<()> {
+        let mut attempts = 1..=ATTEMPTS;
+        loop {
+            let below = self.image(image, description)?;
+            let held = below.open(self.nodes.as_std_path(), false);
+            // It had that number before it was opened, and has it still.
+            let is_held = held.is_ok() && self.image_number(image, description)? == Some(below);
+            if is_held {
+                let table = table::disk(below, cow, description);
+                let loaded = self.mapper.load(name, &table, Access::ReadWrite);
+                return loaded.map_err(failed("load the table of", name));
+            }
+            if attempts.next().is_none() {
+                let gone = || io::Error::other("it goes again and again");
+                return Err(failed("open the image of", name)(held.err().unwrap_or_else(gone)));
+            }
+        }
     }
 
     /// Removes the device of a disk, if it has one: now, or when its user closes it.
@@ -256,14 +275,13 @@ impl Devices {
             return Err(failed("examine", &name)(source));
         };
         cow.take_size().map_err(failed("grow the loop device of", &name))?;
-        let below = self.image(image, description)?;
         let grown = {
             // The kernel reads what is recorded when a table is loaded: nothing is to be recorded after that.
             let _still = Still::new(self, &name)?;
-            self.mapper.load(&name, &table::disk(below, cow.number(), description), Access::ReadWrite)
+            self.load_over_image(&name, image, cow.number(), description)
         };
         self.leave_image(image, description);
-        grown.map_err(failed("load a larger table of", &name))
+        grown
     }
 
     /// Lets the device of an image go with the last disk that differs from it, now that there is one; without any it
@@ -309,9 +327,11 @@ impl Devices {
         }
     }
 
-    fn is_gone(&self, image: &File, description: &Description) -> RootfsResult<bool> {
+    /// The number of that device, if there is one.
+    fn image_number(&self, image: &File, description: &Description) -> RootfsResult<Option<DeviceNumber>> {
         let name = self.names.image(identity(image, &description.image)?, description.disk_sectors());
-        Ok(self.mapper.status(&name).map_err(failed("examine", &name))?.is_none())
+        let status = self.mapper.status(&name).map_err(failed("examine", &name))?;
+        Ok(status.map(|status| status.number))
     }
 
     /// The loop device of an image: the one that disks of another size have, or a new one.
