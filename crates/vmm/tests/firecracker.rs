@@ -348,6 +348,11 @@ async fn a_jailed_machine_has_no_rights_and_sees_nothing_of_others(memory: Memor
     let owner = |path: &Utf8Path| std::os::unix::fs::MetadataExt::uid(&std::fs::metadata(path).unwrap());
     assert!(owner(&base.memory) == 0 && owner(&base.state) == 0, "what was saved is root's");
     assert_eq!(std::fs::read_dir(host.path("one/jail")).unwrap().count(), 0, "the host sees nothing of it");
+    assert_eq!(owner(&host.path("one/api")), 0, "it makes no more names there");
+    let limits = std::fs::read_to_string(format!("/proc/{}/limits", machines[0].pid().unwrap())).unwrap();
+    let longest = limits.lines().find_map(|line| line.strip_prefix("Max file size")).unwrap();
+    let longest: u64 = longest.split_whitespace().next().unwrap().parse().unwrap();
+    assert!((128 << 20..256 << 20).contains(&longest), "{limits}");
 
     // It is saved, taken over and saved again.
     let [mut vm, mut other] = machines;

@@ -16,17 +16,24 @@
 //! linked to the machine's directory before a guest runs, and what is shown later is put over a name within the root of the
 //! process, wherever that leads there.
 //!
+//! It writes files no longer than its disk and its memory are, and makes none: the directory in which it makes its socket is
+//! taken from it with that.
+//!
 //! The files on the host stay where they are. What Firecracker writes belongs to the machine's user as long as it does; the base
 //! is one file for many users, who may all read it: it has to lie below a directory that is closed to them.
 
 use std::{
     fs::{self, File},
+    io::{Seek, SeekFrom},
     os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, PermissionsExt, chown, fchown},
     sync::atomic::AtomicBool,
 };
 
 use camino::{Utf8Path, Utf8PathBuf};
-use rustix::fs::{Mode, OFlags};
+use rustix::{
+    fs::{Mode, OFlags},
+    process::{Pid, Resource, Rlimit, prlimit},
+};
 use wrenn_host_linux::{
     mounts::{hide_in, show_in},
     netns::NetworkNamespace,
@@ -61,6 +68,8 @@ const STATE_COPY: &str = "state.copy";
 /// Room on the stage for what is no copy of Firecracker.
 const ROOM: u64 = 1 << 20;
 const OTHERS_MAY_ENTER: u32 = 0o001;
+/// What a file may be longer than the disk and the memory: that of a state is none of these, and is small.
+const LONGER: u64 = 64 << 20;
 
 /// What a machine begins with.
 #[derive(Debug, Clone, Copy)]
@@ -158,6 +167,8 @@ pub(super) async fn spawn(
     fs::write(&note, user.to_string()).map_err(cannot("write", &note))?;
     let user = user.to_string();
     let base = run_dir.join(STAGE);
+    let disk = spec.disk.as_ref().map_or(Ok(0), |disk| length(&disk.path))?;
+    let longest = format!("fsize={}", disk.max(spec.shape.memory.bytes()) + LONGER);
     let words = [
         "--id",
         &spec.name,
@@ -169,6 +180,8 @@ pub(super) async fn spawn(
         &user,
         "--chroot-base-dir",
         base.as_str(),
+        "--resource-limit",
+        &longest,
         "--",
     ];
     let words = words.map(str::to_owned);
@@ -177,6 +190,27 @@ pub(super) async fn spawn(
         Some(kept) => spawn.stdin(kept),
         None => spawn,
     })
+}
+
+/// How long a file or a block device is.
+fn length(path: &Utf8Path) -> VmmResult<u64> {
+    let end = File::open(path).and_then(|mut file| file.seek(SeekFrom::End(0)));
+    end.map_err(cannot("examine", path))
+}
+
+/// Lets it write files as long as its disk is from now on.
+pub(super) fn lengthen_files(process: &Process, disk: u64) -> VmmResult<()> {
+    let longest = disk + LONGER;
+    let pid = i32::try_from(process.pid()).ok().and_then(Pid::from_raw);
+    let set = |limit| prlimit(pid, Resource::Fsize, limit);
+    let raised = set(Rlimit { current: Some(longest), maximum: Some(longest) });
+    let raised = raised.and_then(|former| match former.current {
+        Some(bytes) if bytes <= longest => Ok(former),
+        // Its memory is longer.
+        _ => set(former),
+    });
+    let at = Utf8Path::new("/proc").join(process.pid().to_string());
+    raised.map(drop).map_err(|error| cannot("change the limits of", &at)(error.into()))
 }
 
 /// What is there from an earlier life belonged to somebody else.
@@ -216,7 +250,8 @@ async fn give_tap(network: &NetworkSpec, user: u32) -> VmmResult<()> {
     given.and_then(|given| given).map_err(failed())
 }
 
-/// Puts the socket that Firecracker has made where the agent alone makes names. Nothing has run in it yet.
+/// Puts the socket that Firecracker has made where the agent alone makes names, and takes away the directory in which it makes
+/// names. Nothing has run in it yet.
 pub(super) fn take_socket(run_dir: &Utf8Path) -> VmmResult<()> {
     let (_, made) = socket(run_dir);
     let path = run_dir.join(CONTROL_SOCKET);
@@ -228,7 +263,9 @@ pub(super) fn take_socket(run_dir: &Utf8Path) -> VmmResult<()> {
         remove_stale(&path)?;
         return Err(cannot("take", &path)(std::io::ErrorKind::InvalidData.into()));
     }
-    Ok(())
+    let directory = run_dir.join(API);
+    let (user, group) = (rustix::process::geteuid().as_raw(), rustix::process::getegid().as_raw());
+    chown(&directory, Some(user), Some(group)).map_err(cannot("take back", &directory))
 }
 
 /// Lets it connect to the pager that serves its memory, and that listens by now.

@@ -416,6 +416,9 @@ impl Vm for Machine {
         const RESIZE: &str = "resize_disk";
         let disk = self.may_change_disk(RESIZE)?.to_owned();
         on_thread(RESIZE, move |_| grow(&disk, bytes)).await?;
+        if self.user.is_some() {
+            jail::lengthen_files(self.leash.process(), bytes)?;
+        }
         // It opens the file again, and tells its guest how long it is.
         self.tell(RESIZE, &PartialDrive { drive_id: DISK, path_on_host: DISK_LINK }).await
     }
@@ -444,16 +447,15 @@ impl Vm for Machine {
     }
 
     async fn stop(&mut self) -> VmmResult<ExitReason> {
-        match self.leash.reason() {
-            Some(reason) => Ok(reason),
-            None => {
-                let reason = self.leash.kill().await?;
-                if let Some(pager) = &self.pager {
-                    pager.end().await;
-                }
-                Ok(reason)
-            }
+        let reason = match self.leash.reason() {
+            Some(reason) => reason,
+            None => self.leash.kill().await?,
+        };
+        // It ends when its machine does, a moment later.
+        if let Some(pager) = &self.pager {
+            pager.end().await;
         }
+        Ok(reason)
     }
 
     async fn release(mut self: Box<Self>) {
