@@ -16,7 +16,7 @@
 //!   ends that is the first process of its namespace, which `SIGKILL` from such a source does not reach.
 
 use std::{
-    fs::{self, File, OpenOptions, Permissions},
+    fs::{self, OpenOptions, Permissions},
     io::{self, BufRead as _, BufReader, IoSliceMut, Read as _, Write as _},
     mem::MaybeUninit,
     os::{
@@ -45,10 +45,10 @@ use wrenn_host_linux::{
 
 use super::{
     regions::{Regions, RegionsError},
-    serve::{ServeError, Server, retried, timespec},
+    serve::{Record, ServeError, Server, retried, timespec},
     source::Source,
     state::{self, Phase, State},
-    working_set::{self, Ahead},
+    working_set::{self, Ahead, WorkingSet},
 };
 use crate::{
     VmmError, VmmResult,
@@ -186,7 +186,7 @@ struct Prepared {
     source: Source,
     state: State,
     ahead: Ahead,
-    record: Option<File>,
+    record: Option<Record>,
 }
 
 impl Prepared {
@@ -203,25 +203,22 @@ impl Prepared {
     }
 }
 
-/// The working set that was recorded, or where it is to be. It is a hint: what goes wrong is as if there were none.
-fn working_set(path: Option<&Utf8Path>, memory_pages: u64) -> (Ahead, Option<File>) {
+/// The working set that was recorded, and where more of it is to be. It is a hint: what goes wrong is as if there were none.
+fn working_set(path: Option<&Utf8Path>, memory_pages: u64) -> (Ahead, Option<Record>) {
     let none = || (Ahead::default(), None);
     let Some(path) = path else { return none() };
     let mut options = OpenOptions::new();
     let opened = options.read(true).write(true).create(true).truncate(false).mode(0o600).open(path);
     let Ok(mut file) = opened else { return none() };
+    // One of those that begin at the same time records it, and reads before what is recorded by then.
+    let records = flock(&file, FlockOperation::NonBlockingLockExclusive).is_ok();
     let mut bytes = Vec::new();
     if (&mut file).take(working_set::LONGEST as u64).read_to_end(&mut bytes).is_err() {
         return none();
     }
-    match working_set::decode(&bytes, memory_pages) {
-        Some(pages) => (Ahead::new(pages), None),
-        // One of those that begin at the same time records it.
-        None if flock(&file, FlockOperation::NonBlockingLockExclusive).is_ok() => {
-            (Ahead::default(), Some(file))
-        }
-        None => none(),
-    }
+    let WorkingSet { pages, is_whole } = working_set::decode(&bytes, memory_pages).unwrap_or_default();
+    let record = (records && !is_whole).then(|| Record { file, after: pages.clone() });
+    (Ahead::new(pages), record)
 }
 
 fn listen(path: &Utf8Path, owner: Option<u32>) -> VmmResult<UnixListener> {

@@ -85,8 +85,15 @@ pub(super) struct Server {
     pub(super) state: State,
     pub(super) vmm: Process,
     pub(super) ahead: Ahead,
-    /// Where the order of the first pages goes, if it is recorded.
-    pub(super) record: Option<File>,
+    pub(super) record: Option<Record>,
+}
+
+/// Where the order of the first pages goes, if it is recorded.
+#[derive(Debug)]
+pub(super) struct Record {
+    pub(super) file: File,
+    /// What was recorded of it before.
+    pub(super) after: Vec<u32>,
 }
 
 /// What was done.
@@ -111,11 +118,10 @@ impl Server {
     pub(super) fn run(self) -> Result<(), ServeError> {
         self.state.serve(&self.regions);
         let (page_bytes, pages) = (rustix::param::page_size(), self.regions.pages());
-        let recorder = self.record.map(|file| Recording {
+        let recorder = self.record.map(|Record { file, after }| Recording {
             file,
-            recorder: Recorder::new(),
+            recorder: Recorder::after(&after, pages),
             end: Instant::now() + RECORDED,
-            memory_pages: pages,
         });
         let mut working = Working {
             memory: self.memory,
@@ -131,7 +137,7 @@ impl Server {
         };
         working.serve()?;
         if let Some(recording) = working.recorder.take() {
-            recording.finish();
+            recording.finish(false);
         }
         working.state.set_phase(Phase::Done);
         Ok(())
@@ -144,13 +150,12 @@ struct Recording {
     file: File,
     recorder: Recorder,
     end: Instant,
-    memory_pages: u64,
 }
 
 impl Recording {
     /// Writes it. It is a hint: what cannot be written is not there the next time.
-    fn finish(self) {
-        drop(self.file.write_all_at(&self.recorder.encode(self.memory_pages), 0));
+    fn finish(self, is_whole: bool) {
+        drop(self.file.write_all_at(&self.recorder.encode(is_whole), 0));
     }
 }
 
@@ -188,7 +193,7 @@ impl Working {
             if self.recorder.as_ref().is_some_and(|recording| Instant::now() >= recording.end)
                 && let Some(recording) = self.recorder.take()
             {
-                recording.finish();
+                recording.finish(true);
             }
         }
     }

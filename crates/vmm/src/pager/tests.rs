@@ -25,10 +25,10 @@ use wrenn_host_linux::{
 use super::{
     Pager, PagerProgram, SOCKET, ServedMemory, TEST_VARIABLE, Wanted,
     regions::{Region, Regions},
-    serve::Server,
+    serve::{Record, Server},
     source::Source,
     state::{Counts, NAME, State, StateReader},
-    working_set::{self, Ahead},
+    working_set::{self, Ahead, WorkingSet},
 };
 use crate::{
     ExitReason,
@@ -187,7 +187,7 @@ fn place(page: usize) -> usize {
 fn serving<T>(
     world: &World,
     pages: Option<&Utf8Path>,
-    (ahead, record): (Vec<u32>, Option<File>),
+    (ahead, record): (Vec<u32>, Option<Record>),
     arena: &Arena,
     work: impl FnOnce(&StateReader) -> T,
 ) -> T {
@@ -377,17 +377,30 @@ fn the_first_pages_are_recorded_and_placed_ahead_the_next_time() {
     let touched: Vec<usize> = vec![30, 31, 32, 7, 8, 399, 31, 7, 200];
     let touch = |arena: &Arena| touched.iter().for_each(|page| assert_eq!(read(arena, *page), model[*page]));
     let arena = Arena::new(PAGE * PAGES).unwrap();
-    let record = File::options().read(true).write(true).create_new(true).open(&path).unwrap();
+    let file = File::options().read(true).write(true).create_new(true).open(&path).unwrap();
+    let record = Record { file: file.try_clone().unwrap(), after: Vec::new() };
     let counts = serving(&world, None, (Vec::new(), Some(record)), &arena, |state| {
         touch(&arena);
         state.settle().unwrap();
         state.counts().unwrap()
     });
     assert_eq!(counts, Counts { faults: 7, ahead: 0, removals: 0 });
-    let recorded = working_set::decode(&std::fs::read(&path).unwrap(), PAGES as u64).unwrap();
-    assert_eq!(recorded, [30, 31, 32, 7, 8, 399, 200]);
+    let recorded = || working_set::decode(&std::fs::read(&path).unwrap(), PAGES as u64).unwrap();
+    let first = recorded();
+    assert_eq!(first, WorkingSet { pages: vec![30, 31, 32, 7, 8, 399, 200], is_whole: false });
+    // Its VMM was there for a moment: the next one goes on with it.
     let arena = Arena::new(PAGE * PAGES).unwrap();
-    let counts = serving(&world, None, (recorded, None), &arena, |state| {
+    let record = Record { file, after: first.pages.clone() };
+    serving(&world, None, (first.pages.clone(), Some(record)), &arena, |state| {
+        for page in [8, 9, 31, 10] {
+            assert_eq!(read(&arena, page), model[page]);
+        }
+        state.settle().unwrap();
+    });
+    let second = recorded();
+    assert_eq!(second.pages, [&first.pages[..], &[9, 10]].concat());
+    let arena = Arena::new(PAGE * PAGES).unwrap();
+    let counts = serving(&world, None, (first.pages, None), &arena, |state| {
         while state.counts().unwrap().ahead < 7 {
             std::thread::yield_now();
         }
@@ -568,7 +581,7 @@ async fn a_process_serves_another_one_confined_and_ends_with_it() {
     assert!(Pager::find(&name, &world.path).unwrap().is_none());
     let recorded = std::fs::read(world.path.join("working-set")).unwrap();
     let recorded = working_set::decode(&recorded, PAGES as u64).unwrap();
-    assert_eq!(recorded, [5, 6, 7, 399, 0, 200, 199, 9]);
+    assert_eq!(recorded.pages, [5, 6, 7, 399, 0, 200, 199, 9]);
 }
 
 #[tokio::test]
