@@ -27,8 +27,11 @@ const START_BOUND: Duration = Duration::from_secs(120);
 /// How long it may take to end.
 const STOP_BOUND: Duration = Duration::from_secs(90);
 
-/// What makes a stack one on Firecracker, as it is in production. Copies of whole disks would not fit into the lab.
-const FIRECRACKER: [(&str, &str); 2] = [("WRENN_VMM", "firecracker"), ("WRENN_DISKS", "dm-snapshot")];
+/// What makes a stack one on Firecracker, as it is in production: each machine in a jail, its memory served, its disk one of
+/// the device mapper. What is set outside holds instead.
+const FIRECRACKER: [(&str, &str); 4] =
+    [("WRENN_VMM", "firecracker"), ("WRENN_DISKS", "dm-snapshot"), ("WRENN_MEMORY_BACKEND", "uffd"), USERS];
+const USERS: (&str, &str) = ("WRENN_UIDS", "2000000-2032767");
 
 /// How a stack differs from the usual one.
 #[derive(Debug, Default)]
@@ -97,18 +100,27 @@ pub fn cannot_run() -> Option<String> {
 /// Whether this is the lab, a machine of the tests' own, where stacks run their guests under Firecracker.
 #[must_use]
 pub fn is_lab() -> bool {
-    env::var_os("WRENN_LAB").is_some_and(|value| !value.is_empty())
+    is_set("WRENN_LAB")
+}
+
+fn is_set(variable: &str) -> bool {
+    env::var_os(variable).is_some_and(|value| !value.is_empty())
+}
+
+/// What a stack gets in the lab, where nothing else is said. Without a jailer there are no jails.
+fn firecracker() -> impl Iterator<Item = (&'static str, &'static str)> {
+    let can_be = |pair: &(&str, &str)| *pair != USERS || is_set("WRENN_JAILER");
+    FIRECRACKER.into_iter().filter(|(variable, _)| !is_set(variable)).filter(can_be)
 }
 
 /// Why tests with real machines under Firecracker cannot run here, if they cannot: there are hosts whose KVM opens and runs
 /// no guest, and it is the lab of which the opposite is known.
 #[must_use]
 pub fn cannot_run_firecracker() -> Option<String> {
-    let lacks = |variable: &str| env::var_os(variable).is_none_or(|value| value.is_empty());
     if !is_lab() {
         return Some("skipped: it is the lab in which Firecracker is known to run guests".to_owned());
     }
-    if lacks("WRENN_FIRECRACKER") {
+    if !is_set("WRENN_FIRECRACKER") {
         return Some("skipped: WRENN_FIRECRACKER names no Firecracker".to_owned());
     }
     cannot_run()
@@ -139,7 +151,7 @@ impl Stack {
             .env_remove("WRENN_BASE_URL")
             .env_remove("WRENN_API_KEY")
             .env_remove("WRENN_PROXY_DOMAIN")
-            .envs(is_lab().then_some(FIRECRACKER).into_iter().flatten())
+            .envs(is_lab().then(firecracker).into_iter().flatten())
             .envs(options.environment)
             .stdin(Stdio::null())
             .stdout(Stdio::piped())

@@ -46,6 +46,13 @@ fn samples() -> Vec<(&'static str, Value)> {
             network_overrides: vec![NetworkOverride { iface_id: NETWORK, host_dev_name: "tap0" }],
         }),
     ];
+    samples.push(sample(&SnapshotLoadParams {
+        snapshot_path: "/s".into(),
+        mem_backend: MemoryBackend { backend_type: BackendType::Uffd, backend_path: "/m".into() },
+        track_dirty_pages: true,
+        resume_vm: false,
+        network_overrides: Vec::new(),
+    }));
     samples.extend([VmState::Paused, VmState::Resumed].map(|state| sample(&Vm { state })));
     samples.extend([SnapshotType::Full, SnapshotType::Diff].map(|snapshot_type| {
         sample(&SnapshotCreateParams {
