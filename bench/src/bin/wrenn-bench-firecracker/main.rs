@@ -2,7 +2,7 @@
 //! the lab, with the user's own Firecracker.
 //!
 //! ```text
-//!  an agent of its own ─► snapshot of the template ─► working sets recorded
+//!  two agents of its own, of which one confines ─► snapshot of the template ─► working sets recorded
 //!    ─► rounds: every way once, in an order of the round's own ─► FIRECRACKER.md
 //! ```
 //!
@@ -30,7 +30,7 @@ use wrenn_bench::{
     machine::{self, Machine},
     program::{can_measure_firecracker, publish, unless_interrupted},
 };
-use wrenn_host_agent::{Agent, Config, pager};
+use wrenn_host_agent::{Agent, Config, doctor::UIDS, pager};
 use wrenn_testkit::{stack, uplink::Uplink};
 
 use crate::{
@@ -83,21 +83,42 @@ async fn measure(count: usize) -> Result<Results> {
     let directory = tempfile::Builder::new().prefix("wrenn-bench-").tempdir()?;
     let path = Utf8Path::from_path(directory.path()).context("the directory is not UTF-8")?;
     eprintln!("starting an agent");
-    let agent = Agent::start(config(path, outside.name())?).await?;
-    let measured = Box::pin(unless_interrupted(rounds(&agent, path, count))).await;
+    let agent = Agent::start(config(path, outside.name(), Confined::No)?).await?;
+    let confined = match ways::has_jailer().await? {
+        true => {
+            let own = path.join("confined");
+            std::fs::create_dir(&own).context("make the directory of the confined agent")?;
+            Some(Agent::start(config(&own, outside.name(), Confined::Yes)?).await?)
+        }
+        false => None,
+    };
+    let measured = Box::pin(unless_interrupted(rounds(&agent, confined.as_ref(), path, count))).await;
     agent.stop().await;
+    if let Some(confined) = confined {
+        confined.stop().await;
+    }
     let removed = outside.remove().await;
     let measured = measured?;
     removed.map(|()| measured)
 }
 
-/// An agent as a host's, with disks as production has them, which confines nobody: that is measured by itself.
-fn config(directory: &Utf8Path, outside: &str) -> Result<Config> {
+/// Whether each machine is in the jailer, and its memory served, as in production.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Confined {
+    Yes,
+    No,
+}
+
+/// An agent as a host's, with disks as production has them.
+fn config(directory: &Utf8Path, outside: &str, confined: Confined) -> Result<Config> {
     let utf8 = |path: PathBuf| {
         Utf8PathBuf::from_path_buf(path).map_err(|path| anyhow::anyhow!("{} is not UTF-8", path.display()))
     };
     let (images, snapshots) = (utf8(stack::images()?)?, utf8(stack::snapshots()?)?);
-    let ready = READY_SLOTS.to_string();
+    let (ready, uids) = (READY_SLOTS.to_string(), UIDS.to_string());
+    let confinement = ["--uids", &uids, "--memory-backend", "uffd"];
+    let confinement =
+        if confined == Confined::Yes { &confinement[..] } else { &["--memory-backend", "file"] };
     let line = [
         "agent",
         "--dir",
@@ -120,13 +141,18 @@ fn config(directory: &Utf8Path, outside: &str) -> Result<Config> {
         "--scrub-interval",
         "0",
     ];
-    Ok(AgentLine::try_parse_from(line)?.config)
+    Ok(AgentLine::try_parse_from(line.iter().chain(confinement))?.config)
 }
 
-async fn rounds(agent: &Agent, directory: &Utf8Path, count: usize) -> Result<Results> {
+async fn rounds(
+    agent: &Agent,
+    confined: Option<&Agent>,
+    directory: &Utf8Path,
+    count: usize,
+) -> Result<Results> {
     let before = machine::load();
     eprintln!("making the snapshot of the template, if it is not there");
-    let mut ways = Ways::new(agent, directory, READY_SLOTS).await?;
+    let mut ways = Ways::new(agent, confined, directory, READY_SLOTS).await?;
     eprintln!("recording working sets");
     ways.record_working_sets().await?;
     let available = ways.available();

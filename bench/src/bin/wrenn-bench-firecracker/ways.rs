@@ -24,7 +24,7 @@ use wrenn_host_agent::{
     doctor::UIDS,
     network::Slot,
     pager::{self, Counts, PagerProgram},
-    sandbox::{SandboxSpec, Settings, Stage, host::Host},
+    sandbox::{Handle, SandboxSpec, Settings, Stage, host::Host},
     snapshot_store::WarmSnapshot,
     users::Users,
     warm::WarmRequest,
@@ -65,10 +65,12 @@ pub(crate) enum Way {
     Identified,
     /// Through the agent.
     Create,
+    /// Through an agent as in production: in the jailer, with a pager and the working set.
+    ConfinedCreate,
 }
 
 impl Way {
-    pub(crate) const ALL: [Self; 8] = [
+    pub(crate) const ALL: [Self; 9] = [
         Self::Bare,
         Self::Driver,
         Self::Jailed,
@@ -77,7 +79,12 @@ impl Way {
         Self::JailedWorkingSet,
         Self::Identified,
         Self::Create,
+        Self::ConfinedCreate,
     ];
+
+    pub(crate) fn is_create(self) -> bool {
+        matches!(self, Self::Create | Self::ConfinedCreate)
+    }
 
     pub(crate) fn is_jailed(self) -> bool {
         matches!(self, Self::Jailed | Self::JailedWorkingSet)
@@ -101,6 +108,7 @@ impl Way {
             Self::JailedWorkingSet => "jailed-working-set",
             Self::Identified => "identified",
             Self::Create => "create",
+            Self::ConfinedCreate => "confined-create",
         }
     }
 }
@@ -118,6 +126,8 @@ pub(crate) struct Measured {
 /// What is found to be on this machine.
 pub(crate) struct Ways<'a> {
     agent: &'a Agent,
+    /// As in production, where there is a jailer.
+    confined: Option<&'a Agent>,
     host: Arc<Host>,
     snapshot: WarmSnapshot,
     shape: Shape,
@@ -143,7 +153,12 @@ struct Ready {
 
 impl<'a> Ways<'a> {
     /// Makes the snapshot of the template, if it is not there, and gets ready to restore it in every way that there is here.
-    pub(crate) async fn new(agent: &'a Agent, directory: &Utf8Path, ready_slots: usize) -> Result<Self> {
+    pub(crate) async fn new(
+        agent: &'a Agent,
+        confined: Option<&'a Agent>,
+        directory: &Utf8Path,
+        ready_slots: usize,
+    ) -> Result<Self> {
         let host = Arc::clone(agent.registry().host());
         let shape = Shape { vcpus: Default::default(), memory: Default::default() };
         let template = host.images.resolve(&TEMPLATE.parse()?)?;
@@ -152,6 +167,7 @@ impl<'a> Ways<'a> {
         let slot = host.slots.take().await.context("take a network slot")?;
         let mut ways = Self {
             agent,
+            confined,
             snapshot,
             shape,
             slot,
@@ -186,6 +202,7 @@ impl<'a> Ways<'a> {
     pub(crate) fn available(&self) -> Vec<Way> {
         let is_there = |way: &Way| match way {
             Way::Bare | Way::Create => true,
+            Way::ConfinedCreate => self.confined.is_some(),
             _ => self.drivers.contains_key(way),
         };
         Way::ALL.into_iter().filter(is_there).collect()
@@ -202,13 +219,30 @@ impl<'a> Ways<'a> {
             self.give_back(ready).await?;
             recorded?.context("record the working set")?;
         }
+        if let Some(agent) = self.confined {
+            // The first makes the snapshot, if there is none.
+            let command = async |handle: &Handle| {
+                let connector = handle.connector().context("it has a guest")?;
+                bare::command(&connector, Some(&handle.spec().access_token), BOUND).await
+            };
+            self.create(agent, command).await.context("record the working set of creates")?;
+        }
         Ok(())
     }
 
     /// Goes that way once. Nothing is left of it.
     pub(crate) async fn measure(&mut self, way: Way) -> Result<Measured> {
-        if way == Way::Create {
-            return self.create().await;
+        let agent = match way {
+            Way::Create => Some(self.agent),
+            Way::ConfinedCreate => self.confined,
+            _ => None,
+        };
+        if let Some(agent) = agent {
+            let first_byte = async |handle: &Handle| {
+                bare::first_byte(&handle.connector().context("it has a guest")?).await;
+                Ok(())
+            };
+            return self.create(agent, first_byte).await;
         }
         let ready = self.prepare(way).await?;
         let measured = timeout(BOUND, async {
@@ -345,12 +379,20 @@ impl<'a> Ways<'a> {
         .await?
     }
 
-    /// Waits until the agent makes and dismantles no network slots.
+    /// Waits until the agents make and dismantle no network slots.
     async fn settled(&self) -> Result<()> {
+        self.has_settled(&self.host, 1).await?;
+        match self.confined {
+            Some(agent) => self.has_settled(agent.registry().host(), 0).await,
+            None => Ok(()),
+        }
+    }
+
+    async fn has_settled(&self, host: &Host, used: usize) -> Result<()> {
         let end = Instant::now() + SLOTS_BOUND;
         loop {
-            let counts = self.host.slots.counts().await.context("the network slots are gone")?;
-            if counts.ready >= self.ready_slots && counts.used == 1 {
+            let counts = host.slots.counts().await.context("the network slots are gone")?;
+            if counts.ready >= self.ready_slots && counts.used == used {
                 return Ok(());
             }
             ensure!(Instant::now() < end, "the network slots do not come to rest: {counts:?}");
@@ -358,7 +400,11 @@ impl<'a> Ways<'a> {
         }
     }
 
-    async fn create(&mut self) -> Result<Measured> {
+    async fn create(
+        &self,
+        agent: &Agent,
+        answers: impl AsyncFnOnce(&Handle) -> Result<()>,
+    ) -> Result<Measured> {
         self.settled().await?;
         let spec = SandboxSpec {
             id: SandboxId::random(),
@@ -378,13 +424,13 @@ impl<'a> Ways<'a> {
                 network: NetworkPolicy::simple(true),
             },
         };
-        let (id, registry) = (spec.id.clone(), self.agent.registry());
+        let (id, registry) = (spec.id.clone(), agent.registry());
         let begin = Instant::now();
         let handle = registry.create(spec)?;
         let answered = timeout(BOUND, async {
             let status = handle.settled().await;
             ensure!(status.stage == Stage::Running, "it did not come up: {:?}", status.end);
-            bare::first_byte(&handle.connector().context("it has a guest")?).await;
+            answers(&handle).await?;
             Ok(status)
         });
         let answered = answered.await;
@@ -403,9 +449,14 @@ impl<'a> Ways<'a> {
     }
 }
 
+/// Whether machines can be jailed here.
+pub(crate) async fn has_jailer() -> Result<bool> {
+    Ok(driver(Way::Jailed).await?.is_some())
+}
+
 /// The driver of a way; none where it has none, or where there is no jailer.
 async fn driver(way: Way) -> Result<Option<Firecracker>> {
-    if matches!(way, Way::Bare | Way::Create) {
+    if way == Way::Bare || way.is_create() {
         return Ok(None);
     }
     let mut options = FirecrackerOptions::from_environment();
