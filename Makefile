@@ -14,7 +14,8 @@ help:
 	@echo 'make up      the same in the background; make down stops it'
 	@echo 'make bench   measurements, into bench/RESULTS.md, GUEST.md and PERSISTENCE.md; ARGS=firecracker: FIRECRACKER.md'
 	@echo 'make soak    the full counts of the long tests, into bench/SOAK.md'
-	@echo 'make setup   only the Debian packages; make images: also kernel and templates; make build: also programs'
+	@echo 'make setup   only the Debian packages; ARGS=--firecracker: also a release of Firecracker'
+	@echo 'make images  also kernel and templates; make build: also programs'
 
 # What must be there before cargo can build xtask, which looks after everything else.
 toolchain:

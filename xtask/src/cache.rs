@@ -9,6 +9,7 @@
 //!   ├── labs/<digest>/                    root disk, kernel and modules of the lab, see [`crate::lab`]
 //!   ├── programs/<name>-<digest>/         programs of this workspace, see [`crate::programs`]
 //!   ├── tools/<tool>-<version>/           programs of the checks
+//!   ├── firecracker/<version>-<digest>/   firecracker, jailer: a release that was asked for, see [`crate::firecracker`]
 //!   ├── dependencies/                     compiled dependencies, see [`crate::dependencies`]
 //!   ├── tmp/<kind>-<name>/                one of the above while it is being made
 //!   └── locks/<kind>-<name>               held by its maker
@@ -33,6 +34,8 @@ use crate::step;
 
 /// How many hexadecimal digits of a SHA-256 name a content.
 const DIGITS: usize = 16;
+/// How many there are.
+const SHA256_DIGITS: usize = 64;
 
 /// The cache directory.
 #[derive(Debug)]
@@ -52,7 +55,8 @@ impl Cache {
         Self::at(root)
     }
 
-    fn at(root: PathBuf) -> Result<Self> {
+    /// Opens the cache in that directory.
+    pub(crate) fn at(root: PathBuf) -> Result<Self> {
         for directory in ["tmp", "locks"] {
             let directory = root.join(directory);
             fs::create_dir_all(&directory).with_context(|| format!("making {}", directory.display()))?;
@@ -227,10 +231,17 @@ pub(crate) fn remove(path: &Path) -> Result<()> {
 
 /// The name of a file's content.
 pub(crate) fn digest_of_file(path: &Path) -> Result<String> {
+    let mut digits = sha256_of_file(path)?;
+    digits.truncate(DIGITS);
+    Ok(digits)
+}
+
+/// The whole SHA-256 of a file, in hexadecimal digits.
+pub(crate) fn sha256_of_file(path: &Path) -> Result<String> {
     let file = File::open(path).with_context(|| format!("opening {}", path.display()))?;
     // The system's own program, because xtask is built unoptimized and images are large.
     let output = Command::new("sha256sum").stdin(file).output().context("starting sha256sum")?;
-    first_digits(&output.stdout).with_context(|| format!("hashing {}", path.display()))
+    first_digits(&output.stdout, SHA256_DIGITS).with_context(|| format!("hashing {}", path.display()))
 }
 
 /// The name of a content in memory.
@@ -243,11 +254,11 @@ pub(crate) fn digest_of(content: &[u8]) -> Result<String> {
     if let Some(mut stdin) = child.stdin.take() {
         stdin.write_all(content).context("writing to sha256sum")?;
     }
-    first_digits(&child.wait_with_output()?.stdout)
+    first_digits(&child.wait_with_output()?.stdout, DIGITS)
 }
 
-fn first_digits(output: &[u8]) -> Result<String> {
-    match output.get(..DIGITS).map(str::from_utf8) {
+fn first_digits(output: &[u8], count: usize) -> Result<String> {
+    match output.get(..count).map(str::from_utf8) {
         Some(Ok(digits)) if digits.bytes().all(|b| b.is_ascii_hexdigit()) => Ok(digits.to_owned()),
         _ => bail!("sha256sum did not print a digest"),
     }
@@ -314,6 +325,12 @@ mod tests {
         // The well-known digests of nothing and of "abc".
         assert_eq!(digest_of(b"").unwrap(), "e3b0c44298fc1c14");
         assert_eq!(digest_of(b"abc").unwrap(), "ba7816bf8f01cfea");
+        let home = tempfile::tempdir().unwrap();
+        let file = home.path().join("abc");
+        fs::write(&file, "abc").unwrap();
+        assert_eq!(digest_of_file(&file).unwrap(), "ba7816bf8f01cfea");
+        let whole = sha256_of_file(&file).unwrap();
+        assert_eq!(whole, "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad");
     }
 
     #[test]

@@ -1,9 +1,12 @@
 //! What the machine must offer, and what to do where it does not.
 
 use std::{
+    env,
+    ffi::OsStr,
     fs::{self, OpenOptions},
     io::ErrorKind,
-    path::Path,
+    os::unix::fs::PermissionsExt as _,
+    path::{Path, PathBuf},
 };
 
 use anyhow::{Result, bail};
@@ -49,6 +52,16 @@ pub(crate) fn require_sandboxes() -> Result<()> {
     }
 }
 
+/// Where a program is on such a `PATH`.
+pub(crate) fn on_path(program: &str, path: &OsStr, is_program: impl Fn(&Path) -> bool) -> Option<PathBuf> {
+    env::split_paths(path).map(|directory| directory.join(program)).find(|place| is_program(place))
+}
+
+/// Whether that is a file which can be started.
+pub(crate) fn is_program(path: &Path) -> bool {
+    fs::metadata(path).is_ok_and(|metadata| metadata.is_file() && metadata.permissions().mode() & 0o111 != 0)
+}
+
 fn missing_capabilities(status: &str) -> Vec<&'static str> {
     let Some(effective) = status
         .lines()
@@ -64,6 +77,25 @@ fn missing_capabilities(status: &str) -> Vec<&'static str> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_program_is_a_file_that_can_be_started() {
+        let home = tempfile::tempdir().unwrap();
+        let place = |name: &str| home.path().join(name).join("program");
+        fs::create_dir_all(place("directory")).unwrap();
+        for (name, mode) in [("text", 0o644), ("first", 0o755), ("second", 0o755)] {
+            fs::create_dir(home.path().join(name)).unwrap();
+            fs::write(place(name), "").unwrap();
+            fs::set_permissions(place(name), fs::Permissions::from_mode(mode)).unwrap();
+        }
+        let found = |names: &[&str]| {
+            let path = env::join_paths(names.iter().map(|name| home.path().join(name))).unwrap();
+            on_path("program", &path, is_program)
+        };
+        assert_eq!(found(&["nowhere", "directory", "text", "first", "second"]), Some(place("first")));
+        assert_eq!(found(&["directory", "text"]), None);
+        assert_eq!(found(&[]), None);
+    }
 
     #[test]
     fn names_the_capabilities_that_are_missing() {

@@ -2,6 +2,7 @@
 //!
 //! ```text
 //!  setup ──► packages.txt: the Debian packages that are missing
+//!      --firecracker ─► firecracker.txt: a release of Firecracker, into the user's cache
 //!  images ─► kernel ──┐
 //!            envd ────┴► guest bundle (kernel + initramfs)  ─┐
 //!            recipe ───► template (ext4 image)              ─┴► target/images, links into the user's cache
@@ -23,6 +24,7 @@ mod debian;
 mod demo;
 mod dependencies;
 mod elf;
+mod firecracker;
 mod guest_bundle;
 mod host;
 mod images;
@@ -57,7 +59,11 @@ struct Arguments {
 #[derive(Debug, Subcommand)]
 enum Command {
     /// Install the Debian packages of setup/packages.txt that are missing.
-    Setup,
+    Setup {
+        /// Also download the release of Firecracker that setup/firecracker.txt names, into the user's cache.
+        #[arg(long)]
+        firecracker: bool,
+    },
     /// Make what guests are started from: kernel, initramfs and templates, in target/images.
     Images {
         /// Look for a newer kernel and newer packages instead of using what was made before.
@@ -112,7 +118,8 @@ fn execute(repository: &Repository, command: Command) -> anyhow::Result<u8> {
     match command {
         Command::Lab(arguments) => return lab::run(repository, &arguments),
         Command::Bench(arguments) => return stack::bench(repository, &arguments),
-        Command::Setup => packages::install_missing(repository),
+        Command::Setup { firecracker } => packages::install_missing(repository)
+            .and_then(|()| if firecracker { firecracker::download(repository) } else { Ok(()) }),
         Command::Images { refresh } => images::make(repository, refresh).map(drop),
         Command::Build => stack::build(repository).map(drop),
         Command::Check => check::run(repository),

@@ -6,12 +6,16 @@ use anyhow::{Context as _, Result, bail};
 
 use crate::{debian, host, repository::Repository, step};
 
-/// Installs what is missing, with one `apt-get update` if the lists are absent or out of date.
+/// Installs what of the list is missing, with one `apt-get update` if apt's lists are absent or out of date.
 pub(crate) fn install_missing(repository: &Repository) -> Result<()> {
     let list = repository.path("setup/packages.txt");
     let text = fs::read_to_string(&list).with_context(|| format!("reading {}", list.display()))?;
-    let wanted = names(&text);
-    let missing = missing(&wanted)?;
+    install(repository, &names(&text))
+}
+
+/// Installs what of these is missing.
+pub(crate) fn install(repository: &Repository, wanted: &[&str]) -> Result<()> {
+    let missing = missing(wanted)?;
     if missing.is_empty() {
         return Ok(());
     }

@@ -7,7 +7,7 @@ use wrenn_lab::plan::Program;
 
 use crate::{
     cache::{self, Cache},
-    dependencies, guest_bundle, host, images,
+    dependencies, firecracker, guest_bundle, host, images,
     lab::{self, Capacity, Job},
     programs,
     repository::Repository,
@@ -125,8 +125,8 @@ pub(crate) fn bench(repository: &Repository, Arguments { arguments }: &Arguments
 
 /// Builds, then measures in the lab, and puts the page where the others are.
 fn bench_firecracker(repository: &Repository, arguments: &[String]) -> Result<u8> {
-    if !lab::has_firecracker() {
-        println!("skipped: WRENN_FIRECRACKER names no Firecracker");
+    if !firecracker::is_there(repository)? {
+        println!("skipped: {}", firecracker::REMEDY);
         return Ok(0);
     }
     let images = images::make(repository, false)?;
@@ -142,7 +142,7 @@ fn bench_firecracker(repository: &Repository, arguments: &[String]) -> Result<u8
     let job = Job {
         programs: vec![program],
         with: vec![images],
-        capacity: Capacity::usual(),
+        capacity: Capacity::usual(repository)?,
         output: repository.target().join("lab"),
     };
     let page = job.output.join(FIRECRACKER_PAGE);

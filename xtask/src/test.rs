@@ -21,7 +21,7 @@ use anyhow::{Context as _, Result, ensure};
 
 use crate::{
     cache::Cache,
-    dependencies, lab,
+    dependencies, firecracker, lab,
     repository::Repository,
     soak_report::{self, Run},
     stack::{self, Product},
@@ -85,6 +85,9 @@ fn prepare(repository: &Repository, arguments: &[String]) -> Result<Command> {
         .args(for_tests)
         .env("WRENN_BIN", program)
         .env("WRENN_IMAGES", images);
+    // Where there is none, tests say so.
+    let variables = firecracker::variables(repository)?;
+    command.envs(firecracker::VARIABLES.into_iter().filter_map(|name| Some((name, variables(name)?))));
     Ok(command)
 }
 

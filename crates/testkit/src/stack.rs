@@ -121,7 +121,8 @@ pub fn cannot_run_firecracker() -> Option<String> {
         return Some("skipped: it is the lab in which Firecracker is known to run guests".to_owned());
     }
     if !is_set("WRENN_FIRECRACKER") {
-        return Some("skipped: WRENN_FIRECRACKER names no Firecracker".to_owned());
+        let remedy = "name one with WRENN_FIRECRACKER, or let `make setup ARGS=--firecracker` download one";
+        return Some(format!("skipped: there is no Firecracker: {remedy}"));
     }
     cannot_run()
 }

@@ -2,7 +2,9 @@
 
 use std::time::Duration;
 
-use super::input;
+use anyhow::Result;
+
+use crate::{firecracker, repository::Repository};
 
 /// As said on the command line, or [`Capacity::usual`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -15,8 +17,8 @@ pub(crate) struct Capacity {
 
 impl Capacity {
     /// What is enough, unless somebody says otherwise.
-    pub(crate) fn usual() -> Self {
-        Self::of(input::has_firecracker())
+    pub(crate) fn usual(repository: &Repository) -> Result<Self> {
+        firecracker::is_there(repository).map(Self::of)
     }
 
     /// With a Firecracker there are machines in the machine. They need room, and take their time. And there is one

@@ -12,7 +12,6 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    env,
     ffi::OsString,
     fs::{self, File},
     path::{Path, PathBuf},
@@ -23,14 +22,13 @@ use anyhow::{Context as _, Result, bail};
 use wrenn_lab::plan::{self, Plan, Program};
 
 use crate::{
+    firecracker,
     root_tree::{BLOCK, RootTree, Size},
     step,
 };
 
-/// What names the program that runs guests in the lab.
-const FIRECRACKER: &str = "WRENN_FIRECRACKER";
 /// Variables that name a file which the lab gets, and a path there.
-const CARRIED: [&str; 2] = [FIRECRACKER, "WRENN_JAILER"];
+const CARRIED: [&str; 2] = firecracker::VARIABLES;
 /// Variables that are the same in the lab.
 const PASSED: [&str; 7] = [
     "PROPTEST_CASES",
@@ -159,16 +157,6 @@ fn size_of_disk(content: Size) -> u64 {
     // What ext4 needs for itself: a table of inodes, bitmaps, and blocks that hold addresses of blocks.
     let blocks = content.blocks + content.blocks / 32 + content.inodes + 4096;
     (blocks * BLOCK).next_multiple_of(1 << 20)
-}
-
-/// Whether something outside names a Firecracker for the lab.
-pub(crate) fn has_firecracker() -> bool {
-    own_variables(FIRECRACKER).is_some_and(|program| !program.is_empty())
-}
-
-/// The variables of this process.
-pub(super) fn own_variables(name: &str) -> Option<OsString> {
-    env::var_os(name)
 }
 
 #[cfg(test)]

@@ -80,7 +80,7 @@ pub(crate) fn run(
     if programs.is_empty() {
         return Ok(None);
     }
-    let capacity = Capacity::usual();
+    let capacity = Capacity::usual(repository)?;
     if let Some(why) = cannot_run(capacity.memory_mib) {
         println!("skipped the lab: {why}");
         return Ok(None);
@@ -240,7 +240,7 @@ pub(super) fn run_all(repository: &Repository, packages: &[String]) -> Result<u8
         [] => vec!["--workspace".to_owned()],
         packages => packages.iter().flat_map(|name| ["--package".to_owned(), name.clone()]).collect(),
     };
-    if let Some(why) = cannot_run(Capacity::usual().memory_mib) {
+    if let Some(why) = cannot_run(Capacity::usual(repository)?.memory_mib) {
         bail!("there can be no lab here: {why}");
     }
     // What the tests need, as before `make test`: images, and the program.

@@ -19,9 +19,10 @@
 //! # What a program finds
 //!
 //! It is root, alone with an init that reaps, in the directory that it is told to start in. It has `WRENN_LAB=1`, its own
-//! path of the host, `WRENN_FIRECRACKER` naming the lab's copy of that file if it is set outside, a writable root disk of
-//! 4 GiB, all controllers of version 2 delegated at `/sys/fs/cgroup`, and no network but what it makes. When it ends,
-//! whatever it left running is killed; what it mounted or made stays for the next program of the same lab.
+//! path of the host, `WRENN_FIRECRACKER` and `WRENN_JAILER` naming the lab's copies of those that there are outside
+//! ([`crate::firecracker`]), a writable root disk of 4 GiB, all controllers of version 2 delegated at `/sys/fs/cgroup`, and
+//! no network but what it makes. When it ends, whatever it left running is killed; what it mounted or made stays for the
+//! next program of the same lab.
 //!
 //! # What comes out
 //!
@@ -58,14 +59,14 @@ use wrenn_lab::{
     plan::Program,
 };
 
-pub(crate) use self::{capacity::Capacity, input::has_firecracker};
+pub(crate) use self::capacity::Capacity;
 use self::{
     input::Input,
     machine::{Files, Machine, QEMU},
 };
 use crate::{
     cache::{Cache, Scratch},
-    guest_bundle,
+    firecracker, guest_bundle, host,
     repository::Repository,
     step,
 };
@@ -128,7 +129,7 @@ pub(crate) fn run(repository: &Repository, arguments: &Arguments) -> Result<u8> 
     let directory = env::current_dir().context("asking for the current directory")?;
     let programs = programs(&arguments.programs, &directory)?;
     ensure!(!programs.is_empty(), "which program is to be run? `cargo xtask lab -- PROGRAM [ARGUMENT…]`");
-    let usual = Capacity::usual();
+    let usual = Capacity::usual(repository)?;
     let capacity = Capacity {
         memory_mib: arguments.memory.unwrap_or(usual.memory_mib),
         cpus: arguments.cpus.unwrap_or(usual.cpus),
@@ -175,11 +176,9 @@ fn write_all(mut to: impl io::Write, bytes: &[u8]) -> Result<()> {
 
 /// Why there can be no lab of that much memory here, if so.
 pub(crate) fn cannot_run(memory_mib: u32) -> Option<String> {
-    let on_path = |program: &str| {
-        let path = env::var_os("PATH").unwrap_or_default();
-        env::split_paths(&path).any(|directory| directory.join(program).is_file())
-    };
-    if let Some(missing) = [QEMU, "setpriv", "mke2fs"].into_iter().find(|program| !on_path(program)) {
+    let path = env::var_os("PATH").unwrap_or_default();
+    let is_missing = |program: &&str| host::on_path(program, &path, host::is_program).is_none();
+    if let Some(missing) = [QEMU, "setpriv", "mke2fs"].into_iter().find(is_missing) {
         return Some(format!("{missing} is not on the PATH"));
     }
     let text = fs::read_to_string("/proc/meminfo").unwrap_or_default();
@@ -222,7 +221,8 @@ pub(crate) fn perform(
         "wrenn-lab-init",
         "building the first process of the lab",
     )?;
-    let input = Input::new(job.programs.clone(), &job.with, image.modules, input::own_variables)?;
+    let variables = firecracker::variables(repository)?;
+    let input = Input::new(job.programs.clone(), &job.with, image.modules, variables)?;
 
     let scratch = cache.scratch("lab")?;
     let input = input.make_disk(scratch.path()).context("making the disk of the programs")?;
