@@ -193,8 +193,8 @@ const HEAD: &str = "\
 Written by `make bench ARGS=firecracker`, in the lab (`cargo xtask lab`); nothing is trimmed. What is timed is from before
 Firecracker is started, or the create is asked for, until the first byte of the guest agent's answer to `GET /health`. All
 restore the same warm snapshot of the template `base`, made by the agent at the beginning of the run, and take turns
-within the run, each once in a round, in an order of the round's own. The snapshot is in the page cache. Below 100 samples p99 is the
-largest.
+within the run, each once in a round, in an order of the round's own. Before the first round each is gone once and not timed: so the snapshot
+is in the page cache, and was read against its digest, as it is once after each boot of a host. Below 100 samples p99 is the largest.
 
 - Bare: a program without the driver starts Firecracker in a network namespace, waits for its socket, has it load the
   snapshot (memory mapped from the file, what is written tracked, another network) and go on. Namespace and disk are
