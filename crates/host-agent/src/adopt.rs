@@ -123,7 +123,7 @@ pub async fn take_stock(
     let mark = Host::machine_mark(instance);
     let ended = machine::end_marked(&mark, |name| stock.keeps(&mark, name)).await;
     stock.ended = ended.map_err(CollectError::Machines)?;
-    limits.keep_only(|name| stock.machines.contains(&format!("{mark}{name}")));
+    limits.keep_only(|name| stock.machines.contains(&format!("{mark}{name}"))).await;
     stock.clear(machines_dir)?;
     Ok(stock)
 }

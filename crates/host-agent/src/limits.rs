@@ -26,7 +26,7 @@ use std::{fmt, io, os::fd::OwnedFd, time::Duration};
 
 use camino::Utf8Path;
 use wrenn_host_linux::{
-    cgroup::{Controller, Hierarchy},
+    cgroup::{Controller, Group, Hierarchy},
     disk::Disk,
 };
 use wrenn_types::{InstanceId, LayerId, SandboxId, Shape};
@@ -171,14 +171,7 @@ impl Limits {
     /// killed, and gone when this comes back.
     pub async fn end(&self, id: &SandboxId, layer: &LayerId) {
         let Some(hierarchy) = self.hierarchy() else { return };
-        let group = hierarchy.group(&name(id, layer));
-        let ended = match group.remove() {
-            Err(error) if error.kind() == io::ErrorKind::ResourceBusy => {
-                blocking(move || group.end(END_BOUND)).await
-            }
-            ended => ended,
-        };
-        if let Err(error) = ended {
+        if let Err(error) = end(hierarchy.group(&name(id, layer))).await {
             tracing::warn!(%id, error = &error as &dyn std::error::Error, "a control group stays until the next start");
         }
     }
@@ -189,18 +182,24 @@ impl Limits {
         self.hierarchy().is_some_and(|hierarchy| hierarchy.group(&name(id, layer)).oom_kills() > 0)
     }
 
-    /// Removes the groups of machines that are gone. One that cannot be removed is tried again at the next start.
-    pub fn keep_only(&self, is_known: impl Fn(&str) -> bool) {
+    /// Removes the groups of machines that are gone. What is still in one, such as a pager that ends because its machine has, is
+    /// killed and waited for. One that cannot be removed is tried again at the next start.
+    pub async fn keep_only(&self, is_known: impl Fn(&str) -> bool) {
         let Some(hierarchy) = self.hierarchy() else { return };
         for name in hierarchy.names().unwrap_or_default() {
             if is_known(&name) {
                 continue;
             }
-            let removed = hierarchy.group(&name).remove();
+            let group = hierarchy.group(&name);
             // That of a filter which lives goes with its slot.
-            if let Err(error) = removed
-                && !is_group_of_filter(&name)
-            {
+            let removed = match is_group_of_filter(&name) {
+                true => group.remove().or_else(|error| match error.kind() {
+                    io::ErrorKind::ResourceBusy => Ok(()),
+                    _ => Err(error),
+                }),
+                false => end(group).await,
+            };
+            if let Err(error) = removed {
                 tracing::warn!(
                     name,
                     error = &error as &dyn std::error::Error,
@@ -215,6 +214,16 @@ impl Limits {
         if let Some(hierarchy) = self.hierarchy() {
             hierarchy.close();
         }
+    }
+}
+
+/// Removes a group, and what is still in it.
+async fn end(group: Group) -> io::Result<()> {
+    match group.remove() {
+        Err(error) if error.kind() == io::ErrorKind::ResourceBusy => {
+            blocking(move || group.end(END_BOUND)).await
+        }
+        removed => removed,
     }
 }
 
@@ -359,7 +368,7 @@ mod tests {
         let shape = Shape { vcpus: Default::default(), memory: Default::default() };
         assert!(limits.begin(&id, &layer, shape).unwrap().is_none());
         limits.end(&id, &layer).await;
-        limits.keep_only(|_| false);
+        limits.keep_only(|_| false).await;
         limits.close();
     }
 }
