@@ -142,8 +142,7 @@ fn bench_firecracker(repository: &Repository, arguments: &[String]) -> Result<u8
     let job = Job {
         programs: vec![program],
         with: vec![images],
-        // Here a pager and the machine that it serves run beside each other, as they do on a host.
-        capacity: Capacity { cpus: 2, ..Capacity::usual(repository)? },
+        capacity: Capacity::usual(repository)?,
         output: repository.target().join("lab"),
     };
     let page = job.output.join(FIRECRACKER_PAGE);

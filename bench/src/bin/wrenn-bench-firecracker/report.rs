@@ -213,7 +213,7 @@ is in the page cache, and was read against its digest, as it is once after each 
 These numbers are those of a machine in a machine: the lab is emulated, instruction by instruction, and so is the virtualization by
 which Firecracker runs a guest in it. Only ratios say something, and only roughly: a start of a process, a fault and a system call are each dearer
 by another factor than on a real machine. They say nothing of how long a restore takes. What else the machine under the lab had to do meanwhile is
-not seen from here.
+not seen from here. And the lab has one processor: what a pager does beside a guest, it does here instead of it.
 
 ";
 
