@@ -1,11 +1,10 @@
 //! A guest that counts, made from the guest kernel and busybox.
-#![allow(clippy::unwrap_used)]
+#![allow(clippy::print_stdout, clippy::unwrap_used)]
 #![allow(dead_code, reason = "each test program has one VMM")]
 
 use std::{
     collections::BTreeSet,
     fmt::Write as _,
-    io::Write as _,
     num::NonZeroU64,
     path::Path,
     time::{Duration, Instant},
@@ -60,10 +59,9 @@ while true; do
 done
 "#;
 
-/// Says on the real standard error that something was not tested: test runners hide what is printed.
+/// Says that something was not tested, to the test's own output: whoever counts tests has to know whose it is.
 pub(crate) fn skipped(why: &str) {
-    // If it cannot be said, there is nobody to say it to.
-    drop(std::io::stderr().write_all(format!("skipped: {why}\n").as_bytes()));
+    println!("skipped: {why}");
 }
 
 /// How long a machine may take for a few ticks of which each waits for its disk for a second.
