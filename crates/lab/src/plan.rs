@@ -49,12 +49,12 @@ mod tests {
     fn what_is_written_is_read() {
         let plan = Plan {
             modules: vec!["loop".to_owned()],
-            binds: BTreeMap::from([("0".to_owned(), "/work/target/debug".into())]),
+            binds: BTreeMap::from([("0".to_owned(), "/code/target/debug".into())]),
             environment: BTreeMap::from([("A".to_owned(), "b".to_owned())]),
             programs: vec![Program {
-                path: "/work/target/debug/test".into(),
+                path: "/code/target/debug/test".into(),
                 arguments: vec!["--exact".to_owned()],
-                directory: "/work".into(),
+                directory: "/code".into(),
             }],
         };
         let text = serde_json::to_vec(&plan).unwrap();

@@ -5,7 +5,7 @@
 //! the directory of the disk that holds its file is bound to the path of its directory.
 //!
 //! ```text
-//!  /work/target/debug/deps/a-1234  ─► DISK/0/a-1234 ─► /lab/input/0 bound to /work/target/debug/deps
+//!  /code/target/debug/deps/a-1234  ─► DISK/0/a-1234 ─► /lab/input/0 bound to /code/target/debug/deps
 //!  WRENN_FIRECRACKER=/opt/fc       ─► DISK/carried/WRENN_FIRECRACKER/fc ─► the variable names that file
 //!  /usr/bin/stat                   ─► nothing: a program of the system is the lab's own
 //! ```
@@ -170,23 +170,23 @@ mod tests {
     #[test]
     fn a_program_is_found_where_it_is_on_the_host() {
         let programs = vec![
-            program("/work/a/one"),
-            program("/work/a/two"),
-            program("/work/b/one"),
+            program("/code/a/one"),
+            program("/code/a/two"),
+            program("/code/b/one"),
             program("/usr/bin/stat"),
             program("true"),
         ];
-        let input = Input::new(programs, &["/work/b/data".into()], Vec::new(), |_| None).unwrap();
+        let input = Input::new(programs, &["/code/b/data".into()], Vec::new(), |_| None).unwrap();
         let binds: Vec<(&str, &Path)> =
             input.plan.binds.iter().map(|(name, place)| (name.as_str(), place.as_path())).collect();
-        assert_eq!(binds, [("0", Path::new("/work/a")), ("1", Path::new("/work/b"))]);
+        assert_eq!(binds, [("0", Path::new("/code/a")), ("1", Path::new("/code/b"))]);
         let files: Vec<(&Path, &Path)> =
             input.files.iter().map(|(from, to)| (from.as_path(), to.as_path())).collect();
         let expected = [
-            ("/work/a/one", "0/one"),
-            ("/work/a/two", "0/two"),
-            ("/work/b/data", "1/data"),
-            ("/work/b/one", "1/one"),
+            ("/code/a/one", "0/one"),
+            ("/code/a/two", "0/two"),
+            ("/code/b/data", "1/data"),
+            ("/code/b/one", "1/one"),
         ];
         assert_eq!(files, expected.map(|(from, to)| (Path::new(from), Path::new(to))));
         assert_eq!(input.plan.programs.len(), 5, "a program of the system runs, and is not brought");
@@ -195,9 +195,9 @@ mod tests {
     #[test]
     fn a_directory_within_another_is_part_of_it() {
         let programs =
-            vec![program("/work/debug/deps/test"), program("/work/debug/tool"), program("/work/d")];
+            vec![program("/code/debug/deps/test"), program("/code/debug/tool"), program("/code/d")];
         let input = Input::new(programs, &[], Vec::new(), |_| None).unwrap();
-        assert_eq!(input.plan.binds, BTreeMap::from([("0".to_owned(), "/work".into())]));
+        assert_eq!(input.plan.binds, BTreeMap::from([("0".to_owned(), "/code".into())]));
         let places: Vec<&Path> = input.files.values().map(PathBuf::as_path).collect();
         assert_eq!(places, ["0/d", "0/debug/deps/test", "0/debug/tool"].map(Path::new));
     }

@@ -303,17 +303,17 @@ mod tests {
     #[test]
     fn programs_are_separated_by_two_dashes() {
         let words = ["./a", "--exact", "b", "--", "true", "--", "/c", "d"].map(str::to_owned);
-        let found = programs(&words, Path::new("/work")).unwrap();
+        let found = programs(&words, Path::new("/code")).unwrap();
         let program = |path: &str, arguments: &[&str]| Program {
             path: path.into(),
             arguments: arguments.iter().map(|argument| (*argument).to_owned()).collect(),
-            directory: "/work".into(),
+            directory: "/code".into(),
         };
         assert_eq!(
             found,
-            [program("/work/./a", &["--exact", "b"]), program("true", &[]), program("/c", &["d"])]
+            [program("/code/./a", &["--exact", "b"]), program("true", &[]), program("/c", &["d"])]
         );
-        assert_eq!(programs(&[], Path::new("/work")).unwrap(), []);
+        assert_eq!(programs(&[], Path::new("/code")).unwrap(), []);
     }
 
     #[test]
