@@ -214,6 +214,10 @@ fn serving<T>(
             }
         });
         let reader = StateReader::open(&world.path).unwrap();
+        // Whoever saves a memory before anybody has touched it comes before its regions are written down.
+        while reader.regions(BYTES).is_err() {
+            std::thread::yield_now();
+        }
         let done = work(&reader);
         drop(vmm);
         done
