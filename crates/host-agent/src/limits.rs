@@ -190,16 +190,12 @@ impl Limits {
             if is_known(&name) {
                 continue;
             }
-            let group = hierarchy.group(&name);
+            let (group, is_filters) = (hierarchy.group(&name), is_group_of_filter(&name));
+            let removed = if is_filters { group.remove() } else { end(group).await };
             // That of a filter which lives goes with its slot.
-            let removed = match is_group_of_filter(&name) {
-                true => group.remove().or_else(|error| match error.kind() {
-                    io::ErrorKind::ResourceBusy => Ok(()),
-                    _ => Err(error),
-                }),
-                false => end(group).await,
-            };
-            if let Err(error) = removed {
+            if let Err(error) = removed
+                && !(is_filters && error.kind() == io::ErrorKind::ResourceBusy)
+            {
                 tracing::warn!(
                     name,
                     error = &error as &dyn std::error::Error,
@@ -219,12 +215,7 @@ impl Limits {
 
 /// Removes a group, and what is still in it.
 async fn end(group: Group) -> io::Result<()> {
-    match group.remove() {
-        Err(error) if error.kind() == io::ErrorKind::ResourceBusy => {
-            blocking(move || group.end(END_BOUND)).await
-        }
-        removed => removed,
-    }
+    blocking(move || group.end(END_BOUND)).await
 }
 
 impl fmt::Display for Limits {

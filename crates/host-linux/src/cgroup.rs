@@ -298,8 +298,9 @@ impl Group {
     /// [`io::ErrorKind::ResourceBusy`]: a process that was killed is still in it.
     pub fn end(&self, bound: Duration) -> io::Result<()> {
         let end = Instant::now() + bound;
-        if !is_busy(&self.remove()) {
-            return self.remove();
+        let removed = self.remove();
+        if !is_busy(&removed) {
+            return removed;
         }
         // A kernel before 5.14 has no such file: then it is only waited for.
         let _ = fs::write(self.path.join("cgroup.kill"), "1");

@@ -29,7 +29,7 @@ use std::{
     time::Duration,
 };
 
-use camino::Utf8PathBuf;
+use camino::{Utf8Path, Utf8PathBuf};
 pub use error::BringUpError;
 use tokio::{
     sync::watch,
@@ -442,11 +442,18 @@ impl Recorded {
                 {
                     return Err(self.leave(error, &stuck).await);
                 }
-                host.limits.end(&record.id, &self.before.before.layer).await;
-                remove_run_dir(&run_dir);
-                Err(self.undo(error).await)
+                Err(self.undo_start(&run_dir, error).await)
             }
         }
+    }
+
+    /// Takes away what a machine had that is gone, and then all else.
+    async fn undo_start(self, run_dir: &Utf8Path, error: BringUpError) -> BringUpError {
+        let WithDisk { course, layer, .. } = &self.before.before;
+        course.host.limits.end(&self.ledger.record().id, layer).await;
+        remove_run_dir(run_dir);
+        // Boxed: it is rare, and every bring-up would have room for it.
+        Box::pin(self.undo(error)).await
     }
 
     /// Leaves it all to be collected: the lock of the slot is held by a process that does not end, and releasing the rest would
@@ -566,10 +573,7 @@ impl Started {
             return self.before.leave(error, &stuck).await;
         }
         drop(self.vm);
-        remove_run_dir(&self.run_dir);
-        let (id, layer) = (self.before.ledger.record().id, &self.before.before.before.layer);
-        self.before.before.before.course.host.limits.end(&id, layer).await;
-        self.before.undo(error).await
+        self.before.undo_start(&self.run_dir, error).await
     }
 }
 

@@ -192,6 +192,11 @@ pub(super) async fn spawn(
     })
 }
 
+/// The user and the group of the agent, whose that is which was taken back.
+fn ours() -> (u32, u32) {
+    (rustix::process::geteuid().as_raw(), rustix::process::getegid().as_raw())
+}
+
 /// How long a file or a block device is.
 fn length(path: &Utf8Path) -> VmmResult<u64> {
     let end = File::open(path).and_then(|mut file| file.seek(SeekFrom::End(0)));
@@ -264,7 +269,7 @@ pub(super) fn take_socket(run_dir: &Utf8Path) -> VmmResult<()> {
         return Err(cannot("take", &path)(std::io::ErrorKind::InvalidData.into()));
     }
     let directory = run_dir.join(API);
-    let (user, group) = (rustix::process::geteuid().as_raw(), rustix::process::getegid().as_raw());
+    let (user, group) = ours();
     chown(&directory, Some(user), Some(group)).map_err(cannot("take back", &directory))
 }
 
@@ -327,7 +332,7 @@ impl Lent {
 
     /// Takes them back: they are the agent's again. Blocks.
     pub(super) fn take_back(self) -> VmmResult<()> {
-        let (user, group) = (rustix::process::geteuid().as_raw(), rustix::process::getegid().as_raw());
+        let (user, group) = ours();
         for (path, file, name) in &self.files {
             let at = Utf8Path::new("/").join(name);
             let hidden = hide_in(&self.process, at.as_std_path());

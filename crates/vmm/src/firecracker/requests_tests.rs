@@ -38,20 +38,15 @@ fn samples() -> Vec<(&'static str, Value)> {
             host_dev_name: "tap0",
         }),
         sample(&InstanceActionInfo { action_type: Action::InstanceStart }),
+    ];
+    samples.extend([BackendType::File, BackendType::Uffd].map(|backend_type| {
         sample(&SnapshotLoadParams {
             snapshot_path: "/s".into(),
-            mem_backend: MemoryBackend { backend_type: BackendType::File, backend_path: "/m".into() },
+            mem_backend: MemoryBackend { backend_type, backend_path: "/m".into() },
             track_dirty_pages: true,
             resume_vm: false,
             network_overrides: vec![NetworkOverride { iface_id: NETWORK, host_dev_name: "tap0" }],
-        }),
-    ];
-    samples.push(sample(&SnapshotLoadParams {
-        snapshot_path: "/s".into(),
-        mem_backend: MemoryBackend { backend_type: BackendType::Uffd, backend_path: "/m".into() },
-        track_dirty_pages: true,
-        resume_vm: false,
-        network_overrides: Vec::new(),
+        })
     }));
     samples.extend([VmState::Paused, VmState::Resumed].map(|state| sample(&Vm { state })));
     samples.extend([SnapshotType::Full, SnapshotType::Diff].map(|snapshot_type| {

@@ -275,6 +275,8 @@ impl Devices {
             return Err(failed("examine", &name)(source));
         };
         cow.take_size().map_err(failed("grow the loop device of", &name))?;
+        // Made before, if it is not there: nobody has to stand still for that.
+        self.image(image, description)?;
         let grown = {
             // The kernel reads what is recorded when a table is loaded: nothing is to be recorded after that.
             let _still = Still::new(self, &name)?;
